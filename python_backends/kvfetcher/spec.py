@@ -1,0 +1,115 @@
+"""What a KV cache looks like, and whose it is: plain data, no arrays.
+
+Canonical array of KV values, everywhere in this package: ``[L, K, H, T, D]`` = layers, K then V
+(``kv_factor`` 2; MLA's one latent tensor is ``kv_factor`` 1), KV heads, tokens, head dim, holding
+the *bit patterns* of ``KVSpec.dtype`` as uint16 (bfloat16, float16) or uint8 (float8_e4m3fn),
+because numpy has no bfloat16. K is stored with RoPE applied, as the engine's cache holds it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from kvfetcher.errors import ConfigError
+
+FORMAT_VERSION = 1
+
+KVDtype = Literal["bfloat16", "float16", "float8_e4m3fn"]
+
+ITEM_BYTES: dict[str, int] = {"bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class KVSpec:
+    """Geometry of one token's KV values.
+
+    ``elements_per_token`` counts values over all layers, K and V, heads and dims.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    kv_factor: int = 2
+    dtype: KVDtype = "bfloat16"
+
+    def __post_init__(self) -> None:
+        for name, bound in (("num_layers", 1024), ("num_kv_heads", 1024), ("head_dim", 4096)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or not 1 <= value <= bound:
+                raise ConfigError(f"KVSpec.{name} must be 1 to {bound}, got {value!r}")
+        if self.kv_factor not in (1, 2):
+            raise ConfigError(f"KVSpec.kv_factor must be 1 (MLA) or 2 (K, V), got {self.kv_factor!r}")
+        if self.dtype not in get_args(KVDtype):
+            raise ConfigError(f"KVSpec.dtype must be one of {get_args(KVDtype)}, got {self.dtype!r}")
+
+    @property
+    def item_bytes(self) -> int:
+        return ITEM_BYTES[self.dtype]
+
+    @property
+    def elements_per_layer_token(self) -> int:
+        return self.kv_factor * self.num_kv_heads * self.head_dim
+
+    @property
+    def elements_per_token(self) -> int:
+        return self.num_layers * self.elements_per_layer_token
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.elements_per_token * self.item_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """Everything that KV values depend on besides the tokens before them (promise 2).
+
+    Digests are lower-case hex SHA-256. ``lora`` is "" for the base model. ``rope`` is a canonical
+    text of the position encoding (type, base, scaling). A field that is missing refuses to cache:
+    there are no defaults for what must be known.
+    """
+
+    weights: str
+    tokenizer: str
+    lora: str
+    rope: str
+    compute: str
+    spec: KVSpec
+
+    def __post_init__(self) -> None:
+        for name in ("weights", "tokenizer", "rope", "compute"):
+            if not getattr(self, name):
+                raise ConfigError(
+                    f"ModelIdentity.{name} is empty; KV values without it must not be shared"
+                )
+
+    def digest(self, *, profile: str, chunk_tokens: int) -> bytes:
+        """32 bytes naming the family of chunks that are interchangeable.
+
+        ``profile`` is the codec profile with its parameters (for a calibrated profile, with the
+        digest of the calibration).
+        """
+        text = json.dumps(
+            {
+                "model": asdict(self),
+                "profile": profile,
+                "chunk_tokens": chunk_tokens,
+                "format": FORMAT_VERSION,
+            },
+            sort_keys=True,
+            separators=(",", ":"),
+            ensure_ascii=True,
+        )
+        return hashlib.sha256(text.encode()).digest()
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ModelIdentity:
+        return cls(**{**data, "spec": KVSpec(**data["spec"])})

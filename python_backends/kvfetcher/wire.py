@@ -1,0 +1,52 @@
+"""Triton model and tensor names: the one place. config.pbtxt files are tested against it.
+
+Standard library only: the client package imports it too.
+"""
+
+from __future__ import annotations
+
+# Models
+KVFETCHER = "kvfetcher"
+PREPROCESSING = "preprocessing"
+KV_FETCH = "kv_fetch"
+KV_PIPELINE = "kv_pipeline"
+KV_DECODE = "kv_decode"
+KV_RESTORE = "kv_restore"
+KV_ENCODE = "kv_encode"
+KV_SAVE = "kv_save"
+TENSORRT_LLM = "tensorrt_llm"
+
+# What clients see (names of the TensorRT-LLM ensemble, ours after them)
+TEXT_INPUT = "text_input"
+MAX_TOKENS = "max_tokens"
+STREAM = "stream"
+TEMPERATURE = "temperature"
+TOP_K = "top_k"
+TOP_P = "top_p"
+SEED = "seed"
+STOP_WORDS = "stop_words"
+EXCLUDE_INPUT_IN_OUTPUT = "exclude_input_in_output"
+MIN_LENGTH = "min_length"
+CACHE_SALT = "cache_salt"
+KV_POLICY = "kv_policy"
+
+TEXT_OUTPUT = "text_output"
+OUTPUT_IDS = "output_ids"
+FINISH_REASON = "finish_reason"
+KV_REPORT = "kv_report"
+
+KV_POLICIES = ("auto", "fetch", "recompute", "no_store")
+
+# Between the models
+INPUT_IDS = "input_ids"  # INT32 [num_tokens]
+SAMPLING = "sampling"  # STRING [1], JSON (serving/params.py)
+KV_LEASE = "kv_lease"  # STRING [1], JSON; "" = no lease
+
+# Codec models
+UNIT = "unit"  # UINT8 [num_bytes], one unit (FORMAT.md)
+PLANES = "planes"  # UINT8 [num_frames, num_planes, height, width * bytes_per_sample]
+KV_TARGET = "kv_target"  # STRING [1], JSON BlockTarget (arena.py); "" = return the values
+KV_VALUES = "kv_values"  # UINT8 [num_bytes], canonical [L, K, H, T, D], little-endian
+KV_STATUS = "kv_status"  # STRING [1], JSON: timings and which decoder
+KV_SPEC = "kv_spec"  # STRING [1], JSON (ChunkSource of kv_encode)
+CHUNK = "chunk"  # UINT8 [num_bytes], one chunk object (FORMAT.md)
