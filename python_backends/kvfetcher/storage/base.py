@@ -1,0 +1,169 @@
+"""What a store is: one Protocol per verb, so that a function asks for exactly the power it needs.
+
+Contract of every backend (``tests/support/stores.py`` holds them to it):
+
+* Names are ``/``-separated segments of ``A-Z a-z 0-9 . _ -`` that do not start with a dot, at most
+  `MAX_NAME_CHARS` characters in all; anything else is a `StoreError` before any I/O.
+* Ranges are half-open: ``[start, end)``, in bytes. An empty or negative range is a `StoreError`.
+* An object is visible only when whole, and never changes: a second `put` of a name is a no-op.
+* `head` answers None for a missing object; `get` and `get_range` raise `ChunkNotFoundError`.
+* No call takes longer than the store's timeout; then `StoreTimeoutError`. A put that timed out may
+  still become visible later.
+* Everything else that goes wrong is a `StoreError` that names the object and the remedy.
+* Calls may run at once from one event loop. No order is promised between them.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from kvfetcher.errors import StoreError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+MAX_NAME_CHARS = 200
+
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(?:/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
+_PREFIX = re.compile(rf"(?:{_NAME.pattern}/?)?")
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """What a store knows of an object without reading it.
+
+    Attributes:
+        name: object name.
+        num_bytes: size.
+        modified_time_seconds: when it became visible, seconds since the epoch.
+    """
+
+    name: str
+    num_bytes: int
+    modified_time_seconds: float
+
+
+class Get(Protocol):
+    """Read whole objects."""
+
+    async def get(self, name: str) -> bytes:
+        """The whole object.
+
+        Raises:
+            ChunkNotFoundError: no such object.
+            StoreError: anything else.
+        """
+        ...
+
+
+class GetRange(Protocol):
+    """Read parts of objects."""
+
+    async def get_range(self, name: str, start: int, end: int) -> bytes:
+        """Bytes ``[start, end)``.
+
+        Shorter than asked exactly where the object ends before `end`; empty where it ends at or
+        before `start`. (A first read of unknown length needs this.)
+
+        Raises:
+            ChunkNotFoundError: no such object.
+            StoreError: ``not 0 <= start < end``, or anything else.
+        """
+        ...
+
+
+class Head(Protocol):
+    """Ask about objects."""
+
+    async def head(self, name: str) -> ObjectInfo | None:
+        """Size and time of the object; None where there is none."""
+        ...
+
+
+class Put(Protocol):
+    """Store objects."""
+
+    async def put(self, name: str, data: bytes) -> bool:
+        """Store `data` under `name`, all or nothing.
+
+        Returns:
+            True if this call made the object; False if it was there before, unchanged (of two
+            writers at once exactly one gets True where the backend can tell).
+        """
+        ...
+
+
+class Delete(Protocol):
+    """Remove objects."""
+
+    async def delete(self, name: str) -> None:
+        """Remove the object; a missing one is no error."""
+        ...
+
+
+class ListPrefix(Protocol):
+    """List objects."""
+
+    def list_prefix(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
+        """Objects whose name starts with `prefix` (text, not folders), in order of name.
+
+        Objects that come or go meanwhile may or may not be listed. Quarantined and half-written
+        objects never are.
+        """
+        ...
+
+
+class Quarantine(Protocol):
+    """Set corrupt objects aside."""
+
+    async def quarantine(self, name: str, reason: str) -> None:
+        """Set a corrupt object aside: the name is free again, the bytes and `reason` are kept.
+
+        A missing object is no error (somebody else was first).
+        """
+        ...
+
+
+class Store(Get, GetRange, Head, Put, Delete, ListPrefix, Quarantine, Protocol):
+    """All verbs; what `open_store` returns."""
+
+    async def close(self) -> None:
+        """Give connections back. No call may follow."""
+        ...
+
+
+def check_name(name: str) -> str:
+    """Return `name` if it follows the rule of this module's head.
+
+    Raises:
+        StoreError: it does not.
+    """
+    if len(name) > MAX_NAME_CHARS or not _NAME.fullmatch(name):
+        raise StoreError(
+            f"object name {name!r} is not allowed: segments of A-Z a-z 0-9 . _ - joined by '/',"
+            f" none starting with a dot, at most {MAX_NAME_CHARS} characters"
+        )
+    return name
+
+
+def check_prefix(prefix: str) -> str:
+    """Return `prefix` if a name can start with it ("" and a trailing "/" are allowed).
+
+    Raises:
+        StoreError: no name can.
+    """
+    if len(prefix) > MAX_NAME_CHARS or not _PREFIX.fullmatch(prefix):
+        raise StoreError(f"prefix {prefix!r} cannot start an object name")
+    return prefix
+
+
+def check_range(name: str, start: int, end: int) -> None:
+    """Check a half-open range.
+
+    Raises:
+        StoreError: ``not 0 <= start < end``.
+    """
+    if not 0 <= start < end:
+        raise StoreError(f"range [{start}, {end}) of object {name} is empty or negative")
