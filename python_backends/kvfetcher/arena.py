@@ -1,0 +1,393 @@
+"""The KV arena: blocks of KV values in a shared-memory file, read and written by several processes.
+
+The engine process creates the file (normally in /dev/shm) and owns it; the processes that restore
+and encode KV attach to it. Who may touch which block is decided by leases (`kvfetcher.leases`);
+this module moves values and checks geometry only. Nothing here is locked: two processes that write
+one block at a time are a broken lease rule, not a case that the arena sorts out.
+
+File, little-endian: bytes 0-7 magic ``KVFARENA``, 8-11 version (uint32), 12-15 length of the JSON
+text (uint32), the JSON text, zeros up to byte 4096, then the blocks as one C-ordered array
+``[num_blocks, L, K, H, tokens_per_block, D]`` of the KV dtype's bit patterns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import mmap
+import os
+import secrets
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvfetcher.errors import ArenaError, ConfigError, LayoutError
+from kvfetcher.spec import KVSpec
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+ARENA_VERSION = 1
+HEADER_BYTES = 4096
+MAX_BLOCKS = 1 << 24
+
+_MAGIC = b"KVFARENA"
+_PREFIX = struct.Struct("<8sII")
+
+
+def storage_dtype(spec: KVSpec) -> np.dtype[Any]:
+    """The numpy type that holds bit patterns of `spec.dtype`: uint16 or uint8."""
+    return np.dtype("<u2") if spec.item_bytes == 2 else np.dtype("u1")
+
+
+@dataclass(frozen=True, slots=True)
+class BlockTarget:
+    """Where `num_tokens` tokens lie: in `block_ids`, in order, the last block perhaps partly filled.
+
+    ``arena`` is the path of the arena file and ``generation`` its random name, so that a target
+    kept over an engine's restart is refused instead of read.
+    """
+
+    arena: str
+    generation: str
+    block_ids: tuple[int, ...]
+    num_tokens: int
+
+    def __post_init__(self) -> None:
+        ids = self.block_ids
+        if not isinstance(ids, tuple) or not all(type(i) is int and i >= 0 for i in ids):
+            raise LayoutError(f"BlockTarget.block_ids must be a tuple of ints >= 0, got {ids!r}")
+        if len(set(ids)) != len(ids):
+            raise LayoutError(f"BlockTarget.block_ids names a block twice: {ids!r}")
+        if type(self.num_tokens) is not int or self.num_tokens < 1 or not ids:
+            raise LayoutError(
+                f"BlockTarget needs at least one token and one block, got {self.num_tokens!r}"
+                f" tokens in {len(ids)} blocks"
+            )
+        if not isinstance(self.arena, str) or not isinstance(self.generation, str):
+            raise LayoutError("BlockTarget.arena and .generation must be strings")
+
+    def span(self, first_token: int, num_tokens: int, *, tokens_per_block: int) -> BlockTarget:
+        """The part that holds tokens [first_token, first_token + num_tokens).
+
+        Raises:
+            LayoutError: `first_token` is not the first of a block, or the part ends past the end.
+        """
+        if first_token % tokens_per_block or first_token < 0:
+            raise LayoutError(
+                f"token {first_token} does not begin a block of {tokens_per_block} tokens"
+            )
+        if num_tokens < 1 or first_token + num_tokens > self.num_tokens:
+            raise LayoutError(
+                f"tokens [{first_token}, {first_token + num_tokens}) are not within the"
+                f" {self.num_tokens} tokens of the target"
+            )
+        first = first_token // tokens_per_block
+        last = -(-(first_token + num_tokens) // tokens_per_block)
+        return BlockTarget(self.arena, self.generation, self.block_ids[first:last], num_tokens)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "arena": self.arena,
+            "generation": self.generation,
+            "block_ids": list(self.block_ids),
+            "num_tokens": self.num_tokens,
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), separators=(",", ":"))
+
+    @classmethod
+    def from_dict(cls, data: Any) -> BlockTarget:
+        """Parse; LayoutError where keys are missing, unknown, or of the wrong type."""
+        keys = {"arena", "generation", "block_ids", "num_tokens"}
+        if not isinstance(data, dict) or set(data) != keys:
+            got = sorted(data) if isinstance(data, dict) else type(data).__name__
+            raise LayoutError(f"a block target has the keys {sorted(keys)}, got {got}")
+        ids = data["block_ids"]
+        return cls(**{**data, "block_ids": tuple(ids) if isinstance(ids, list) else ids})
+
+    @classmethod
+    def from_json(cls, text: str) -> BlockTarget:
+        """Parse; LayoutError where the text is not a block target."""
+        try:
+            data = json.loads(text)
+        except ValueError as exc:
+            raise LayoutError(f"a block target must be JSON, got {text[:80]!r}") from exc
+        return cls.from_dict(data)
+
+
+class Arena:
+    """A mapped arena. Make one with `create` (the owner) or `attach` (everybody else).
+
+    Not thread-safe as to `close`; `read` and `write` of different blocks may run in parallel.
+    Arrays returned by `read` are copies; `blocks` is the mapping itself and must not be kept after
+    `close`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        memory: mmap.mmap,
+        *,
+        spec: KVSpec,
+        tokens_per_block: int,
+        num_blocks: int,
+        generation: str,
+    ) -> None:
+        self.path = path
+        self.spec = spec
+        self.tokens_per_block = tokens_per_block
+        self.num_blocks = num_blocks
+        self.generation = generation
+        self._memory = memory
+        shape = (num_blocks, *_block_shape(spec, tokens_per_block))
+        self._blocks: NDArray[Any] | None = np.frombuffer(
+            memory, storage_dtype(spec), count=int(np.prod(shape)), offset=HEADER_BYTES
+        ).reshape(shape)
+
+    def __repr__(self) -> str:
+        return f"Arena({str(self.path)!r}, num_blocks={self.num_blocks}, spec={self.spec})"
+
+    @classmethod
+    def create(
+        cls, path: str | Path, *, spec: KVSpec, tokens_per_block: int, num_bytes: int
+    ) -> Arena:
+        """Make the file with as many blocks as `num_bytes` holds, and map it.
+
+        All memory is reserved at once, so that a full /dev/shm is an error here and not a SIGBUS
+        at the first write. A file of that path is replaced; who has the old one mapped keeps it.
+
+        Raises:
+            ConfigError: `num_bytes` holds no block, or more than MAX_BLOCKS.
+            ArenaError: the file cannot be made, or the file system lacks the space.
+        """
+        path = Path(path)
+        block_bytes = spec.bytes_per_token * tokens_per_block
+        num_blocks = (num_bytes - HEADER_BYTES) // block_bytes
+        if num_blocks < 1:
+            raise ConfigError(
+                f"an arena of {num_bytes} bytes holds no block of {block_bytes} bytes"
+                f" ({tokens_per_block} tokens); raise engine.arena_bytes"
+            )
+        if num_blocks > MAX_BLOCKS:
+            raise ConfigError(
+                f"an arena of {num_bytes} bytes would have {num_blocks} blocks, at most"
+                f" {MAX_BLOCKS} are possible; lower engine.arena_bytes or raise"
+                " engine.tokens_per_block"
+            )
+        generation = secrets.token_hex(16)
+        text = json.dumps(
+            {
+                "spec": spec.to_dict(),
+                "tokens_per_block": tokens_per_block,
+                "num_blocks": num_blocks,
+                "generation": generation,
+            },
+            separators=(",", ":"),
+        ).encode()
+        total = HEADER_BYTES + num_blocks * block_bytes
+        partial = path.with_name(f".{path.name}.{generation[:8]}.partial")
+        try:
+            fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(fd, 0, total)
+                os.pwrite(fd, _PREFIX.pack(_MAGIC, ARENA_VERSION, len(text)) + text, 0)
+                memory = mmap.mmap(fd, total)
+                partial.replace(path)
+            finally:
+                os.close(fd)
+        except OSError as exc:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            remedy = (
+                f"; it needs {total} bytes: lower engine.arena_bytes or enlarge the file system"
+                " (docker: --shm-size)"
+                if exc.errno in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG)
+                else ""
+            )
+            raise ArenaError(f"arena {path} cannot be created: {exc.strerror}{remedy}") from exc
+        return cls(
+            path,
+            memory,
+            spec=spec,
+            tokens_per_block=tokens_per_block,
+            num_blocks=num_blocks,
+            generation=generation,
+        )
+
+    @classmethod
+    def attach(cls, path: str | Path, *, generation: str | None = None) -> Arena:
+        """Map an arena that another process created.
+
+        Args:
+            path: the file.
+            generation: when given, the arena must be that one.
+
+        Raises:
+            ArenaError: no such file, not an arena, cut short, or of another generation.
+        """
+        path = Path(path)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as exc:
+            raise ArenaError(
+                f"arena {path} cannot be opened: {exc.strerror}; is the engine running?"
+            ) from exc
+        try:
+            size = os.fstat(fd).st_size
+            spec, tokens_per_block, num_blocks, found = _parse_header(
+                path, os.pread(fd, HEADER_BYTES, 0)
+            )
+            total = HEADER_BYTES + num_blocks * spec.bytes_per_token * tokens_per_block
+            if size != total:
+                raise ArenaError(f"arena {path} has {size} bytes, its header says {total}")
+            if generation is not None and generation != found:
+                raise ArenaError(
+                    f"arena {path} is of generation {found}, wanted {generation}; the engine was"
+                    " restarted, ask it for a new lease"
+                )
+            memory = mmap.mmap(fd, total)
+        finally:
+            os.close(fd)
+        return cls(
+            path,
+            memory,
+            spec=spec,
+            tokens_per_block=tokens_per_block,
+            num_blocks=num_blocks,
+            generation=found,
+        )
+
+    @property
+    def blocks(self) -> NDArray[Any]:
+        """[num_blocks, L, K, H, tokens_per_block, D], the shared memory itself."""
+        if self._blocks is None:
+            raise ArenaError(f"arena {self.path} is closed")
+        return self._blocks
+
+    def target(self, block_ids: tuple[int, ...], num_tokens: int) -> BlockTarget:
+        """A target in this arena; checked like one that came from elsewhere."""
+        target = BlockTarget(str(self.path), self.generation, block_ids, num_tokens)
+        self._check(target)
+        return target
+
+    def write(self, target: BlockTarget, layer_start: int, values: NDArray[Any]) -> None:
+        """Store values of some layers of a target's tokens.
+
+        Args:
+            target: where; of this arena's generation.
+            layer_start: first layer of `values`.
+            values: [Lg, K, H, T, D] bit patterns, T = target.num_tokens, any strides.
+
+        Raises:
+            ArenaError: the target is of another generation.
+            LayoutError: shape, dtype, layers or block ids do not fit.
+        """
+        self._check(target)
+        spec, step = self.spec, self.tokens_per_block
+        if values.ndim != 5:
+            raise LayoutError(f"values must be [Lg, K, H, T, D], got {values.shape = }")
+        layers = self._layers(layer_start, values.shape[0])
+        expected = (
+            len(layers),
+            spec.kv_factor,
+            spec.num_kv_heads,
+            target.num_tokens,
+            spec.head_dim,
+        )
+        if values.shape != expected or values.dtype != storage_dtype(spec):
+            raise LayoutError(
+                f"values must be {storage_dtype(spec)} {expected}, got {values.dtype}"
+                f" {values.shape}"
+            )
+        blocks = self.blocks
+        for index, block_id in enumerate(target.block_ids):
+            part = values[:, :, :, index * step : (index + 1) * step]
+            blocks[block_id, layers.start : layers.stop, :, :, : part.shape[3]] = part
+
+    def read(
+        self, target: BlockTarget, layer_start: int = 0, num_layers: int | None = None
+    ) -> NDArray[Any]:
+        """Copy values of some layers of a target's tokens out.
+
+        Returns:
+            [Lg, K, H, T, D] bit patterns, a new C-ordered array; T = target.num_tokens.
+
+        Raises:
+            ArenaError: the target is of another generation.
+            LayoutError: layers or block ids do not fit.
+        """
+        self._check(target)
+        spec, step = self.spec, self.tokens_per_block
+        if num_layers is None:
+            num_layers = spec.num_layers - layer_start
+        layers = self._layers(layer_start, num_layers)
+        shape = (num_layers, spec.kv_factor, spec.num_kv_heads, target.num_tokens, spec.head_dim)
+        values = np.empty(shape, storage_dtype(spec))
+        blocks = self.blocks
+        for index, block_id in enumerate(target.block_ids):
+            part = values[:, :, :, index * step : (index + 1) * step]
+            part[...] = blocks[block_id, layers.start : layers.stop, :, :, : part.shape[3]]
+        return values
+
+    def close(self) -> None:
+        """Unmap. Safe to call twice. The file stays; the owner removes it with `unlink`."""
+        self._blocks = None
+        # An array that somebody kept holds the mapping; it goes when that array goes.
+        with contextlib.suppress(BufferError):
+            self._memory.close()
+
+    def unlink(self) -> None:
+        """Remove the file; processes that have it mapped keep their mapping. Owner only."""
+        self.path.unlink(missing_ok=True)
+
+    def _layers(self, layer_start: int, num_layers: int) -> range:
+        if layer_start < 0 or num_layers < 1 or layer_start + num_layers > self.spec.num_layers:
+            raise LayoutError(
+                f"layers [{layer_start}, {layer_start + num_layers}) are not within the"
+                f" {self.spec.num_layers} layers of the arena"
+            )
+        return range(layer_start, layer_start + num_layers)
+
+    def _check(self, target: BlockTarget) -> None:
+        if target.generation != self.generation:
+            raise ArenaError(
+                f"block target of arena generation {target.generation} used with generation"
+                f" {self.generation} ({self.path}); the engine was restarted, ask for a new lease"
+            )
+        needed = -(-target.num_tokens // self.tokens_per_block)
+        if len(target.block_ids) != needed or max(target.block_ids) >= self.num_blocks:
+            raise LayoutError(
+                f"{target.num_tokens} tokens take {needed} blocks of ids 0 to"
+                f" {self.num_blocks - 1}, got ids {target.block_ids}"
+            )
+
+
+def _block_shape(spec: KVSpec, tokens_per_block: int) -> tuple[int, ...]:
+    return (spec.num_layers, spec.kv_factor, spec.num_kv_heads, tokens_per_block, spec.head_dim)
+
+
+def _parse_header(path: Path, header: bytes) -> tuple[KVSpec, int, int, str]:
+    """Spec, tokens per block, number of blocks, generation; ArenaError where anything is odd."""
+    if len(header) < _PREFIX.size or header[:8] != _MAGIC:
+        raise ArenaError(f"{path} is not a KV arena")
+    _, version, length = _PREFIX.unpack_from(header)
+    if version != ARENA_VERSION:
+        raise ArenaError(f"arena {path} is of version {version}, this build maps {ARENA_VERSION}")
+    try:
+        if _PREFIX.size + length > len(header):
+            raise ValueError(f"JSON text of {length} bytes")
+        data = json.loads(header[_PREFIX.size : _PREFIX.size + length])
+        spec = KVSpec(**data["spec"])
+        tokens_per_block, num_blocks = int(data["tokens_per_block"]), int(data["num_blocks"])
+        generation = str(data["generation"])
+        if tokens_per_block < 1 or not 1 <= num_blocks <= MAX_BLOCKS:
+            raise ValueError(f"{num_blocks} blocks of {tokens_per_block} tokens")
+    except (ValueError, KeyError, TypeError, ConfigError) as exc:
+        raise ArenaError(f"arena {path} has an unreadable header: {exc}") from exc
+    return spec, tokens_per_block, num_blocks, generation

@@ -1,0 +1,313 @@
+"""Who may use which arena blocks: a table of leases. Time is passed in; no I/O, no clock.
+
+A lease goes ``open`` (its holder fills the blocks) -> ``sealed`` (the blocks hold the KV of known
+tokens) -> ``claimed`` (the engine copies them) -> gone. `release` ends it in any state. One that is
+open or sealed ends by itself when its time is over; a claimed one does not, because the process that
+claimed it owns the table too.
+
+The writer of an open lease sits in another process and cannot be stopped. Blocks of an open lease
+that expired or was abandoned are therefore *resting* for as long again as the lease was meant to
+live before anybody else gets them: a restore that comes late writes into memory nobody reads. A
+holder calls `release` on an open lease only when no writer is left, `abandon` otherwise.
+
+All methods are thread-safe (the control server and the engine thread share one table).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from kvfetcher.errors import ArenaFullError, LeaseError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+LeaseState = Literal["open", "sealed", "claimed"]
+
+MAX_TTL_SECONDS = 86400.0
+
+
+def tokens_digest(token_ids: Sequence[int] | NDArray[Any]) -> str:
+    """SHA-256, hex, over the ids as little-endian int32: what a sealed lease says it holds."""
+    return hashlib.sha256(np.asarray(token_ids, dtype="<i4").tobytes()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """One lease as its holder sees it. ``block_ids`` hold ``num_tokens`` tokens, in order."""
+
+    id: str
+    block_ids: tuple[int, ...]
+    num_tokens: int
+    state: LeaseState
+    tokens_digest: str
+    """"" until sealed."""
+    expires_at: float
+    """On the clock that the table's caller uses, in seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseClaim:
+    """What a request carries (`kv_lease`): the first `num_tokens` tokens lie in this sealed lease."""
+
+    lease_id: str
+    num_tokens: int
+    generation: str
+    """Of the arena, so that a claim does not outlive an engine restart."""
+
+    def to_json(self) -> str:
+        return json.dumps(
+            {
+                "lease_id": self.lease_id,
+                "num_tokens": self.num_tokens,
+                "generation": self.generation,
+            },
+            separators=(",", ":"),
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> LeaseClaim | None:
+        """Parse; "" is None (no lease).
+
+        Raises:
+            LeaseError: the text is not a claim.
+        """
+        if not text:
+            return None
+        try:
+            data = json.loads(text)
+            claim = cls(**data)
+        except (ValueError, TypeError) as exc:
+            raise LeaseError(f"kv_lease must be a lease claim as JSON, got {text[:80]!r}") from exc
+        if (
+            not isinstance(claim.lease_id, str)
+            or not isinstance(claim.generation, str)
+            or type(claim.num_tokens) is not int
+            or claim.num_tokens < 1
+        ):
+            raise LeaseError(f"kv_lease has a field of the wrong type or range: {text[:160]!r}")
+        return claim
+
+
+@dataclass(slots=True)
+class _Entry:
+    block_ids: tuple[int, ...]
+    num_tokens: int
+    ttl_seconds: float
+    expires_at: float
+    state: LeaseState = "open"
+    digest: str = ""
+
+
+@dataclass(slots=True)
+class _Resting:
+    block_ids: tuple[int, ...]
+    until: float
+
+
+@dataclass(slots=True)
+class LeaseCounts:
+    """Totals since the start, for metrics."""
+
+    leased: int = 0
+    sealed: int = 0
+    claimed: int = 0
+    released: int = 0
+    expired: int = 0
+    abandoned: int = 0
+    refused_full: int = 0
+
+
+@dataclass(slots=True)
+class LeaseTable:
+    """Leases over `num_blocks` blocks of `tokens_per_block` tokens."""
+
+    num_blocks: int
+    tokens_per_block: int
+    counts: LeaseCounts = field(default_factory=LeaseCounts)
+    _free: list[int] = field(init=False)
+    _entries: dict[str, _Entry] = field(init=False, default_factory=dict)
+    _resting: list[_Resting] = field(init=False, default_factory=list)
+    _lock: threading.Lock = field(init=False, default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        # Last in, first out: blocks just given back are warm in the CPU's caches.
+        self._free = list(range(self.num_blocks - 1, -1, -1))
+
+    def lease(self, num_tokens: int, ttl_seconds: float, *, now: float) -> Lease:
+        """Take blocks for `num_tokens` tokens, for at most `ttl_seconds` until claimed.
+
+        Raises:
+            ArenaFullError: too few free blocks.
+            LeaseError: `num_tokens` < 1, or `ttl_seconds` not within (0, MAX_TTL_SECONDS].
+        """
+        if num_tokens < 1 or not 0 < ttl_seconds <= MAX_TTL_SECONDS:
+            raise LeaseError(
+                f"a lease is for at least 1 token and 0 to {MAX_TTL_SECONDS:.0f} seconds, got"
+                f" {num_tokens} tokens, {ttl_seconds} seconds"
+            )
+        needed = -(-num_tokens // self.tokens_per_block)
+        with self._lock:
+            self._expire(now)
+            if needed > len(self._free):
+                self.counts.refused_full += 1
+                raise ArenaFullError(
+                    f"{num_tokens} tokens need {needed} arena blocks, {len(self._free)} of"
+                    f" {self.num_blocks} are free; try again later or raise engine.arena_bytes"
+                )
+            ids = tuple(self._free[-needed:][::-1])
+            del self._free[-needed:]
+            lease_id = secrets.token_hex(16)
+            entry = _Entry(ids, num_tokens, ttl_seconds, now + ttl_seconds)
+            self._entries[lease_id] = entry
+            self.counts.leased += 1
+            return _view(lease_id, entry)
+
+    def seal(self, lease_id: str, num_tokens: int, digest: str, *, now: float) -> Lease:
+        """Say that the first `num_tokens` tokens are filled, and of which tokens they are.
+
+        A lease may be sealed with fewer tokens than leased: the blocks behind are given back.
+        The time to live starts again.
+
+        Raises:
+            LeaseError: unknown, expired, not open, or `num_tokens` not within the lease.
+        """
+        with self._lock:
+            self._expire(now)
+            entry = self._get(lease_id, "open", "seal")
+            if not 1 <= num_tokens <= entry.num_tokens:
+                raise LeaseError(
+                    f"lease {lease_id} is for 1 to {entry.num_tokens} tokens, sealed with"
+                    f" {num_tokens}"
+                )
+            used = -(-num_tokens // self.tokens_per_block)
+            self._free.extend(entry.block_ids[used:])
+            entry.block_ids, entry.num_tokens = entry.block_ids[:used], num_tokens
+            entry.state, entry.digest = "sealed", digest
+            entry.expires_at = now + entry.ttl_seconds
+            self.counts.sealed += 1
+            return _view(lease_id, entry)
+
+    def claim(self, lease_id: str, *, now: float) -> Lease:
+        """Take a sealed lease for reading; from now on it does not expire.
+
+        Raises:
+            LeaseError: unknown, expired, or not sealed.
+        """
+        with self._lock:
+            self._expire(now)
+            entry = self._get(lease_id, "sealed", "claim")
+            entry.state = "claimed"
+            self.counts.claimed += 1
+            return _view(lease_id, entry)
+
+    def renew(self, lease_id: str, *, now: float) -> Lease:
+        """Start an open or sealed lease's time to live again.
+
+        Also the proof of who reads a sealed lease from another process: it copies first and renews
+        (or releases) after; when that succeeds the blocks were the lease's own all the while.
+
+        Raises:
+            LeaseError: unknown or already gone.
+        """
+        with self._lock:
+            self._expire(now)
+            entry = self._get(lease_id, None, "renew")
+            entry.expires_at = now + entry.ttl_seconds
+            return _view(lease_id, entry)
+
+    def release(self, lease_id: str, *, now: float) -> None:
+        """Give the blocks back at once. The caller vouches that nobody writes them any more.
+
+        Raises:
+            LeaseError: unknown or already gone.
+        """
+        with self._lock:
+            self._expire(now)
+            entry = self._get(lease_id, None, "release")
+            del self._entries[lease_id]
+            self._free.extend(reversed(entry.block_ids))
+            self.counts.released += 1
+
+    def abandon(self, lease_id: str, *, now: float) -> None:
+        """Give up an open lease whose writers may still run: its blocks rest before reuse.
+
+        Raises:
+            LeaseError: unknown, already gone, or claimed.
+        """
+        with self._lock:
+            self._expire(now)
+            entry = self._get(lease_id, None, "abandon")
+            if entry.state == "claimed":
+                raise LeaseError(f"lease {lease_id} is claimed; only its claimer releases it")
+            self._end(lease_id, entry, now)
+            self.counts.abandoned += 1
+
+    def expire(self, now: float) -> int:
+        """End what is over. Every other method does so first; this one is for a timer.
+
+        Returns:
+            How many leases ended.
+        """
+        with self._lock:
+            return self._expire(now)
+
+    def usage(self) -> dict[str, int]:
+        """Blocks by state, for metrics: total, free, open, sealed, claimed, resting."""
+        with self._lock:
+            result = {"total": self.num_blocks, "free": len(self._free)}
+            for state in ("open", "sealed", "claimed"):
+                result[state] = sum(
+                    len(e.block_ids) for e in self._entries.values() if e.state == state
+                )
+            result["resting"] = sum(len(r.block_ids) for r in self._resting)
+            return result
+
+    def _get(self, lease_id: str, state: LeaseState | None, verb: str) -> _Entry:
+        entry = self._entries.get(lease_id)
+        if entry is None:
+            raise LeaseError(
+                f"cannot {verb} lease {lease_id!r}: unknown, expired or released; lease again"
+            )
+        if state is not None and entry.state != state:
+            raise LeaseError(f"cannot {verb} lease {lease_id}: it is {entry.state}, not {state}")
+        return entry
+
+    def _expire(self, now: float) -> int:
+        over = [
+            (lease_id, entry)
+            for lease_id, entry in self._entries.items()
+            if entry.state != "claimed" and entry.expires_at <= now
+        ]
+        for lease_id, entry in over:
+            # The rest counts from when it ended, not from when somebody noticed.
+            self._end(lease_id, entry, entry.expires_at)
+        self.counts.expired += len(over)
+        rested = [r for r in self._resting if r.until <= now]
+        if rested:
+            self._resting = [r for r in self._resting if r.until > now]
+            for resting in rested:
+                self._free.extend(resting.block_ids)
+        return len(over)
+
+    def _end(self, lease_id: str, entry: _Entry, ended_at: float) -> None:
+        del self._entries[lease_id]
+        if entry.state == "open":
+            self._resting.append(_Resting(entry.block_ids, ended_at + entry.ttl_seconds))
+        else:
+            self._free.extend(entry.block_ids)
+
+
+def _view(lease_id: str, entry: _Entry) -> Lease:
+    return Lease(
+        lease_id, entry.block_ids, entry.num_tokens, entry.state, entry.digest, entry.expires_at
+    )
