@@ -1,0 +1,1 @@
+"""The KV codec: profiles, units, lossless H.265 video."""

@@ -1,0 +1,214 @@
+"""The codec's front: configuration -> profile, values -> chunk, unit -> planes -> values."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvfetcher.codec.base import Decoder, Profile, RestoredUnit, Restorer, UnitSource
+from kvfetcher.codec.exact import FLOAT_BITS, ExactProfile, restore_exact
+from kvfetcher.codec.unit import EXACT, parse_unit
+from kvfetcher.container import UnitData, build_chunk, check_unit, parse_header
+from kvfetcher.errors import ConfigError, FormatError, LayoutError, UnsupportedVersionError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvfetcher.codec.base import Integers
+    from kvfetcher.config import CodecConfig
+    from kvfetcher.spec import KVSpec
+
+RESTORERS: dict[int, Restorer] = {EXACT: restore_exact}
+PROFILE_NAMES: dict[int, str] = {EXACT: "exact"}
+
+
+def make_profile(config: CodecConfig) -> Profile:
+    """The profile that `config` names, with its parameters.
+
+    Raises:
+        ConfigError: there is no such profile, or a parameter does not fit it.
+    """
+    if config.profile == "exact":
+        return ExactProfile(unit_layers=config.unit_layers)
+    raise ConfigError(f"codec.profile must be exact, got {config.profile!r}")
+
+
+def profile_id(config: CodecConfig, spec: KVSpec) -> str:
+    """Canonical text of profile and parameters; part of a chunk's identity.
+
+    Two profiles of the same text restore the same values from the same input.
+
+    Raises:
+        ConfigError: as `make_profile`.
+    """
+    return make_profile(config).identity
+
+
+def encode_chunk(
+    values: Integers,
+    *,
+    spec: KVSpec,
+    profile: Profile,
+    identity: bytes,
+    chunk_key: bytes,
+    token_ids: Sequence[int],
+    first_position: int,
+    num_threads: int,
+    parent_key: bytes = bytes(32),
+) -> bytes:
+    """Encode one chunk object, ready for the store.
+
+    Args:
+        values: [L, K, H, T, D] bit patterns of `spec.dtype`.
+        spec: geometry; must match `values`.
+        profile: from `make_profile`.
+        identity: 32 bytes, `ModelIdentity.digest`; as the keys, stored in the header.
+        chunk_key: key of this chunk.
+        token_ids: the chunk's T tokens.
+        first_position: position of the first token in its sequence.
+        num_threads: units encoded at one time.
+        parent_key: key of the chunk before; zeros for the first.
+
+    Raises:
+        LayoutError: shape or dtype of `values` differ from `spec` and `token_ids`.
+        CodecError: the encoder failed, or the profile cannot hold these values.
+        FormatError: the chunk would break a limit of the format.
+    """
+    expected = (
+        spec.num_layers,
+        spec.kv_factor,
+        spec.num_kv_heads,
+        len(token_ids),
+        spec.head_dim,
+    )
+    dtype = FLOAT_BITS[spec.dtype].item_dtype
+    if values.shape != expected or values.dtype != dtype or not token_ids:
+        raise LayoutError(
+            f"KV values must be [L, K, H, T, D] = {expected} {dtype} for {spec.dtype}, got"
+            f" {values.shape} {values.dtype}"
+        )
+    jobs = [
+        (variant, start, layers)
+        for variant in profile.variants()
+        for start, layers in profile.layer_groups(spec, len(token_ids))
+    ]
+
+    def encode(job: tuple[str, int, int]) -> UnitData:
+        variant, start, layers = job
+        part = np.ascontiguousarray(values[start : start + layers])
+        source = UnitSource(part, spec, start, first_position)
+        return UnitData(start, layers, variant, profile.encode(source, variant))
+
+    if num_threads == 1:
+        units = [encode(job) for job in jobs]
+    else:
+        with ThreadPoolExecutor(num_threads, thread_name_prefix="kvfetcher-encode") as pool:
+            units = list(pool.map(encode, jobs))
+    return build_chunk(
+        units,
+        spec=spec,
+        profile=profile.identity,
+        identity=identity,
+        chunk_key=chunk_key,
+        parent_key=parent_key,
+        first_position=first_position,
+        token_ids=token_ids,
+    )
+
+
+def decode_unit(data: bytes | memoryview, decoder: Decoder) -> Integers:
+    """Decode the video of one unit.
+
+    Returns:
+        Planes [F, P, Y, X] of `parse_unit(data).geometry`.
+
+    Raises:
+        FormatError: `data` is not a unit.
+        CodecError: the video does not decode to the pictures that the unit promises.
+    """
+    unit = parse_unit(data)
+    return decoder.decode(unit.packets(), unit.geometry)
+
+
+def restore_unit(data: bytes | memoryview, planes: Integers) -> RestoredUnit:
+    """Turn decoded planes back into KV values, and check them.
+
+    Args:
+        data: the unit's bytes.
+        planes: [F, P, Y, X] as from `decode_unit`; at more than 8 bits also as bytes,
+            uint8 [F, P, Y, 2 X] little-endian.
+
+    Raises:
+        FormatError: `data` is not a unit, or its profile is unknown.
+        ChecksumError: the restored integers differ from the unit's digest.
+        LayoutError: `planes` is not what the unit's geometry says.
+    """
+    unit = parse_unit(data)
+    geometry = unit.geometry
+    if planes.dtype == np.uint8 and geometry.dtype != np.uint8 and planes.shape[-1] % 2 == 0:
+        planes = np.ascontiguousarray(planes).view(geometry.dtype)
+    if planes.shape != geometry.shape or planes.dtype != geometry.dtype:
+        raise LayoutError(
+            f"planes must be {geometry.shape} {geometry.dtype}, got {planes.shape} {planes.dtype}"
+        )
+    restorer = RESTORERS.get(unit.profile)
+    if restorer is None:
+        raise UnsupportedVersionError(
+            f"unit is of profile {unit.profile}, this build restores {sorted(RESTORERS)}; upgrade"
+        )
+    return RestoredUnit(unit.layer_start, restorer(unit, np.ascontiguousarray(planes)))
+
+
+def describe_chunk(data: bytes | memoryview) -> dict[str, Any]:
+    """What a chunk object holds, as JSON-ready data; checks every unit's bytes.
+
+    Raises:
+        FormatError: `data` is not a whole, sound chunk.
+    """
+    header = parse_header(data)
+    if len(data) != header.object_bytes:
+        raise FormatError(f"chunk says {header.object_bytes} bytes, got {len(data)}")
+    view = memoryview(data)
+    elements = header.spec.elements_per_token * header.num_tokens
+    units: list[dict[str, Any]] = []
+    totals: dict[str, int] = {}
+    for entry in header.units:
+        unit_bytes = view[entry.offset : entry.stop]
+        check_unit(header, entry, unit_bytes)
+        unit = parse_unit(unit_bytes)
+        geometry = unit.geometry
+        totals[entry.variant] = totals.get(entry.variant, 0) + entry.length
+        units.append(
+            {
+                "layers": [unit.layer_start, unit.layer_start + unit.num_layers],
+                "variant": entry.variant,
+                "profile": PROFILE_NAMES.get(unit.profile, str(unit.profile)),
+                "bytes": entry.length,
+                "bits_per_element": 8 * entry.length / unit.num_elements,
+                "pictures": geometry.num_frames,
+                "picture": f"{geometry.width}x{geometry.height}",
+                "bit_depth": geometry.bit_depth,
+                "chroma": geometry.chroma,
+                "sections": {
+                    str(s.kind): {"stored_bytes": len(s.stored), "raw_bytes": s.raw_bytes}
+                    for s in unit.sections
+                },
+            }
+        )
+    return {
+        "format_version": header.version,
+        "profile": header.profile,
+        "spec": header.spec.to_dict(),
+        "chunk_key": header.chunk_key.hex(),
+        "parent_key": header.parent_key.hex(),
+        "first_position": header.first_position,
+        "num_tokens": header.num_tokens,
+        "header_bytes": header.header_bytes,
+        "object_bytes": header.object_bytes,
+        "bits_per_element": {
+            name: 8 * (header.header_bytes + size) / elements for name, size in totals.items()
+        },
+        "units": units,
+    }
