@@ -47,6 +47,7 @@ UNIT = "unit"  # UINT8 [num_bytes], one unit (FORMAT.md)
 PLANES = "planes"  # UINT8 [num_frames, num_planes, height, width * bytes_per_sample]
 KV_TARGET = "kv_target"  # STRING [1], JSON BlockTarget (arena.py); "" = return the values
 KV_VALUES = "kv_values"  # UINT8 [num_bytes], canonical [L, K, H, T, D], little-endian
+DECODE_STATUS = "decode_status"  # STRING [1], JSON: decoder, decode_ms
 KV_STATUS = "kv_status"  # STRING [1], JSON: timings and which decoder
 KV_SPEC = "kv_spec"  # STRING [1], JSON (ChunkSource of kv_encode)
 CHUNK = "chunk"  # UINT8 [num_bytes], one chunk object (FORMAT.md)

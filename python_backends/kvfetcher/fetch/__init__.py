@@ -1,0 +1,1 @@
+"""The fetcher: which chunks to get, in which order, and getting them."""

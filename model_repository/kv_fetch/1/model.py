@@ -1,0 +1,56 @@
+"""kv_fetch: token ids -> a lease on restored KV of the longest stored prefix, and the report.
+
+Inputs   input_ids INT32 [num_tokens] and the sampling inputs of the client
+Outputs  input_ids, sampling (JSON), kv_lease (JSON or ""), kv_report (JSON)
+Errors   INVALID_ARG bad request. A store, chunk or decoder that fails is a miss with a reason.
+One process owns the fetcher; requests run concurrently on the stub's event loop.
+"""
+
+import asyncio
+
+import triton_python_backend_utils as pb_utils
+
+from kvfetcher import wire
+from kvfetcher.config import load_config
+from kvfetcher.serving import setup
+from kvfetcher.serving.fetching import build_fetcher
+from kvfetcher.serving.params import read_client_request
+from kvfetcher.serving.respond import send_error
+from kvfetcher.serving.tensors import ids_tensor, text_tensor
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        setup.check_stub(args, pb_utils)
+        self.config = load_config()
+        self.fetcher = build_fetcher(self.config, pb_utils)
+
+    async def execute(self, requests):
+        await asyncio.gather(*(self._serve(request) for request in requests))
+
+    async def _serve(self, request):
+        sender = request.get_response_sender()
+        try:
+            asked = read_client_request(request, self.config.engine, pb_utils)
+            fetched = await self.fetcher.fetch(
+                asked.input_ids,
+                cache_salt=asked.cache_salt,
+                policy=asked.kv_policy,
+                is_cancelled=sender.is_cancelled,
+            )
+        except Exception as exc:  # noqa: BLE001 - the boundary
+            send_error(sender, exc, pb_utils)
+            return
+        tensors = [
+            ids_tensor(wire.INPUT_IDS, asked.input_ids, pb_utils),
+            text_tensor(wire.SAMPLING, asked.sampling_json, pb_utils),
+            text_tensor(wire.KV_LEASE, fetched.lease_json, pb_utils),
+            text_tensor(wire.KV_REPORT, fetched.report.to_json(), pb_utils),
+        ]
+        sender.send(
+            pb_utils.InferenceResponse(output_tensors=tensors),
+            flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL,
+        )
+
+    def finalize(self):
+        self.fetcher.close()

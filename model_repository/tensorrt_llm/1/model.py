@@ -1,0 +1,47 @@
+"""tensorrt_llm: token ids (and a lease on ready KV) -> text, streamed.
+
+Inputs   input_ids  INT32  [num_tokens]
+         sampling   STRING [1]  JSON (serving/params.py)
+         kv_lease   STRING [1]  JSON or ""
+         kv_report  STRING [1]  JSON of the fetch, completed here
+Outputs  text_output STRING [1], output_ids INT32 [n], finish_reason STRING [1] ("" until the last),
+         kv_report STRING [1] (JSON on the first and the last response, "" between)
+Errors   INVALID_ARG bad request · UNAVAILABLE queue full · CANCELLED · INTERNAL engine failed
+This process owns the engine and its KV arena.
+"""
+
+import asyncio
+
+import triton_python_backend_utils as pb_utils
+
+from kvfetcher.config import load_config
+from kvfetcher.serving import setup
+from kvfetcher.serving.generating import Generation, SaveQueue, build_engine
+from kvfetcher.serving.respond import send_error
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        setup.check_stub(args, pb_utils)
+        self.config = load_config()
+        self.engine = build_engine(self.config)
+        self.saves = SaveQueue(self.config, self.engine, pb_utils)
+
+    async def execute(self, requests):
+        await asyncio.gather(*(self._serve(request) for request in requests))
+
+    async def _serve(self, request):
+        sender = request.get_response_sender()
+        try:
+            generation = Generation.read(request, pb_utils)
+            async for response, is_last in generation.responses(self.engine, sender.is_cancelled):
+                flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if is_last else 0
+                sender.send(response, flags=flags)
+        except Exception as exc:  # noqa: BLE001 - the boundary
+            send_error(sender, exc, pb_utils)
+            return
+        await self.saves.save(generation)
+
+    def finalize(self):
+        self.saves.close()
+        self.engine.close()

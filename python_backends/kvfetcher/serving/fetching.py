@@ -1,0 +1,63 @@
+"""`kv_fetch`: the fetcher with Triton's `kv_pipeline` as its decoder."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from kvfetcher import wire
+from kvfetcher.errors import CodecError
+from kvfetcher.fetch.fetcher import Fetched, Fetcher, UnitStatus
+from kvfetcher.serving.leases import EngineLeases
+from kvfetcher.serving.tensors import bytes_tensor, text_tensor
+from kvfetcher.storage import open_store
+
+if TYPE_CHECKING:
+    from kvfetcher.arena import BlockTarget
+    from kvfetcher.config import Config
+
+
+class FetchService:
+    """The fetcher and what it borrows; made in `initialize`, used on the stub's event loop."""
+
+    def __init__(self, config: Config, pb_utils: Any) -> None:
+        self._config = config
+        self._pb_utils = pb_utils
+        self._leases = EngineLeases(config)
+        self._fetcher: Fetcher | None = None
+
+    async def fetch(self, *args: Any, **kwargs: Any) -> Fetched:
+        """See `Fetcher.fetch`."""
+        if self._fetcher is None:  # its semaphores belong to the running loop
+            self._fetcher = Fetcher(
+                store=open_store(self._config.store),
+                leases=self._leases,
+                run_unit=self._run_unit,
+                config=self._config.fetch,
+            )
+        return await self._fetcher.fetch(*args, **kwargs)
+
+    async def _run_unit(self, unit: bytes, target: BlockTarget) -> UnitStatus:
+        pb_utils = self._pb_utils
+        response = await pb_utils.InferenceRequest(
+            model_name=wire.KV_PIPELINE,
+            requested_output_names=[wire.KV_STATUS],
+            inputs=[
+                bytes_tensor(wire.UNIT, unit, pb_utils, batched=True),
+                text_tensor(wire.KV_TARGET, target.to_json(), pb_utils, batched=True),
+            ],
+        ).async_exec()
+        if response.has_error():
+            raise CodecError(f"kv_pipeline: {response.error().message()}")
+        status = pb_utils.get_output_tensor_by_name(response, wire.KV_STATUS).as_numpy()
+        facts = json.loads(status.reshape(-1)[0])
+        return UnitStatus(facts["decoder"], facts["decode_ms"], facts["restore_ms"])
+
+    def close(self) -> None:
+        """Close the connection to the engine."""
+        self._leases.close()
+
+
+def build_fetcher(config: Config, pb_utils: Any) -> FetchService:
+    """The service of `kv_fetch`."""
+    return FetchService(config, pb_utils)

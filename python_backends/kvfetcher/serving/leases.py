@@ -1,0 +1,65 @@
+"""The engine's lease service for asyncio: `control.ControlClient` on threads."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from kvfetcher.control import ControlClient, socket_path
+from kvfetcher.fetch.fetcher import FetchFacts
+from kvfetcher.spec import ModelIdentity
+
+if TYPE_CHECKING:
+    from kvfetcher.arena import BlockTarget
+    from kvfetcher.config import Config
+
+# Table look-ups take well under a millisecond; a busy engine process may be late, not silent.
+_TIMEOUT_SECONDS = 10.0
+
+
+class EngineLeases:
+    """`LeaseService` over the engine's control socket.
+
+    Facts are asked for once: they are constant while a server runs. Thread-safe.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._client = ControlClient(socket_path(), timeout_seconds=_TIMEOUT_SECONDS)
+        self._facts: FetchFacts | None = None
+
+    async def facts(self) -> FetchFacts:
+        if self._facts is None:
+            self._facts = await asyncio.to_thread(self._ask_facts)
+        return self._facts
+
+    async def lease(self, num_tokens: int, ttl_seconds: float) -> tuple[str, BlockTarget]:
+        return await asyncio.to_thread(self._client.lease, num_tokens, ttl_seconds=ttl_seconds)
+
+    async def seal(self, lease_id: str, num_tokens: int, tokens_digest: str) -> None:
+        await asyncio.to_thread(
+            self._client.seal, lease_id, num_tokens=num_tokens, digest=tokens_digest
+        )
+
+    async def release(self, lease_id: str) -> None:
+        await asyncio.to_thread(self._client.release, lease_id)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _ask_facts(self) -> FetchFacts:
+        from kvfetcher.codec.profiles import profile_id
+
+        engine = self._client.describe()
+        identity = ModelIdentity.from_dict(engine["identity"])
+        codec = self._config.codec
+        profile = profile_id(codec, identity.spec)
+        return FetchFacts(
+            identity_digest=identity.digest(profile=profile, chunk_tokens=codec.chunk_tokens),
+            profile=profile,
+            chunk_tokens=codec.chunk_tokens,
+            tokens_per_block=engine["tokens_per_block"],
+            spec=identity.spec,
+            max_prompt_tokens=engine["max_prompt_tokens"],
+            generation=engine["generation"],
+        )

@@ -1,0 +1,72 @@
+"""`kv_save`: the saver with Triton's `kv_encode` as its encoder."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from kvfetcher import wire
+from kvfetcher.errors import CodecError
+from kvfetcher.leases import SaveTicket
+from kvfetcher.save import Saver, SaveReport
+from kvfetcher.serving.leases import EngineLeases
+from kvfetcher.serving.tensors import ids_tensor, text_tensor
+from kvfetcher.storage import open_store
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from kvfetcher.arena import BlockTarget
+    from kvfetcher.config import Config
+    from kvfetcher.fetch.fetcher import FetchFacts
+    from kvfetcher.keys import ChunkKey
+
+
+class SaveService:
+    """The saver and what it borrows."""
+
+    def __init__(self, config: Config, pb_utils: Any) -> None:
+        self._pb_utils = pb_utils
+        self._leases = EngineLeases(config)
+        self._saver = Saver(
+            store=open_store(config.store), leases=self._leases, encode_chunk=self._encode_chunk
+        )
+
+    async def save(self, input_ids: NDArray[np.int32], ticket_json: str) -> SaveReport:
+        """See `Saver.save`."""
+        return await self._saver.save(input_ids, SaveTicket.from_json(ticket_json))
+
+    async def _encode_chunk(
+        self, tokens: NDArray[np.int32], key: ChunkKey, facts: FetchFacts, target: BlockTarget
+    ) -> bytes:
+        pb_utils = self._pb_utils
+        spec = {
+            "spec": facts.spec.to_dict(),
+            "first_position": key.index * facts.chunk_tokens,
+            "identity_digest": facts.identity_digest.hex(),
+            "chunk_key": key.key.hex(),
+            "parent_key": key.parent.hex(),
+        }
+        response = await pb_utils.InferenceRequest(
+            model_name=wire.KV_ENCODE,
+            requested_output_names=[wire.CHUNK],
+            inputs=[
+                ids_tensor(wire.INPUT_IDS, tokens, pb_utils),
+                text_tensor(wire.KV_SPEC, json.dumps(spec), pb_utils),
+                text_tensor(wire.KV_TARGET, target.to_json(), pb_utils),
+            ],
+        ).async_exec()
+        if response.has_error():
+            raise CodecError(f"kv_encode: {response.error().message()}")
+        chunk = pb_utils.get_output_tensor_by_name(response, wire.CHUNK).as_numpy()
+        return bytes(chunk.tobytes())
+
+    def close(self) -> None:
+        """Close the connection to the engine."""
+        self._leases.close()
+
+
+def build_saver(config: Config, pb_utils: Any) -> SaveService:
+    """The service of `kv_save`."""
+    return SaveService(config, pb_utils)

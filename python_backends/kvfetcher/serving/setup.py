@@ -1,0 +1,51 @@
+"""Start-up checks and process settings that every model shares."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import numpy as np
+
+from kvfetcher.errors import ConfigError
+
+
+class _TritonLogHandler(logging.Handler):
+    """Sends the package's log records to Triton's log."""
+
+    def __init__(self, logger: Any, model: str) -> None:
+        super().__init__()
+        self._logger = logger
+        self._model = model
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = f"[{self._model}] {self.format(record)}"
+        if record.levelno >= logging.ERROR:
+            self._logger.log_error(text)
+        elif record.levelno >= logging.WARNING:
+            self._logger.log_warn(text)
+        else:
+            self._logger.log_info(text)
+
+
+def check_stub(args: dict[str, str], pb_utils: Any) -> None:
+    """Refuse an interpreter that would garble tensors, and bridge logging to Triton's.
+
+    Raises:
+        ConfigError: numpy is 2 or newer.
+    """
+    if int(np.__version__.split(".")[0]) >= 2:
+        raise ConfigError(
+            f"numpy {np.__version__} in Triton's Python stub: its tensors would be garbled without"
+            " an error; install numpy<2 into this interpreter"
+        )
+    logger = logging.getLogger("kvfetcher")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(_TritonLogHandler(pb_utils.Logger, args["model_name"]))
+    logger.propagate = False
+
+
+def lower_priority(nice: int) -> None:
+    """Make this process yield the CPU to others (encoding must not delay requests)."""
+    os.nice(nice)
