@@ -7,16 +7,19 @@ silently corrected. Every default of the project is in this file.
 
 from __future__ import annotations
 
+import json
 import os
 import tomllib
-import types
 import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from kvfetcher.errors import ConfigError
+
+if typing.TYPE_CHECKING:
+    import types
+    from collections.abc import Mapping
 
 CONFIG_VARIABLE = "KVFETCHER_CONFIG"
 RUN_DIR_VARIABLE = "KVFETCHER_RUN_DIR"
@@ -48,6 +51,8 @@ class _Section:
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig(_Section):
+    """Endpoints and life of tritonserver."""
+
     NAME: typing.ClassVar[str] = "server"
 
     host: str = _option("127.0.0.1", "address all three endpoints bind to")
@@ -59,14 +64,18 @@ class ServerConfig(_Section):
         60.0, "longest wait for running requests and pending saves at stop", low=1, high=3600
     )
     decode_instances: int = _option(
-        0, "kv_decode processes; 0 = one per CPU core (at most 4), or one per NVDEC engine",
-        low=0, high=64,
+        0,
+        "kv_decode processes; 0 = one per CPU core (at most 4), or one per NVDEC engine",
+        low=0,
+        high=64,
     )
     log_verbose: int = _option(0, "tritonserver --log-verbose", low=0, high=4)
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig(_Section):
+    """The LLM engine."""
+
     NAME: typing.ClassVar[str] = "engine"
 
     kind: Literal["torch"] = _option("torch", "which engine serves `tensorrt_llm`")
@@ -82,8 +91,10 @@ class EngineConfig(_Section):
         1 << 30, "size of the shared KV arena (fetched and to-be-saved KV)", low=1 << 20
     )
     prefill_slice_tokens: int = _option(
-        256, "prefill runs in slices of so many tokens, so that running streams go on",
-        low=1, high=65536,
+        256,
+        "prefill runs in slices of so many tokens, so that running streams go on",
+        low=1,
+        high=65536,
     )
     max_running_requests: int = _option(8, "requests that hold KV at one time", low=1, high=1024)
     max_waiting_requests: int = _option(256, "requests that queue; one more is refused", low=0)
@@ -96,6 +107,8 @@ class EngineConfig(_Section):
 
 @dataclass(frozen=True, slots=True)
 class CodecConfig(_Section):
+    """How chunks are cut and coded."""
+
     NAME: typing.ClassVar[str] = "codec"
 
     profile: str = _option("exact", "profile that new chunks are saved with")
@@ -110,6 +123,8 @@ class CodecConfig(_Section):
 
 @dataclass(frozen=True, slots=True)
 class StoreConfig(_Section):
+    """Where chunks live."""
+
     NAME: typing.ClassVar[str] = "store"
 
     kind: Literal["file"] = _option("file", "where chunks live")
@@ -123,6 +138,8 @@ class StoreConfig(_Section):
 
 @dataclass(frozen=True, slots=True)
 class FetchConfig(_Section):
+    """Fetching of prefixes."""
+
     NAME: typing.ClassVar[str] = "fetch"
 
     enabled: bool = _option(True, "fetch at all; off = every request computes its prefix")
@@ -143,6 +160,8 @@ class FetchConfig(_Section):
 
 @dataclass(frozen=True, slots=True)
 class SaveConfig(_Section):
+    """Saving of prefixes."""
+
     NAME: typing.ClassVar[str] = "save"
 
     enabled: bool = _option(True, "save computed prefixes")
@@ -225,6 +244,34 @@ def explain_config(
     ]
 
 
+def dump_config(config: Config) -> str:
+    """`config` as TOML text with every value, which `load_config` reads back as it was."""
+    return "\n".join(
+        f"[{name}]\n"
+        + "".join(
+            f"{f.name} = {_toml_value(getattr(getattr(config, name), f.name))}\n"
+            for f in fields(cls)  # type: ignore[arg-type]
+        )
+        for name, cls in SECTIONS.items()
+    )
+
+
+def is_setting_variable(name: str) -> bool:
+    """Whether an environment variable of this name is a setting (``KVFETCHER_SERVER_HOST``)."""
+    return any(
+        name == f"{_PREFIX}{section}_{f.name}".upper()
+        for section, cls in SECTIONS.items()
+        for f in fields(cls)  # type: ignore[arg-type]
+    )
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    # JSON's numbers, booleans and strings are TOML's too, but for DEL and surrogate pairs.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def _load(
     path: str | Path | None, environ: Mapping[str, str]
 ) -> tuple[Config, dict[tuple[str, str], str]]:
@@ -248,7 +295,8 @@ def _load(
             if variable in environ:
                 values[name][f.name] = _parse(variable, environ[variable], hints[f.name])
                 sources[name, f.name] = f"${variable}"
-    return Config(**{name: cls(**values[name]) for name, cls in SECTIONS.items()}), sources
+    sections: dict[str, Any] = {name: cls(**values[name]) for name, cls in SECTIONS.items()}
+    return Config(**sections), sources
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
