@@ -1,0 +1,5 @@
+"""Runs a tritonserver with KVFetcher's models: the system's, or the nvidia-pytriton wheel's."""
+
+from kvfetcher.server.process import TritonServer
+
+__all__ = ["TritonServer"]

@@ -1,0 +1,373 @@
+"""Runs one tritonserver: start, readiness, death, stop; leaves nothing behind.
+
+with TritonServer(load_config()) as server:
+    ...                            # ready: server.grpc_url answers
+                                   # stopped, /dev/shm and the run folder clean
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from kvfetcher.config import (
+    CONFIG_VARIABLE,
+    RUN_DIR_VARIABLE,
+    Config,
+    cache_home,
+    dump_config,
+    is_setting_variable,
+)
+from kvfetcher.errors import ServerError
+from kvfetcher.server.installation import Installation, find_installation
+from kvfetcher.server.ports import check_ports
+from kvfetcher.server.repository import find_repository, served_repository
+from kvfetcher.server.rundir import SHARED_MEMORY, RunDir, remove_leftovers
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+Progress = Callable[[float, int, int], None]
+"""Called while waiting: seconds since the start, models ready, models in all."""
+
+_POLL_SECONDS = 0.1
+_PROGRESS_SECONDS = 1.0
+_TAIL_LINES = 30
+
+# Between a model's stop and the server's own: Triton logs and frees after its exit timeout.
+_STOP_GRACE_SECONDS = 5.0
+
+# Per model instance, growing in steps of 1 MiB by itself; a unit's planes are a few MiB.
+_STUB_SHARED_BYTES = 4 << 20
+
+_LOADED = re.compile(rb"successfully loaded '([^']+)'")
+
+# Between fork and exec nothing of this process may run (threads), so a small program sets the
+# signal that comes when the launcher dies, and becomes the server.
+_EXEC = """\
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the launcher died")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+_log = logging.getLogger(__name__)
+
+
+class TritonServer:
+    """One tritonserver process with its Python stubs.
+
+    Not thread-safe. `start` must be called in a thread that lives as long as the server: Linux
+    sends the signal of a dying parent when the *thread* that started the child ends.
+
+    Args:
+        config: settings; the models read exactly these (a copy in the run folder).
+        model_repository: see `repository.find_repository`.
+        log_path: the server's and models' output; None = in the run folder, gone at stop.
+        progress: called about once a second while waiting for readiness.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        model_repository: str | os.PathLike[str] | None = None,
+        log_path: str | os.PathLike[str] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.config = config
+        self._model_repository = model_repository
+        self._chosen_log_path = log_path
+        self._progress = progress
+        self._run_dir: RunDir | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def http_url(self) -> str:
+        """``host:port``, as tritonclient wants it."""
+        return _url(self.config.server.host, self.config.server.http_port)
+
+    @property
+    def grpc_url(self) -> str:
+        """``host:port``, as tritonclient wants it."""
+        return _url(self.config.server.host, self.config.server.grpc_port)
+
+    @property
+    def metrics_url(self) -> str:
+        """``host:port`` of the Prometheus endpoint."""
+        return _url(self.config.server.host, self.config.server.metrics_port)
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder; there from `start` to `stop`."""
+        if self._run_dir is None:
+            raise ServerError("the server is not started")
+        return self._run_dir.path
+
+    @property
+    def log_path(self) -> Path:
+        """Output of server and models."""
+        if self._chosen_log_path is not None:
+            return Path(self._chosen_log_path)
+        return self.run_dir / "tritonserver.log"
+
+    @property
+    def process_id(self) -> int:
+        """Of tritonserver itself; its stubs are its children."""
+        if self._process is None:
+            raise ServerError("the server is not started")
+        return self._process.pid
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start and wait for readiness.
+
+        Raises:
+            ServerError: no tritonserver, no models, a port is taken, a model failed to load (with
+                the last lines of the log), or not ready within ``server.ready_timeout_seconds``.
+                Nothing is left running.
+        """
+        if self._process is not None:
+            raise ServerError("the server is started already")
+        installation = find_installation()
+        repository = find_repository(self._model_repository)
+        remove_leftovers()
+        check_ports(self.config.server)
+        _check_shared_memory(self.config)
+        self._run_dir = RunDir()
+        try:
+            self._spawn(installation, repository)
+            self._wait_ready(sum(1 for p in repository.iterdir() if p.is_dir()))
+        except BaseException as exc:
+            tail = self._tail()
+            self._kill_all()
+            if isinstance(exc, ServerError) and tail:
+                raise ServerError(f"{exc}\n{tail}") from exc
+            raise
+
+    def wait(self) -> None:
+        """Block until the server ends by itself.
+
+        Raises:
+            ServerError: it did; with its status and the last lines of its log.
+        """
+        if self._process is None:
+            raise ServerError("the server is not started")
+        status = self._process.wait()
+        raise ServerError(f"tritonserver ended by itself ({_status_text(status)})\n{self._tail()}")
+
+    def is_alive(self) -> bool:
+        """Whether the tritonserver process runs (ready or not)."""
+        return self._process is not None and self._process.poll() is None
+
+    def is_ready(self) -> bool:
+        """Whether all models can take requests now."""
+        connection = http.client.HTTPConnection(
+            _reachable(self.config.server.host), self.config.server.http_port, timeout=1.0
+        )
+        try:
+            connection.request("GET", "/v2/health/ready")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def stop(self) -> bool:
+        """Stop cleanly, then by force; remove the run folder and the files in /dev/shm.
+
+        Running requests and the models' `finalize` get ``server.stop_timeout_seconds``. A second
+        Ctrl-C meanwhile kills at once. May be repeated.
+
+        Returns:
+            Whether it stopped cleanly by itself.
+        """
+        clean = False
+        try:
+            if self.is_alive():
+                assert self._process is not None
+                self._process.send_signal(signal.SIGINT)
+                self._process.wait(self.config.server.stop_timeout_seconds + _STOP_GRACE_SECONDS)
+                clean = self._process.returncode == 0
+        except subprocess.TimeoutExpired:
+            _log.warning("tritonserver did not stop in time and is killed")
+        except KeyboardInterrupt:
+            _log.warning("tritonserver is killed")
+        finally:
+            self._kill_all()
+        return clean
+
+    def kill(self) -> None:
+        """Kill tritonserver alone, as a crash would; `stop` still has to follow."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def _spawn(self, installation: Installation, repository: Path) -> None:
+        run_dir = self.run_dir
+        config_path = run_dir / "config.toml"
+        config_path.write_text(dump_config(self.config))
+        served = served_repository(repository, self.config, run_dir / "model_repository")
+        command = [
+            *(sys.executable, "-I", "-S", "-c", _EXEC, str(os.getpid())),
+            str(installation.executable),
+            *self._flags(installation, served),
+        ]
+        environ = {k: v for k, v in os.environ.items() if not is_setting_variable(k)}
+        environ[CONFIG_VARIABLE] = str(config_path)
+        environ[RUN_DIR_VARIABLE] = str(run_dir)
+        try:
+            with self.log_path.open("ab") as log:
+                self._process = subprocess.Popen(
+                    command,
+                    env=installation.environment(environ),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    # A group of its own: the terminal's Ctrl-C is for the launcher alone.
+                    start_new_session=True,
+                )
+        except OSError as exc:
+            raise ServerError(
+                f"log file {self.log_path} cannot be written: {exc.strerror}"
+            ) from exc
+
+    def _flags(self, installation: Installation, repository: Path) -> list[str]:
+        assert self._run_dir is not None
+        server = self.config.server
+        python = {
+            "shm-region-prefix-name": f"{self._run_dir.shared_memory_prefix}py",
+            "shm-default-byte-size": _STUB_SHARED_BYTES,
+            "stub-timeout-seconds": int(server.ready_timeout_seconds),
+        }
+        return [
+            f"--model-repository={repository}",
+            f"--backend-directory={installation.backend_folder}",
+            *(f"--backend-config=python,{key}={value}" for key, value in python.items()),
+            # Every config.pbtxt here is complete. Asking the models would start each stub twice.
+            "--disable-auto-complete-config",
+            f"--http-address={server.host}",
+            f"--http-port={server.http_port}",
+            f"--grpc-address={server.host}",
+            f"--grpc-port={server.grpc_port}",
+            f"--metrics-address={server.host}",
+            f"--metrics-port={server.metrics_port}",
+            f"--exit-timeout-secs={int(server.stop_timeout_seconds)}",
+            f"--log-verbose={server.log_verbose}",
+        ]
+
+    def _wait_ready(self, num_models: int) -> None:
+        assert self._process is not None
+        start = time.monotonic()
+        next_report = start + _PROGRESS_SECONDS
+        while not self.is_ready():
+            now = time.monotonic()
+            if (status := self._process.poll()) is not None:
+                raise ServerError(
+                    f"tritonserver ended while starting ({_status_text(status)}); its log is kept"
+                    f" in {self._keep_log()}; the last lines:"
+                )
+            if now - start > self.config.server.ready_timeout_seconds:
+                raise ServerError(
+                    f"tritonserver was not ready after"
+                    f" {self.config.server.ready_timeout_seconds:g} s"
+                    f" (server.ready_timeout_seconds); its log is kept in {self._keep_log()};"
+                    " the last lines:"
+                )
+            if self._progress is not None and now >= next_report:
+                ready = len(set(_LOADED.findall(self.log_path.read_bytes())))
+                self._progress(now - start, ready, num_models)
+                next_report += _PROGRESS_SECONDS
+            time.sleep(_POLL_SECONDS)
+
+    def _keep_log(self) -> Path:
+        """The log of a failed start outlives the run folder, until the next failure."""
+        if self._chosen_log_path is not None:
+            return self.log_path
+        kept = cache_home() / "tritonserver" / "last-failure.log"
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(self.log_path, kept)
+        return kept
+
+    def _tail(self) -> str:
+        try:
+            lines = self.log_path.read_text(errors="replace").splitlines()
+        except (OSError, ServerError):
+            return ""
+        return "\n".join(lines[-_TAIL_LINES:])
+
+    def _kill_all(self) -> None:
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+        if self._run_dir is not None:
+            self._run_dir.remove()
+            self._run_dir = None
+
+
+def plain_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """What a tritonserver started by hand needs, as the variables that differ from `environ`.
+
+    Raises:
+        ServerError: no tritonserver fits.
+    """
+    from kvfetcher.server.installation import prepare_shim
+
+    installation = find_installation()
+    result = installation.environment(environ)
+    if installation.origin != "system":
+        shim = str(prepare_shim(installation))
+        rest = [part for part in result["PATH"].split(":") if part != shim]
+        result["PATH"] = ":".join([rest[0], shim, *rest[1:]])
+    return {key: value for key, value in result.items() if environ.get(key) != value}
+
+
+def _check_shared_memory(config: Config) -> None:
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if free < config.engine.arena_bytes:
+        raise ServerError(
+            f"{SHARED_MEMORY} has {free >> 20} MiB free, the KV arena takes"
+            f" {config.engine.arena_bytes >> 20} MiB; make it larger (docker run --shm-size=2g), or"
+            " lower engine.arena_bytes"
+        )
+
+
+def _reachable(host: str) -> str:
+    """Where a server bound to `host` answers on this machine."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def _url(host: str, port: int) -> str:
+    host = _reachable(host)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _status_text(status: int) -> str:
+    if status < 0:
+        return f"killed by {signal.Signals(-status).name}"
+    return f"exit status {status}"
