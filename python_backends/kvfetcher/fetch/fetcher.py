@@ -26,6 +26,7 @@ from kvfetcher.errors import (
     ArenaError,
     ArenaFullError,
     ChunkNotFoundError,
+    EngineError,
     FormatError,
     KVFetcherError,
     RequestCancelledError,
@@ -75,7 +76,6 @@ class FetchFacts:
     tokens_per_block: int
     spec: KVSpec
     max_prompt_tokens: int
-    generation: str
 
 
 class LeaseService(Protocol):
@@ -166,7 +166,11 @@ class Fetcher:
             report.outcome = "skipped"
             report.give_up("disabled" if policy in ("auto", "fetch") else "policy")
             return None
-        facts = await self._leases.facts()
+        try:
+            facts = await self._leases.facts()
+        except EngineError as exc:
+            report.give_up("engine_error", str(exc))
+            return None
         usable = usable_chunks(len(input_ids), facts.chunk_tokens)
         if not usable:
             report.give_up("short_prompt")
@@ -181,16 +185,19 @@ class Fetcher:
         if len(headers) * facts.chunk_tokens < self._config.min_hit_tokens:
             report.give_up("too_short" if headers else "not_stored")
             return None
-        if len(headers) < usable:
-            report.give_up("not_stored")
         with _timed(report, "wait"):
             await self._requests.acquire()
         try:
             if is_cancelled():
                 raise RequestCancelledError("the request was cancelled while it waited to fetch")
-            return await self._restore(headers, keys, input_ids, facts, is_cancelled, report)
+            claim = await self._restore(headers, keys, input_ids, facts, is_cancelled, report)
         finally:
             self._requests.release()
+        if len(headers) < usable:
+            report.give_up("not_stored")
+        if claim:
+            report.outcome = "partial" if report.reason else "hit"
+        return claim
 
     async def _look_up(
         self,
@@ -239,9 +246,9 @@ class Fetcher:
         num_tokens = len(headers) * facts.chunk_tokens
         try:
             lease_id, target = await self._leases.lease(num_tokens, self._config.lease_ttl_seconds)
-        except ArenaFullError as exc:
-            report.outcome = "miss"
-            report.give_up("arena_full", str(exc))
+        except (ArenaError, EngineError) as exc:
+            full = isinstance(exc, ArenaFullError)
+            report.give_up("arena_full" if full else "engine_error", str(exc))
             return None
         jobs = plan_units(
             headers, [k.name for k in keys[: len(headers)]], target, facts.tokens_per_block
@@ -256,19 +263,18 @@ class Fetcher:
             self._release_later(lease_id, run)
             return None
         hit_tokens = chunks * facts.chunk_tokens
-        if not hit_tokens:
-            await self._leases.release(lease_id)
-            return None
         try:
+            if not hit_tokens:
+                await self._leases.release(lease_id)
+                return None
             await self._leases.seal(lease_id, hit_tokens, tokens_digest(input_ids[:hit_tokens]))
-        except ArenaError as exc:
+        except (ArenaError, EngineError) as exc:
             report.give_up("engine_error", str(exc))
             return None
-        report.outcome = "partial" if report.reason else "hit"
         report.hit_tokens, report.chunks_hit = hit_tokens, chunks
         report.bytes_bf16 = hit_tokens * facts.spec.elements_per_token * 2
         report.profile = headers[0].profile
-        return LeaseClaim(lease_id, hit_tokens, facts.generation)
+        return LeaseClaim(lease_id, hit_tokens, target.generation)
 
     async def _run_job(self, job: UnitJob, facts: FetchFacts, report: FetchReport) -> None:
         """Transfer, check, decode and restore one unit.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +92,8 @@ class ChunkEncoder:
     """Encodes chunks with the configured profile."""
 
     def __init__(self, config: CodecConfig) -> None:
-        self._config = config
+        self._profile = profiles.make_profile(config)
+        self._num_threads = len(os.sched_getaffinity(0))
         self._arenas = _Arenas()
 
     def encode(
@@ -121,12 +123,13 @@ class ChunkEncoder:
         chunk = profiles.encode_chunk(
             array,
             spec=spec,
-            config=self._config,
+            profile=self._profile,
             identity=bytes.fromhex(asked["identity_digest"]),
             chunk_key=bytes.fromhex(asked["chunk_key"]),
             parent_key=bytes.fromhex(asked["parent_key"]),
             first_position=asked["first_position"],
             token_ids=token_ids.tolist(),
+            num_threads=self._num_threads,
         )
         status = {
             "num_bytes": len(chunk),

@@ -61,5 +61,4 @@ class EngineLeases:
             tokens_per_block=engine["tokens_per_block"],
             spec=identity.spec,
             max_prompt_tokens=engine["max_prompt_tokens"],
-            generation=engine["generation"],
         )

@@ -49,7 +49,7 @@ def respond_each(
             continue
         try:
             responses.append(pb_utils.InferenceResponse(output_tensors=handle(request)))
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001 - the boundary: every failure becomes a response
             responses.append(pb_utils.InferenceResponse(error=triton_error(exc, pb_utils)))
     return responses
 
@@ -62,7 +62,7 @@ async def respond_each_async(
     for request in requests:
         try:
             responses.append(pb_utils.InferenceResponse(output_tensors=await handle(request)))
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001 - the boundary: every failure becomes a response
             responses.append(pb_utils.InferenceResponse(error=triton_error(exc, pb_utils)))
     return responses
 
