@@ -119,6 +119,7 @@ class CodecConfig(_Section):
     frame_sizes: tuple[str, ...] = _option(
         ("640x360",), "frame sizes a `paper` chunk is stored in, for adaptive resolution"
     )
+    paper_bits: int = _option(8, "bits of the lossy quantiser of `paper`", low=2, high=12)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ import numpy as np
 
 from kvfetcher.codec.base import Decoder, Profile, RestoredUnit, Restorer, UnitSource
 from kvfetcher.codec.exact import FLOAT_BITS, ExactProfile, restore_exact
-from kvfetcher.codec.unit import EXACT, parse_unit
+from kvfetcher.codec.paper import PaperProfile, restore_paper
+from kvfetcher.codec.unit import EXACT, PAPER, parse_unit
 from kvfetcher.container import UnitData, build_chunk, check_unit, parse_header
 from kvfetcher.errors import ConfigError, FormatError, LayoutError, UnsupportedVersionError
 
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from kvfetcher.config import CodecConfig
     from kvfetcher.spec import KVSpec
 
-RESTORERS: dict[int, Restorer] = {EXACT: restore_exact}
-PROFILE_NAMES: dict[int, str] = {EXACT: "exact"}
+RESTORERS: dict[int, Restorer] = {EXACT: restore_exact, PAPER: restore_paper}
+PROFILE_NAMES: dict[int, str] = {EXACT: "exact", PAPER: "paper"}
 
 
 def make_profile(config: CodecConfig) -> Profile:
@@ -32,7 +33,11 @@ def make_profile(config: CodecConfig) -> Profile:
     """
     if config.profile == "exact":
         return ExactProfile(unit_layers=config.unit_layers)
-    raise ConfigError(f"codec.profile must be exact, got {config.profile!r}")
+    if config.profile == "paper":
+        return PaperProfile(
+            frame_sizes=config.frame_sizes, bits=config.paper_bits, unit_layers=config.unit_layers
+        )
+    raise ConfigError(f"codec.profile must be exact or paper, got {config.profile!r}")
 
 
 def profile_id(config: CodecConfig, spec: KVSpec) -> str:

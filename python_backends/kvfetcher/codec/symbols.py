@@ -1,0 +1,78 @@
+"""Signed integers <-> pictures: rows of like spread, neutral grey for zero, escapes for the rest.
+
+Shared by the transform profiles. The picture's bit depth is the smallest that leaves few escapes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from kvfetcher.codec.base import BIT_DEPTHS
+from kvfetcher.codec.unit import Section, Unit, packed_section
+from kvfetcher.errors import FormatError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from kvfetcher.codec.base import Integers
+
+ESCAPE_INDICES = 17
+ESCAPE_VALUES = 18
+
+# An escape costs about 40 bits, a deeper picture nothing (10 and 12 bit measured equal), but 8 bit
+# pictures code and decode faster and take half the memory.
+_MAX_ESCAPES = 1e-4
+
+
+class Symbols(NamedTuple):
+    """Integers split into what a picture holds and what it does not."""
+
+    samples: Integers
+    """Same shape as the integers; uint8 at 8 bits, else uint16."""
+    bit_depth: int
+    sections: tuple[Section, ...]
+    num_escapes: int
+
+
+def to_symbols(integers: NDArray[np.int32]) -> Symbols:
+    """Split integers; exact inverse: `from_symbols`."""
+    flat = integers.reshape(-1)
+    size = np.abs(flat)
+    for bit_depth in BIT_DEPTHS:
+        limit = (1 << (bit_depth - 1)) - 1
+        escaped = np.flatnonzero(size > limit)
+        if escaped.size <= _MAX_ESCAPES * flat.size:
+            break
+    dtype = np.uint8 if bit_depth == 8 else np.uint16
+    samples = (np.clip(integers, -limit, limit) + (limit + 1)).astype(dtype)
+    return Symbols(
+        samples,
+        bit_depth,
+        (
+            packed_section(ESCAPE_INDICES, escaped.astype("<u4").tobytes()),
+            packed_section(ESCAPE_VALUES, flat[escaped].astype("<i4").tobytes()),
+        ),
+        int(escaped.size),
+    )
+
+
+def apply_escapes(unit: Unit, num_escapes: int, integers: NDArray[np.float32]) -> None:
+    """Put a unit's escaped integers where they belong, in place.
+
+    Args:
+        unit: holds the escape sections.
+        num_escapes: as the unit's parameters say.
+        integers: C-contiguous integers from the samples, as floats.
+
+    Raises:
+        FormatError: an index is out of range or out of order.
+    """
+    indices = np.frombuffer(unit.section(ESCAPE_INDICES, num_bytes=4 * num_escapes), "<u4")
+    values = np.frombuffer(unit.section(ESCAPE_VALUES, num_bytes=4 * num_escapes), "<i4")
+    if not num_escapes:
+        return
+    if np.any(np.diff(indices.astype(np.int64)) <= 0) or int(indices[-1]) >= integers.size:
+        raise FormatError(f"escape indices of the unit must rise and stay below {integers.size}")
+    integers.reshape(-1)[indices] = values
