@@ -1,0 +1,332 @@
+"""The `kvfetcher` command: parse, call, print. Data goes to stdout, talk to stderr.
+
+Exit status: 0 done; 1 a known error, told in one line (more where a server's log explains it);
+2 the command line is wrong; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import shlex
+import signal
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvfetcher import __version__, wire
+from kvfetcher.config import CONFIG_VARIABLE, explain_config, load_config
+from kvfetcher.errors import ChunkNotFoundError, KVFetcherError, StoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from kvfetcher.config import Config
+
+_NOT_A_TERMINAL_SECONDS = 10.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name; None = sys.argv.
+
+    Returns:
+        The exit status; see this module's head.
+    """
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="kvfetcher: %(message)s")
+    try:
+        return int(arguments.run(arguments) or 0)
+    except KVFetcherError as exc:
+        print(f"kvfetcher: {exc}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # `kvfetcher store ls | head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  # for the flush at exit
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kvfetcher",
+        description="Remote prefix KV caches as lossless H.265 video, on NVIDIA Triton.",
+        epilog="Exit status: 0 done, 1 error, 2 wrong command line, 130 interrupted.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Any, text: str, **kwargs: Any) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, **kwargs)
+        sub.set_defaults(run=run)
+        return sub
+
+    serve = command("serve", _serve, "Serve the models with tritonserver until Ctrl-C.")
+    _add_config(serve)
+    serve.add_argument("--model-repository", metavar="DIR", help="default: ./model_repository")
+    serve.add_argument("--host", help="address to bind to (server.host)")
+    for kind in ("http", "grpc", "metrics"):
+        serve.add_argument(f"--{kind}-port", type=int, metavar="N", help=f"server.{kind}_port")
+    serve.add_argument("--log-file", metavar="FILE", help="keep the server's log in FILE")
+
+    prepare = command("prepare", _prepare, "Fetch the model and check that tritonserver can run.")
+    _add_config(prepare)
+
+    config = command("config", _config, "Show every setting, its value and where it came from.")
+    _add_config(config)
+    config.add_argument("--json", action="store_true", help="print a JSON list")
+
+    command(
+        "env",
+        _env,
+        "Print the shell variables that a tritonserver started by hand needs:"
+        ' eval "$(kvfetcher env)"; tritonserver --model-repository model_repository',
+    )
+
+    generate = command(
+        "generate",
+        _generate,
+        "Ask a running server; see `kvfetcher generate --help`.",
+        add_help=False,
+    )
+    generate.add_argument("arguments", nargs=argparse.REMAINDER)
+
+    inspect = command("inspect", _inspect, "Check a chunk file and show what it holds.")
+    inspect.add_argument("file", metavar="FILE", help="a chunk object; - for stdin")
+    inspect.add_argument("--json", action="store_true", help="print all of it as JSON")
+
+    store = command("store", _store_ls, "Look into the store.")
+    verbs = store.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    ls = verbs.add_parser("ls", help="List objects: bytes, time, name.")
+    ls.set_defaults(run=_store_ls)
+    ls.add_argument("prefix", nargs="?", default="", help="only names that start with this")
+    stat = verbs.add_parser("stat", help="Count objects and bytes, or look at one object.")
+    stat.set_defaults(run=_store_stat)
+    stat.add_argument("name", nargs="?", help="an object name")
+    for sub in (ls, stat):
+        _add_config(sub)
+        sub.add_argument("--json", action="store_true", help="print JSON")
+
+    command("version", _version, "Print the version.")
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help=f"TOML file; default ${CONFIG_VARIABLE}")
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from kvfetcher.server import TritonServer
+    from kvfetcher.server.repository import find_repository
+
+    config = load_config(arguments.config)
+    chosen = {
+        name: value
+        for name in ("host", "http_port", "grpc_port", "metrics_port")
+        if (value := getattr(arguments, name)) is not None
+    }
+    config = replace(config, server=replace(config.server, **chosen))
+    repository = find_repository(arguments.model_repository)
+    with _signals_interrupt():
+        if (repository / wire.TENSORRT_LLM).is_dir():
+            _prepare_model(config)
+        line = _StatusLine()
+        server = TritonServer(
+            config,
+            model_repository=repository,
+            log_path=arguments.log_file,
+            progress=lambda seconds, ready, total: line.show(
+                f"starting: {ready} of {total} models ready after {seconds:.0f} s"
+            ),
+        )
+        try:
+            try:
+                server.start()
+            finally:
+                line.end()
+            print(
+                f"kvfetcher: ready: gRPC {server.grpc_url}, HTTP {server.http_url},"
+                f" metrics {server.metrics_url}; log {server.log_path}; Ctrl-C stops",
+                file=sys.stderr,
+            )
+            server.wait()
+        except KeyboardInterrupt:
+            print("kvfetcher: stopping (Ctrl-C again to kill)", file=sys.stderr)
+        finally:
+            clean = server.stop()
+    if not clean:
+        print("kvfetcher: stopped by force; unfinished saves are lost", file=sys.stderr)
+    return 0 if clean else 1
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    from kvfetcher.server.installation import find_installation
+
+    config = load_config(arguments.config)
+    installation = find_installation()
+    print(f"tritonserver: {installation.executable} ({installation.origin})", file=sys.stderr)
+    print(f"libraries: {', '.join(map(str, installation.library_folders))}", file=sys.stderr)
+    _prepare_model(config)
+
+
+def _prepare_model(config: Config) -> None:
+    from kvfetcher.engines.models import prepare_model
+
+    prepare_model(config.engine.model)
+
+
+def _config(arguments: argparse.Namespace) -> None:
+    settings = explain_config(arguments.config)
+    if arguments.json:
+        _print_json([asdict(setting) for setting in settings])
+        return
+    names = max(len(setting.name) for setting in settings)
+    for setting in settings:
+        value = json.dumps(setting.value, ensure_ascii=False)
+        print(f"{setting.name:<{names}} = {value}  ({setting.source}) {setting.doc}")
+
+
+def _env(arguments: argparse.Namespace) -> None:
+    from kvfetcher.server.process import plain_environment
+
+    for name, value in plain_environment(os.environ).items():
+        print(f"export {name}={shlex.quote(value)}")
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from kvfetcher_client.cli import main as client_main
+
+    return client_main(arguments.arguments)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from kvfetcher.codec.profiles import describe_chunk
+
+    try:
+        data = (
+            sys.stdin.buffer.read() if arguments.file == "-" else Path(arguments.file).read_bytes()
+        )
+    except OSError as exc:
+        raise StoreError(f"{arguments.file} cannot be read: {exc.strerror}") from exc
+    facts = describe_chunk(data)
+    if arguments.json:
+        _print_json(facts)
+        return
+    for name, value in facts.items():
+        if name != "units":
+            print(f"{name}: {json.dumps(value) if isinstance(value, dict) else value}")
+    print(f"units: {len(facts['units'])}")
+    for unit in facts["units"]:
+        print(
+            f"  layers {unit['layers'][0]}-{unit['layers'][1] - 1} {unit['variant']}:"
+            f" {unit['profile']}, {unit['bytes']} bytes,"
+            f" {unit['bits_per_element']:.2f} bits/element, {unit['pictures']} x"
+            f" {unit['picture']} {unit['chroma']} {unit['bit_depth']} bit"
+        )
+
+
+def _store_ls(arguments: argparse.Namespace) -> None:
+    found = asyncio.run(_list(load_config(arguments.config), arguments.prefix))
+    if arguments.json:
+        _print_json(found)
+        return
+    for info in found:
+        modified = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(info["modified_time_seconds"]))
+        print(f"{info['num_bytes']:>12} {modified} {info['name']}")
+
+
+def _store_stat(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config)
+    if arguments.name is None:
+        found = asyncio.run(_list(config, ""))
+        facts: dict[str, Any] = {
+            "objects": len(found),
+            "num_bytes": sum(info["num_bytes"] for info in found),
+        }
+    else:
+        facts = asyncio.run(_stat(config, arguments.name))
+    if arguments.json:
+        _print_json(facts)
+        return
+    for name, value in facts.items():
+        print(f"{name}: {value}")
+
+
+async def _list(config: Config, prefix: str) -> list[dict[str, Any]]:
+    from kvfetcher.storage import open_store
+
+    store = open_store(config.store)
+    try:
+        return [asdict(info) async for info in store.list_prefix(prefix)]
+    finally:
+        await store.close()
+
+
+async def _stat(config: Config, name: str) -> dict[str, Any]:
+    from kvfetcher.storage import open_store
+
+    store = open_store(config.store)
+    try:
+        info = await store.head(name)
+    finally:
+        await store.close()
+    if info is None:
+        raise ChunkNotFoundError(f"store has no object {name}; `kvfetcher store ls` lists them")
+    return asdict(info)
+
+
+def _version(arguments: argparse.Namespace) -> None:
+    print(__version__)
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+@contextlib.contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGHUP act as Ctrl-C does, also where a shell has Ctrl-C ignored (``&``)."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, interrupt) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+class _StatusLine:
+    """One line of talk on stderr, rewritten on a terminal, seldom repeated elsewhere."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._next = 0.0
+        self._open = False
+
+    def show(self, text: str) -> None:
+        if self._terminal:
+            print(f"\r\x1b[Kkvfetcher: {text}", end="", file=sys.stderr, flush=True)
+            self._open = True
+        elif time.monotonic() >= self._next:
+            print(f"kvfetcher: {text}", file=sys.stderr, flush=True)
+            self._next = time.monotonic() + _NOT_A_TERMINAL_SECONDS
+
+    def end(self) -> None:
+        if self._open:
+            print(file=sys.stderr)
+            self._open = False
+
+
+if __name__ == "__main__":
+    sys.exit(main())
