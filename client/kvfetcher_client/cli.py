@@ -1,0 +1,133 @@
+"""`kvfetcher generate`: ask a running server. The answer goes to stdout, talk to stderr.
+
+Exit status: 0 answered; 1 a known error, told in one line; 2 the command line is wrong; 130
+interrupted (the request is cancelled).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvfetcher import wire
+from kvfetcher.errors import KVFetcherError, RequestError
+from kvfetcher_client.client import DEFAULT_TIMEOUT_SECONDS, DEFAULT_URL, Client
+from kvfetcher_client.protocol import Assembler, Options
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvfetcher_client.protocol import Generation
+
+_OPTIONS = ("max_tokens", "temperature", "top_k", "top_p", "seed", "kv_policy", "cache_salt")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: arguments without the program's name; None = sys.argv.
+
+    Returns:
+        The exit status; see this module's head.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        return _generate(arguments)
+    except KVFetcherError as exc:
+        print(f"kvfetcher: {exc}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kvfetcher generate",
+        description="Ask a running KVFetcher server. The answer goes to stdout.",
+    )
+    parser.add_argument("prompt", metavar="QUESTION", help="the text to go on from; - for stdin")
+    parser.add_argument(
+        "--file",
+        metavar="FILE",
+        help="a document to put before the question: the prefix that is shared and fetched",
+    )
+    parser.add_argument("--url", default=DEFAULT_URL, help="host:port (default: %(default)s)")
+    parser.add_argument("--stream", action="store_true", help="print the answer as it comes")
+    parser.add_argument("--json", action="store_true", help="print answer and report as JSON")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer, in tokens")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 = the likeliest token")
+    parser.add_argument("--top-k", type=int, metavar="K")
+    parser.add_argument("--top-p", type=float, metavar="P")
+    parser.add_argument("--seed", type=int, metavar="N")
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="may be repeated")
+    parser.add_argument("--kv-policy", choices=wire.KV_POLICIES)
+    parser.add_argument("--cache-salt", metavar="TEXT", help="share prefixes within this salt only")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=DEFAULT_TIMEOUT_SECONDS,
+        metavar="SECONDS",
+        help="longest wait for the whole answer (default: %(default)g)",
+    )
+    return parser
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    prompt = _prompt(arguments)
+    options: dict[str, Any] = {
+        name: value for name in _OPTIONS if (value := getattr(arguments, name)) is not None
+    }
+    if arguments.stop:
+        options["stop_words"] = arguments.stop
+    with Client(arguments.url, timeout_seconds=arguments.timeout) as client:
+        start = time.monotonic()
+        answer = Assembler()
+        for delta in client.stream(prompt, **Options(**options)):  # type: ignore[typeddict-item]
+            answer.add(delta, time.monotonic() - start)
+            if arguments.stream and not arguments.json:
+                print(delta.text, end="", flush=True)
+        generation = answer.finish(time.monotonic() - start)
+    if arguments.json:
+        print(json.dumps(_as_dict(generation), ensure_ascii=False))
+    else:
+        print("" if arguments.stream else generation.text)
+    print(_summary(generation), file=sys.stderr)
+    return 0
+
+
+def _prompt(arguments: argparse.Namespace) -> str:
+    try:
+        question = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+        document = Path(arguments.file).read_text(encoding="utf-8") if arguments.file else ""
+    except OSError as exc:
+        raise RequestError(f"{arguments.file} cannot be read: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        raise RequestError(f"{arguments.file or 'stdin'} is not UTF-8 text: {exc.reason}") from exc
+    # The document first: only what prompts share from their start can be fetched.
+    return f"{document.rstrip()}\n\n{question}" if document else question
+
+
+def _as_dict(generation: Generation) -> dict[str, Any]:
+    return {
+        "text": generation.text,
+        "output_ids": list(generation.output_ids),
+        "finish_reason": generation.finish_reason,
+        "time_to_first_token_seconds": round(generation.time_to_first_token_seconds, 6),
+        "kv_report": dict(generation.report.raw),
+    }
+
+
+def _summary(generation: Generation) -> str:
+    report = generation.report
+    why = f" ({report.reason})" if report.reason else ""
+    return (
+        f"kvfetcher: {report.hit_tokens} of {report.prompt_tokens} prompt tokens fetched{why},"
+        f" {report.bytes_fetched / 1e6:.2f} MB; first token after"
+        f" {generation.time_to_first_token_seconds * 1e3:.0f} ms, {len(generation.output_ids)}"
+        f" tokens, {generation.finish_reason}"
+    )

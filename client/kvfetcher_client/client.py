@@ -1,0 +1,213 @@
+"""The clients: one gRPC stream per request, so that each can be cancelled by itself."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from kvfetcher import wire
+from kvfetcher.errors import RequestError
+from kvfetcher_client.errors import from_rpc_error
+from kvfetcher_client.protocol import (
+    Assembler,
+    Delta,
+    Generation,
+    Options,
+    build_request,
+    check_finished,
+    parse_response,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Generator
+    from types import TracebackType
+    from typing import Self, Unpack
+
+DEFAULT_URL = "127.0.0.1:8001"
+DEFAULT_TIMEOUT_SECONDS = 300.0
+
+_READY_TIMEOUT_SECONDS = 5.0
+
+# Prompts of any length: the server sets the limit, and says so.
+_CHANNEL_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+
+# Without this, Triton's streams tell errors as bare text, without their status.
+_METADATA = (("triton_grpc_error", "true"),)
+
+
+class Client:
+    """Blocking client. Thread-safe; requests of several threads run at once.
+
+    Args:
+        url: ``host:port`` of the server's gRPC endpoint.
+        timeout_seconds: longest wait for a whole answer.
+        model: the ensemble's name.
+
+    Raises:
+        RequestError: `url` is not ``host:port``.
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+        model: str = wire.KVFETCHER,
+    ) -> None:
+        self.url = _checked_url(url)
+        self._timeout_seconds = timeout_seconds
+        self._model = model
+        self._channel = grpc.insecure_channel(url, options=_CHANNEL_OPTIONS)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; running requests are cancelled."""
+        self._channel.close()
+
+    def is_ready(self) -> bool:
+        """Whether the server answers and its model takes requests now."""
+        request = service_pb2.ModelReadyRequest(name=self._model)
+        try:
+            return bool(self._stub.ModelReady(request, timeout=_READY_TIMEOUT_SECONDS).ready)
+        except grpc.RpcError:
+            return False
+
+    def generate(self, prompt: str, **options: Unpack[Options]) -> Generation:
+        """Ask, and wait for the whole answer.
+
+        Args:
+            prompt: the text to go on from; put what requests share (a document) first.
+            options: see `Options`.
+
+        Raises:
+            RequestError: the request breaks a rule.
+            ServerUnavailableError: nobody answers, or the server is full.
+            ResponseTimeoutError: no whole answer in time.
+            ResponseError: the server failed.
+        """
+        start = time.monotonic()
+        answer = Assembler()
+        for delta in self.stream(prompt, **options):
+            answer.add(delta, time.monotonic() - start)
+        return answer.finish(time.monotonic() - start)
+
+    def stream(self, prompt: str, **options: Unpack[Options]) -> Generator[Delta]:
+        """Ask, and get the answer piece by piece. Closing the generator cancels the request.
+
+        Arguments and errors as for `generate`. The request is sent at the first step.
+        """
+        request = build_request(prompt, options, model=self._model)
+        return self._stream(request)
+
+    def _stream(self, request: service_pb2.ModelInferRequest) -> Generator[Delta]:
+        call = self._stub.ModelStreamInfer(
+            iter([request]), timeout=self._timeout_seconds, metadata=_METADATA
+        )
+        delta: Delta | None = None
+        try:
+            for response in call:
+                if (parsed := parse_response(response)) is not None:
+                    delta = parsed
+                    yield delta
+        except grpc.RpcError as exc:
+            raise from_rpc_error(self.url, exc, timeout_seconds=self._timeout_seconds) from exc
+        finally:
+            call.cancel()  # does nothing once the answer is whole
+        check_finished(delta)
+
+
+class AsyncClient:
+    """Client for asyncio; belongs to the event loop in which it was made.
+
+    Arguments as for `Client`.
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+        model: str = wire.KVFETCHER,
+    ) -> None:
+        self.url = _checked_url(url)
+        self._timeout_seconds = timeout_seconds
+        self._model = model
+        self._channel = grpc.aio.insecure_channel(url, options=_CHANNEL_OPTIONS)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection; running requests are cancelled."""
+        await self._channel.close()
+
+    async def is_ready(self) -> bool:
+        """Whether the server answers and its model takes requests now."""
+        request = service_pb2.ModelReadyRequest(name=self._model)
+        try:
+            return bool(
+                (await self._stub.ModelReady(request, timeout=_READY_TIMEOUT_SECONDS)).ready
+            )
+        except grpc.RpcError:
+            return False
+
+    async def generate(self, prompt: str, **options: Unpack[Options]) -> Generation:
+        """Ask, and wait for the whole answer; as `Client.generate`."""
+        start = time.monotonic()
+        answer = Assembler()
+        async for delta in self.stream(prompt, **options):
+            answer.add(delta, time.monotonic() - start)
+        return answer.finish(time.monotonic() - start)
+
+    def stream(self, prompt: str, **options: Unpack[Options]) -> AsyncGenerator[Delta]:
+        """Ask, and get the answer piece by piece; as `Client.stream` (``aclose`` cancels)."""
+        request = build_request(prompt, options, model=self._model)
+        return self._stream(request)
+
+    async def _stream(self, request: service_pb2.ModelInferRequest) -> AsyncGenerator[Delta]:
+        call: Any = self._stub.ModelStreamInfer(
+            iter([request]), timeout=self._timeout_seconds, metadata=_METADATA
+        )
+        delta: Delta | None = None
+        try:
+            async for response in call:
+                if (parsed := parse_response(response)) is not None:
+                    delta = parsed
+                    yield delta
+        except grpc.RpcError as exc:
+            raise from_rpc_error(self.url, exc, timeout_seconds=self._timeout_seconds) from exc
+        finally:
+            call.cancel()
+        check_finished(delta)
+
+
+def _checked_url(url: str) -> str:
+    host, _, port = url.rpartition(":")
+    if not host or not port.isdecimal() or "/" in url:
+        raise RequestError(
+            f"url must be host:port of the gRPC endpoint, such as {DEFAULT_URL}, got {url!r}"
+        )
+    return url

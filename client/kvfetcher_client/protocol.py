@@ -1,0 +1,275 @@
+"""Requests and responses of the `kvfetcher` model as protocol messages; no I/O.
+
+Tensors have no batch dimension. Only what the caller gives is sent: every default is the server's.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import numpy as np
+from tritonclient.grpc import InferResult, service_pb2
+
+from kvfetcher import wire
+from kvfetcher.errors import RequestError
+from kvfetcher_client.errors import ResponseError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+
+class Options(TypedDict, total=False):
+    """What a request may ask for; whatever is left out is the server's default."""
+
+    max_tokens: int
+    """Longest answer, in tokens."""
+    temperature: float
+    """0 = always the likeliest token."""
+    top_k: int
+    """Choose among so many likeliest tokens; 0 = all."""
+    top_p: float
+    """Choose among the likeliest tokens of this total probability."""
+    seed: int
+    """Of the random choice, 0 to 2**64 - 1."""
+    stop_words: Sequence[str]
+    """The answer ends before the first of these."""
+    min_length: int
+    """Shortest answer, in tokens."""
+    exclude_input_in_output: bool
+    """False = the answer begins with the prompt."""
+    kv_policy: str
+    """auto, fetch, recompute or no_store."""
+    cache_salt: str
+    """Prefixes are shared only among requests of the same salt."""
+
+
+# name -> Triton datatype, struct format of one element ("" = text)
+_TENSORS = {
+    wire.MAX_TOKENS: ("INT32", "i"),
+    wire.TEMPERATURE: ("FP32", "f"),
+    wire.TOP_K: ("INT32", "i"),
+    wire.TOP_P: ("FP32", "f"),
+    wire.SEED: ("UINT64", "Q"),
+    wire.STOP_WORDS: ("BYTES", ""),
+    wire.MIN_LENGTH: ("INT32", "i"),
+    wire.EXCLUDE_INPUT_IN_OUTPUT: ("BOOL", "?"),
+    wire.KV_POLICY: ("BYTES", ""),
+    wire.CACHE_SALT: ("BYTES", ""),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class KVReport:
+    """What happened to the prompt's prefix.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt.
+        hit_tokens: of these, tokens whose KV cache was fetched instead of computed.
+        bytes_fetched: bytes read from the store for them.
+        reason: why not more was hit; "" where all whole chunks were.
+        stages_ms: milliseconds by stage.
+        raw: the whole report, with what this version of the client does not know.
+    """
+
+    prompt_tokens: int = 0
+    hit_tokens: int = 0
+    bytes_fetched: int = 0
+    reason: str = ""
+    stages_ms: Mapping[str, float] = field(default_factory=dict)
+    raw: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, text: str) -> KVReport:
+        """Parse the tensor `kv_report`.
+
+        Raises:
+            ResponseError: not a report.
+        """
+        try:
+            raw = json.loads(text)
+            return cls(
+                prompt_tokens=int(raw.get("prompt_tokens", 0)),
+                hit_tokens=int(raw.get("hit_tokens", 0)),
+                bytes_fetched=int(raw.get("bytes_fetched", 0)),
+                reason=str(raw.get("reason", "")),
+                stages_ms={str(k): float(v) for k, v in raw.get("stages_ms", {}).items()},
+                raw=raw,
+            )
+        except (ValueError, TypeError, AttributeError) as exc:
+            raise ResponseError(
+                f"the server's kv_report is not one ({exc}): {text[:200]!r}"
+            ) from exc
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """One piece of an answer.
+
+    Attributes:
+        text: what came since the last piece; may be "".
+        output_ids: token ids that came since the last piece.
+        finish_reason: "" until the last piece.
+        report: on the first and the last piece.
+    """
+
+    text: str
+    output_ids: tuple[int, ...]
+    finish_reason: str
+    report: KVReport | None
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A whole answer.
+
+    Attributes:
+        text: the answer.
+        output_ids: its token ids.
+        finish_reason: why it ended (``stop``, ``length``, ...).
+        report: what happened to the prompt's prefix.
+        time_to_first_token_seconds: from sending the request to the first token or text.
+    """
+
+    text: str
+    output_ids: tuple[int, ...]
+    finish_reason: str
+    report: KVReport
+    time_to_first_token_seconds: float
+
+
+def build_request(
+    prompt: str, options: Options, *, model: str = wire.KVFETCHER
+) -> service_pb2.ModelInferRequest:
+    """The message that asks for one streamed answer.
+
+    Raises:
+        RequestError: an option is unknown, or its value does not fit its tensor.
+    """
+    request = service_pb2.ModelInferRequest(model_name=model)
+    _add_tensor(request, wire.TEXT_INPUT, "BYTES", [_text(wire.TEXT_INPUT, prompt)])
+    _add_tensor(request, wire.STREAM, "BOOL", [b"\1"])
+    for name, value in options.items():
+        if name not in _TENSORS:
+            raise RequestError(f"unknown option {name!r}; there are {sorted(_TENSORS)}")
+        datatype, code = _TENSORS[name]
+        if code:
+            _add_tensor(request, name, datatype, [_number(name, code, value)])
+        elif name == wire.STOP_WORDS:
+            if isinstance(value, str):
+                raise RequestError(f"{name} must be a sequence of texts, got {value!r}")
+            _add_tensor(request, name, datatype, [_text(name, word) for word in _iterable(value)])
+        else:
+            _add_tensor(request, name, datatype, [_text(name, value)])
+    return request
+
+
+def parse_response(response: service_pb2.ModelStreamInferResponse) -> Delta | None:
+    """One piece of the answer; None for an empty final response.
+
+    Raises:
+        ResponseError: the server reports an error, or a tensor is missing or malformed.
+    """
+    if response.error_message:
+        raise ResponseError(response.error_message)
+    if not response.infer_response.outputs:
+        return None
+    result = InferResult(response.infer_response)
+    report = _output_text(result, wire.KV_REPORT)
+    return Delta(
+        text=_output_text(result, wire.TEXT_OUTPUT),
+        output_ids=tuple(int(i) for i in _output(result, wire.OUTPUT_IDS)),
+        finish_reason=_output_text(result, wire.FINISH_REASON),
+        report=KVReport.from_json(report) if report else None,
+    )
+
+
+class Assembler:
+    """Joins the pieces of one answer. Times are passed in."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+        self._ids: list[int] = []
+        self._finish_reason = ""
+        self._report: KVReport | None = None
+        self._first_seconds: float | None = None
+
+    def add(self, delta: Delta, seconds: float) -> None:
+        """Take the next piece, received `seconds` after the request was sent."""
+        self._texts.append(delta.text)
+        self._ids.extend(delta.output_ids)
+        self._finish_reason = delta.finish_reason or self._finish_reason
+        self._report = delta.report or self._report
+        if self._first_seconds is None and (delta.text or delta.output_ids):
+            self._first_seconds = seconds
+
+    def finish(self, seconds: float) -> Generation:
+        """The whole answer; `seconds` as in `add`, counted where no token came at all."""
+        return Generation(
+            text="".join(self._texts),
+            output_ids=tuple(self._ids),
+            finish_reason=self._finish_reason,
+            report=self._report or KVReport(),
+            time_to_first_token_seconds=(
+                seconds if self._first_seconds is None else self._first_seconds
+            ),
+        )
+
+
+def check_finished(last: Delta | None) -> None:
+    """Make sure that a stream that ended also finished.
+
+    Raises:
+        ResponseError: its last piece does not say why it ends.
+    """
+    if last is None or not last.finish_reason:
+        raise ResponseError(
+            "the server ended the answer without a finish_reason; its log tells more"
+        )
+
+
+def _add_tensor(
+    request: service_pb2.ModelInferRequest, name: str, datatype: str, values: list[bytes]
+) -> None:
+    request.inputs.add(name=name, datatype=datatype, shape=[len(values)])
+    request.raw_input_contents.append(b"".join(values))
+
+
+def _number(name: str, code: str, value: Any) -> bytes:
+    try:
+        return struct.pack(f"<{code}", value)
+    except (struct.error, OverflowError) as exc:
+        raise RequestError(f"{name} does not fit its tensor: {exc}; got {value!r}") from exc
+
+
+def _text(name: str, value: Any) -> bytes:
+    if not isinstance(value, str):
+        raise RequestError(f"{name} must be text, got {value!r}")
+    try:
+        data = value.encode()
+    except UnicodeEncodeError as exc:
+        raise RequestError(f"{name} is not valid Unicode text: {exc.reason}") from exc
+    return struct.pack("<I", len(data)) + data
+
+
+def _iterable(value: Any) -> Iterable[Any]:
+    try:
+        return list(value)
+    except TypeError as exc:
+        raise RequestError(f"stop_words must be a sequence of texts, got {value!r}") from exc
+
+
+def _output(result: InferResult, name: str) -> np.ndarray[Any, Any]:
+    array = result.as_numpy(name)
+    if array is None:
+        raise ResponseError(f"the server's answer has no tensor {name!r}; is it a KVFetcher?")
+    return np.ravel(array)
+
+
+def _output_text(result: InferResult, name: str) -> str:
+    values = _output(result, name)
+    if len(values) != 1:
+        raise ResponseError(f"tensor {name!r} must hold one text, got {len(values)}")
+    return bytes(values[0]).decode(errors="replace")
