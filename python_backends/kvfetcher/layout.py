@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -93,7 +93,7 @@ class RowGrid:
     def gather(
         self,
         planes: Integers,
-        order: NDArray[np.integer] | None = None,
+        order: NDArray[np.int64] | None = None,
     ) -> Integers:
         """Planes [F, 3, Y, X] -> rows [N, T]; exact inverse of `place`.
 
@@ -104,7 +104,7 @@ class RowGrid:
         lines = self._lines(planes.shape[2])
         if order is not None:
             lines = lines[order]
-        rows = np.empty((self.num_rows, self.num_columns), planes.dtype)
+        rows: NDArray[Any] = np.empty((self.num_rows, self.num_columns), planes.dtype)
         for flat, start, width in self._tiles(planes):
             if width == flat.shape[1] == self.num_columns:
                 np.take(flat, lines, axis=0, out=rows)

@@ -47,7 +47,7 @@ def float32_to_bits(values: NDArray[np.float32], dtype: KVDtype) -> Integers:
         return np.clip(values, -65504.0, 65504.0).astype(np.float16).view(np.uint16)
     # Upper bounds of each code's interval; a tie belongs to the even one of the two.
     codes = np.searchsorted(_fp8_bounds(), np.abs(values)).astype(np.uint8)
-    codes |= np.signbit(values).astype(np.uint8) << 7
+    codes[np.signbit(values)] |= np.uint8(0x80)
     codes[np.isnan(values)] = 0x7F
     return codes
 

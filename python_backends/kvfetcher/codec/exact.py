@@ -124,7 +124,7 @@ class ExactProfile:
             params=_PARAMS.pack(grid.frame_rows, grid.frame_columns),
             integer_digest=integer_digest(values),
             sections=(
-                *video_sections(encode_planes(planes, bit_depth=_BIT_DEPTH)),
+                *video_sections(encode_planes(planes, bit_depth=_BIT_DEPTH, fast=True)),
                 packed_section(MEDIANS, medians.tobytes()),
                 packed_section(SPREADS, spreads.tobytes()),
                 packed_section(REMAINDERS, _pack_remainders(values, bits)),
@@ -140,6 +140,7 @@ def restore_exact(unit: Unit, planes: Integers) -> Integers:
         ChecksumError: the values differ from those that were saved.
         FormatError: the unit breaks the profile's rules.
     """
+    unit.require_sections(MEDIANS, SPREADS, REMAINDERS)
     bits = FLOAT_BITS[unit.spec.dtype]
     tokens, dims = unit.num_tokens, unit.spec.head_dim
     channels = unit.num_elements // tokens

@@ -141,6 +141,7 @@ def restore_paper(unit: Unit, planes: Integers) -> Integers:
         ChecksumError: the integers differ from those that were saved.
         FormatError: the unit breaks the profile's rules.
     """
+    unit.require_sections(MINIMA, SCALES)
     grid = _grid(unit)
     codes = grid.gather(planes)
     if integer_digest(codes) != unit.integer_digest:

@@ -17,6 +17,8 @@ from kvfetcher.errors import ConfigError, FormatError, LayoutError, UnsupportedV
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
+
     from kvfetcher.codec.base import Integers
     from kvfetcher.config import CodecConfig
     from kvfetcher.spec import KVSpec
@@ -137,7 +139,7 @@ def decode_unit(data: bytes | memoryview, decoder: Decoder) -> Integers:
     return decoder.decode(unit.packets(), unit.geometry)
 
 
-def restore_unit(data: bytes | memoryview, planes: Integers) -> RestoredUnit:
+def restore_unit(data: bytes | memoryview, planes: NDArray[Any]) -> RestoredUnit:
     """Turn decoded planes back into KV values, and check them.
 
     Args:
@@ -152,8 +154,9 @@ def restore_unit(data: bytes | memoryview, planes: Integers) -> RestoredUnit:
     """
     unit = parse_unit(data)
     geometry = unit.geometry
+    planes = np.ascontiguousarray(planes)
     if planes.dtype == np.uint8 and geometry.dtype != np.uint8 and planes.shape[-1] % 2 == 0:
-        planes = np.ascontiguousarray(planes).view(geometry.dtype)
+        planes = planes.view(geometry.dtype)
     if planes.shape != geometry.shape or planes.dtype != geometry.dtype:
         raise LayoutError(
             f"planes must be {geometry.shape} {geometry.dtype}, got {planes.shape} {planes.dtype}"
@@ -163,7 +166,7 @@ def restore_unit(data: bytes | memoryview, planes: Integers) -> RestoredUnit:
         raise UnsupportedVersionError(
             f"unit is of profile {unit.profile}, this build restores {sorted(RESTORERS)}; upgrade"
         )
-    return RestoredUnit(unit.layer_start, restorer(unit, np.ascontiguousarray(planes)))
+    return RestoredUnit(unit.layer_start, restorer(unit, planes))
 
 
 def describe_chunk(data: bytes | memoryview) -> dict[str, Any]:

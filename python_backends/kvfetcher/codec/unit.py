@@ -124,6 +124,17 @@ class Unit:
             return section.stored
         return _inflate(section)
 
+    def require_sections(self, *kinds: int) -> None:
+        """Check that the unit has the video and exactly these sections of its profile.
+
+        Raises:
+            FormatError: one is missing, or there is one that the profile does not name.
+        """
+        expected = (PACKET_LENGTHS, BITSTREAM, *kinds)
+        got = tuple(section.kind for section in self.sections)
+        if got != expected:
+            raise FormatError(f"a unit of profile {self.profile} has sections {expected}: {got}")
+
     def packets(self) -> list[memoryview]:
         """The access units of the video, one per picture, in order.
 

