@@ -21,10 +21,11 @@ def triton_error(exc: BaseException, pb_utils: Any) -> Any:
     """
     if isinstance(exc, KVFetcherError):
         code = getattr(pb_utils.TritonError, exc.triton_status)
-        return pb_utils.TritonError(str(exc) or type(exc).__name__, code)
+        # Triton's gRPC streams tell errors as bare text: the status travels in it, for clients.
+        return pb_utils.TritonError(f"{exc.triton_status}: {exc}", code)
     _log.error("unexpected %s", type(exc).__name__, exc_info=exc)
     return pb_utils.TritonError(
-        f"internal error ({type(exc).__name__}); the server log has the traceback",
+        f"INTERNAL: {type(exc).__name__}; the server log has the traceback",
         pb_utils.TritonError.INTERNAL,
     )
 
@@ -49,7 +50,7 @@ def respond_each(
             continue
         try:
             responses.append(pb_utils.InferenceResponse(output_tensors=handle(request)))
-        except Exception as exc:  # noqa: BLE001 - the boundary: every failure becomes a response
+        except Exception as exc:  # noqa: BLE001 - the boundary: every failure is answered
             responses.append(pb_utils.InferenceResponse(error=triton_error(exc, pb_utils)))
     return responses
 
@@ -62,7 +63,7 @@ async def respond_each_async(
     for request in requests:
         try:
             responses.append(pb_utils.InferenceResponse(output_tensors=await handle(request)))
-        except Exception as exc:  # noqa: BLE001 - the boundary: every failure becomes a response
+        except Exception as exc:  # noqa: BLE001 - the boundary: every failure is answered
             responses.append(pb_utils.InferenceResponse(error=triton_error(exc, pb_utils)))
     return responses
 
@@ -73,6 +74,11 @@ def send_error(sender: Any, exc: BaseException, pb_utils: Any) -> None:
         pb_utils.InferenceResponse(error=triton_error(exc, pb_utils)),
         flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL,
     )
+
+
+def log_failure(what: str, exc: BaseException) -> None:
+    """Log a failure that no request waits for any more."""
+    _log.error("%s failed: %s", what, type(exc).__name__, exc_info=exc)
 
 
 def _cancelled(pb_utils: Any) -> Any:
