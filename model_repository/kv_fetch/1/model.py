@@ -34,7 +34,7 @@ class TritonPythonModel:
             asked = read_client_request(request, self.config.engine, pb_utils)
             fetched = await self.fetcher.fetch(
                 asked.input_ids,
-                cache_salt=asked.cache_salt,
+                cache_salt=asked.options.cache_salt,
                 policy=asked.kv_policy,
                 is_cancelled=sender.is_cancelled,
             )
@@ -43,7 +43,7 @@ class TritonPythonModel:
             return
         tensors = [
             ids_tensor(wire.INPUT_IDS, asked.input_ids, pb_utils),
-            text_tensor(wire.SAMPLING, asked.sampling_json, pb_utils),
+            text_tensor(wire.SAMPLING, asked.options.to_json(), pb_utils),
             text_tensor(wire.KV_LEASE, fetched.lease_json, pb_utils),
             text_tensor(wire.KV_REPORT, fetched.report.to_json(), pb_utils),
         ]

@@ -15,33 +15,40 @@ import asyncio
 import triton_python_backend_utils as pb_utils
 
 from kvfetcher.config import load_config
+from kvfetcher.engines.host import EngineHost
 from kvfetcher.serving import setup
-from kvfetcher.serving.generating import Generation, SaveQueue, build_engine
-from kvfetcher.serving.respond import send_error
+from kvfetcher.serving.generating import Generation, SaveQueue
+from kvfetcher.serving.respond import log_failure, send_error
 
 
 class TritonPythonModel:
     def initialize(self, args):
         setup.check_stub(args, pb_utils)
-        self.config = load_config()
-        self.engine = build_engine(self.config)
-        self.saves = SaveQueue(self.config, self.engine, pb_utils)
+        config = load_config()
+        self.host = EngineHost(config)
+        self.saves = SaveQueue(config, pb_utils)
 
     async def execute(self, requests):
         await asyncio.gather(*(self._serve(request) for request in requests))
 
     async def _serve(self, request):
         sender = request.get_response_sender()
+        is_answered = False
         try:
             generation = Generation.read(request, pb_utils)
-            async for response, is_last in generation.responses(self.engine, sender.is_cancelled):
+            async for response, is_last in generation.responses(
+                self.host.engine, sender.is_cancelled
+            ):
                 flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if is_last else 0
                 sender.send(response, flags=flags)
+                is_answered = is_last
+            await self.saves.save(generation.ticket)
         except Exception as exc:  # noqa: BLE001 - the boundary
-            send_error(sender, exc, pb_utils)
-            return
-        await self.saves.save(generation)
+            if is_answered:
+                log_failure("saving after the answer", exc)
+            else:
+                send_error(sender, exc, pb_utils)
 
     def finalize(self):
         self.saves.close()
-        self.engine.close()
+        self.host.close()

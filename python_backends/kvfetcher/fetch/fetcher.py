@@ -30,6 +30,7 @@ from kvfetcher.errors import (
     FormatError,
     KVFetcherError,
     RequestCancelledError,
+    RequestError,
     StoreError,
     StoreTimeoutError,
 )
@@ -87,6 +88,8 @@ class LeaseService(Protocol):
 
     async def seal(self, lease_id: str, num_tokens: int, tokens_digest: str) -> None: ...
 
+    async def renew(self, lease_id: str) -> None: ...
+
     async def release(self, lease_id: str) -> None: ...
 
 
@@ -141,7 +144,7 @@ class Fetcher:
 
         Raises:
             RequestCancelledError: the client went away; the lease is released.
-            KVFetcherError: the engine cannot be asked at all.
+            RequestError: the prompt is longer than the engine takes.
         """
         started = time.perf_counter()
         report = FetchReport(policy=policy, prompt_tokens=len(input_ids))
@@ -171,12 +174,17 @@ class Fetcher:
         except EngineError as exc:
             report.give_up("engine_error", str(exc))
             return None
+        if len(input_ids) > facts.max_prompt_tokens:
+            raise RequestError(
+                f"the prompt has {len(input_ids)} tokens, this engine takes at most"
+                f" {facts.max_prompt_tokens}; shorten it"
+            )
         usable = usable_chunks(len(input_ids), facts.chunk_tokens)
         if not usable:
             report.give_up("short_prompt")
             return None
         keys = chunk_keys(
-            input_ids[: usable * facts.chunk_tokens],
+            input_ids[: usable * facts.chunk_tokens].tolist(),
             facts.chunk_tokens, facts.identity_digest, cache_salt,
         )  # fmt: skip
         with _timed(report, "lookup"):

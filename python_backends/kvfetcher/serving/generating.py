@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kvfetcher import wire
-from kvfetcher.engines.base import Engine, GenerateEvent, GenerateRequest, SamplingParams
+from kvfetcher.engines.base import GenerateRequest
 from kvfetcher.errors import RequestCancelledError, RequestError
-from kvfetcher.leases import LeaseClaim, SaveTicket
+from kvfetcher.leases import LeaseClaim
+from kvfetcher.serving.leases import EngineLeases
 from kvfetcher.serving.metrics import Metrics
-from kvfetcher.serving.params import SamplingRequest
+from kvfetcher.serving.params import GenerationOptions
+from kvfetcher.serving.respond import triton_error
+from kvfetcher.serving.saving import ticket_to_json
 from kvfetcher.serving.tensors import ids_tensor, read_ids, read_text, text_tensor
 
 if TYPE_CHECKING:
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kvfetcher.config import Config
+    from kvfetcher.engines.base import Engine, GenerateEvent, SaveTicket
 
 _log = logging.getLogger(__name__)
 
@@ -36,11 +41,11 @@ class Generation:
     """One request to the engine and what is known of it so far."""
 
     input_ids: NDArray[np.int32]
-    sampling: SamplingRequest
+    options: GenerationOptions
     claim: LeaseClaim | None
     report: dict[str, Any]
-    pb_utils: Any
     request_id: str
+    pb_utils: Any
     output_ids: list[int] = field(default_factory=list)
     text: str = ""
     ticket: SaveTicket | None = None
@@ -57,15 +62,15 @@ class Generation:
             facts = json.loads(report) if report else {}
         except ValueError as exc:
             raise RequestError(f"input {wire.KV_REPORT!r} is not JSON: {exc}") from exc
+        sampling = read_text(request, wire.SAMPLING, pb_utils, default="")
+        lease = read_text(request, wire.KV_LEASE, pb_utils, default="")
         return cls(
             input_ids=read_ids(request, wire.INPUT_IDS, pb_utils),
-            sampling=SamplingRequest.from_json(
-                read_text(request, wire.SAMPLING, pb_utils, default="")
-            ),
-            claim=LeaseClaim.from_json(read_text(request, wire.KV_LEASE, pb_utils, default="")),
+            options=GenerationOptions.from_json(sampling),
+            claim=LeaseClaim.from_json(lease),
             report=facts,
-            pb_utils=pb_utils,
             request_id=request.request_id(),
+            pb_utils=pb_utils,
         )
 
     async def responses(
@@ -73,54 +78,49 @@ class Generation:
     ) -> AsyncIterator[tuple[Any, bool]]:
         """Triton responses in order, each with whether it is the last.
 
-        Streaming, one response per event of the engine; otherwise a single one at the end.
+        Streaming, one response per event of the engine; otherwise a single one at the end. After
+        the last one the iterator goes on until `ticket` is known.
 
         Raises:
-            RequestCancelledError: the client went away; the engine has dropped the request.
             KVFetcherError: the engine refused or failed.
         """
-        async with aclosing(engine.generate(self._engine_request())) as events:
-            async for event in _until_cancelled(events, is_cancelled):
-                is_last = bool(event.finish_reason)
-                self.output_ids.extend(event.new_token_ids)
-                self.text += event.text_delta
-                self._note(event)
-                if is_last or self.sampling.stream:
-                    yield self._response(event, is_last), is_last
-
-    def _engine_request(self) -> GenerateRequest:
-        s = self.sampling
-        return GenerateRequest(
+        request = GenerateRequest(
             input_ids=tuple(self.input_ids.tolist()),
-            sampling=SamplingParams(
-                max_tokens=s.max_tokens,
-                temperature=s.temperature,
-                top_k=s.top_k,
-                top_p=s.top_p,
-                seed=s.seed,
-                stop_words=s.stop_words,
-                min_length=s.min_length,
-            ),
+            sampling=self.options.params,
             lease=self.claim,
-            save=s.save,
-            cache_salt=s.cache_salt,
+            save=self.options.save,
+            cache_salt=self.options.cache_salt,
             request_id=self.request_id,
         )
+        gone = threading.Event()
+        watcher = asyncio.create_task(_watch(is_cancelled, gone))
+        try:
+            async with aclosing(engine.generate(request, is_cancelled=gone.is_set)) as events:
+                async for event in events:
+                    if event.save is not None:
+                        self.ticket = event.save
+                        continue
+                    is_first = not self.output_ids
+                    self.output_ids.extend(event.new_token_ids)
+                    self.text += event.text_delta
+                    if event.timings is not None:
+                        self.report["engine"] = asdict(event.timings)
+                    if event.finish_reason:
+                        watcher.cancel()
+                    if event.finish_reason or self.options.stream:
+                        yield self._response(event, is_first=is_first), bool(event.finish_reason)
+        finally:
+            watcher.cancel()
 
-    def _note(self, event: GenerateEvent) -> None:
-        if event.timings is not None:
-            self.report["engine"] = event.timings.to_dict()
-        if event.ticket is not None:
-            self.ticket = event.ticket
-
-    def _response(self, event: GenerateEvent, is_last: bool) -> Any:
-        first = len(self.output_ids) == len(event.new_token_ids)
-        ids = event.new_token_ids if self.sampling.stream else self.output_ids
-        text = event.text_delta if self.sampling.stream else self.text
-        if self.sampling.echo and (first or not self.sampling.stream):
-            text = self.sampling.echo + text
-        report = json.dumps(self.report) if first or is_last else ""
+    def _response(self, event: GenerateEvent, *, is_first: bool) -> Any:
         pb_utils = self.pb_utils
+        if event.finish_reason == "cancelled":
+            cancelled = RequestCancelledError("the request was cancelled by its client")
+            return pb_utils.InferenceResponse(error=triton_error(cancelled, pb_utils))
+        stream = self.options.stream
+        report = json.dumps(self.report) if is_first or event.finish_reason else ""
+        ids = event.new_token_ids if stream else tuple(self.output_ids)
+        text = event.text_delta if stream else self.text
         return pb_utils.InferenceResponse(
             output_tensors=[
                 text_tensor(wire.TEXT_OUTPUT, text, pb_utils),
@@ -138,39 +138,37 @@ class SaveQueue:
     and counted.
     """
 
-    def __init__(self, config: Config, engine: Engine, pb_utils: Any) -> None:
+    def __init__(self, config: Config, pb_utils: Any) -> None:
         self._max_pending = config.save.max_pending
-        self._engine = engine
+        self._leases = EngineLeases(config)
         self._pb_utils = pb_utils
         self._metrics = Metrics(pb_utils)
         self._pending = 0
 
-    async def save(self, generation: Generation) -> None:
-        """Save what `generation` computed; failures are logged and counted, never raised."""
-        ticket = generation.ticket
+    async def save(self, ticket: SaveTicket | None) -> None:
+        """Save what a request computed; failures are logged and counted, never raised."""
         if ticket is None:
             return
         if self._pending >= self._max_pending:
             self._metrics.add("kvfetcher_saves_dropped_total")
-            self._engine.release(ticket.lease_id)
+            await self._leases.release(ticket.lease_id)
             return
         self._pending += 1
         self._metrics.add("kvfetcher_saves_pending", 1)
         try:
-            await self._call(generation, ticket)
+            await self._call(ticket)
         finally:
             self._pending -= 1
             self._metrics.add("kvfetcher_saves_pending", -1)
 
-    async def _call(self, generation: Generation, ticket: SaveTicket) -> None:
+    async def _call(self, ticket: SaveTicket) -> None:
         pb_utils = self._pb_utils
-        tokens = np.concatenate([generation.input_ids, np.int32(generation.output_ids)])
         response = await pb_utils.InferenceRequest(
             model_name=wire.KV_SAVE,
             requested_output_names=[wire.KV_REPORT],
             inputs=[
-                ids_tensor(wire.INPUT_IDS, tokens.astype(np.int32), pb_utils),
-                text_tensor(wire.KV_LEASE, ticket.to_json(), pb_utils),
+                ids_tensor(wire.INPUT_IDS, np.asarray(ticket.token_ids, np.int32), pb_utils),
+                text_tensor(wire.KV_LEASE, ticket_to_json(ticket), pb_utils),
             ],
         ).async_exec()
         if response.has_error():
@@ -185,25 +183,13 @@ class SaveQueue:
             self._metrics.add("kvfetcher_save_errors_total")
 
     def close(self) -> None:
-        """Drop the series."""
+        """Drop the series and the connection."""
         self._metrics.close()
+        self._leases.close()
 
 
-async def _until_cancelled(
-    events: AsyncIterator[GenerateEvent], is_cancelled: Callable[[], bool]
-) -> AsyncIterator[GenerateEvent]:
-    """The events, while the client is there; polled, because Triton has no callback for it."""
-    iterator = aiter(events)
-    while True:
-        upcoming = asyncio.ensure_future(anext(iterator))
-        while not upcoming.done():
-            await asyncio.wait({upcoming}, timeout=_CANCEL_POLL_SECONDS)
-            if not upcoming.done() and is_cancelled():
-                upcoming.cancel()
-                await asyncio.wait({upcoming})
-                raise RequestCancelledError("the request was cancelled by its client")
-        try:
-            event = upcoming.result()
-        except StopAsyncIteration:
-            return
-        yield event
+async def _watch(is_cancelled: Callable[[], bool], gone: threading.Event) -> None:
+    """Set `gone` once the client went away; polled, because Triton has no callback for it."""
+    while not is_cancelled():
+        await asyncio.sleep(_CANCEL_POLL_SECONDS)
+    gone.set()

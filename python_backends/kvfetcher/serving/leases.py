@@ -41,6 +41,9 @@ class EngineLeases:
             self._client.seal, lease_id, num_tokens=num_tokens, digest=tokens_digest
         )
 
+    async def renew(self, lease_id: str) -> None:
+        await asyncio.to_thread(self._client.renew, lease_id)
+
     async def release(self, lease_id: str) -> None:
         await asyncio.to_thread(self._client.release, lease_id)
 

@@ -6,8 +6,9 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from kvfetcher import wire
-from kvfetcher.errors import CodecError
-from kvfetcher.leases import SaveTicket
+from kvfetcher.arena import BlockTarget
+from kvfetcher.engines.base import SaveTicket
+from kvfetcher.errors import CodecError, RequestError
 from kvfetcher.save import Saver, SaveReport
 from kvfetcher.serving.leases import EngineLeases
 from kvfetcher.serving.tensors import ids_tensor, text_tensor
@@ -17,10 +18,31 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from kvfetcher.arena import BlockTarget
     from kvfetcher.config import Config
     from kvfetcher.fetch.fetcher import FetchFacts
     from kvfetcher.keys import ChunkKey
+
+
+def ticket_to_json(ticket: SaveTicket) -> str:
+    """The ticket without its token ids, which travel as a tensor."""
+    data = ticket.to_dict()
+    del data["token_ids"]
+    return json.dumps(data, separators=(",", ":"))
+
+
+def ticket_from_json(text: str, token_ids: NDArray[np.int32]) -> SaveTicket:
+    """Inverse of `ticket_to_json`.
+
+    Raises:
+        RequestError: not such JSON.
+        LayoutError: a target is none.
+    """
+    try:
+        data = json.loads(text)
+        targets = tuple(BlockTarget.from_dict(target) for target in data.pop("targets"))
+        return SaveTicket(targets=targets, token_ids=tuple(token_ids.tolist()), **data)
+    except (ValueError, TypeError, KeyError, AttributeError) as exc:
+        raise RequestError(f"input {wire.KV_LEASE!r} is not a save ticket: {exc}") from exc
 
 
 class SaveService:
@@ -35,7 +57,7 @@ class SaveService:
 
     async def save(self, input_ids: NDArray[np.int32], ticket_json: str) -> SaveReport:
         """See `Saver.save`."""
-        return await self._saver.save(input_ids, SaveTicket.from_json(ticket_json))
+        return await self._saver.save(ticket_from_json(ticket_json, input_ids))
 
     async def _encode_chunk(
         self, tokens: NDArray[np.int32], key: ChunkKey, facts: FetchFacts, target: BlockTarget

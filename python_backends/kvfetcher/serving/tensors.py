@@ -86,7 +86,7 @@ def bytes_tensor(
     return pb_utils.Tensor(name, array[None] if batched else array)
 
 
-def ids_tensor(name: str, ids: NDArray[np.int32] | list[int], pb_utils: Any) -> Any:
+def ids_tensor(name: str, ids: NDArray[np.int32] | tuple[int, ...], pb_utils: Any) -> Any:
     """INT32 tensor [n]."""
     return pb_utils.Tensor(name, np.asarray(ids, dtype=np.int32))
 

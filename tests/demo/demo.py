@@ -1,0 +1,156 @@
+"""One server saves a prefix, another one reuses it: the demo behind `make demo`.
+
+Server A answers a question about a document (a miss) and saves the prefix to a folder. Server A
+stops. Server B, with nothing but that folder, answers another question about the same document (a
+hit), and once more with `kv_policy=recompute`. Talk goes to stderr, the table and the last line
+`DEMO {json}` to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from kvfetcher.config import Config, load_config
+from kvfetcher.engines.models import prepare_model
+from kvfetcher.server import TritonServer
+from kvfetcher.storage import open_store
+from kvfetcher_client import Client, Generation
+from support.triton_server import server_config
+
+DOCUMENT = Path(__file__).parents[1] / "data" / "documents" / "references_and_borrowing.txt"
+QUESTIONS = (
+    "What is the difference between a reference and a pointer in Rust?",
+    "Why does Rust forbid two mutable references to the same data at one time?",
+)
+MAX_TOKENS = 48
+SAVE_TIMEOUT_SECONDS = 300.0
+
+
+def talk(text: str, *, end: str = "\n") -> None:
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
+def prompt(question: str) -> str:
+    """The document and a question in the chat format of the model (ChatML)."""
+    return (
+        "<|im_start|>system\nYou answer questions about a document.<|im_end|>\n"
+        f"<|im_start|>user\n{DOCUMENT.read_text()}\n\nQuestion: {question}<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def demo_config(store: Path, profile: str | None) -> Config:
+    config = server_config(load_config(), stop_timeout_seconds=60.0)
+    return replace(
+        config,
+        store=replace(config.store, kind="file", path=str(store)),
+        codec=replace(config.codec, profile=profile) if profile else config.codec,
+    )
+
+
+def serve(name: str, config: Config) -> TritonServer:
+    def progress(seconds: float, ready: int, models: int) -> None:
+        talk(f"\rserver {name}: starting, {seconds:3.0f} s, {ready}/{models} models ", end="")
+
+    talk(f"server {name}: starting ", end="")
+    return TritonServer(config, progress=progress)
+
+
+def ask(client: Client, question: str, **options: str) -> Generation:
+    """One streamed answer, shown as it comes."""
+    talk(f"  question: {question}")
+    talk("  answer:   ", end="")
+    answer = None
+    with client.stream(prompt(question), max_tokens=MAX_TOKENS, **options) as stream:
+        for delta in stream:
+            talk(delta.text, end="")
+        answer = stream.generation
+    talk("")
+    return answer
+
+
+def wait_until_saved(config: Config, num_chunks: int) -> None:
+    """Saving happens after the answer; the demo must not stop the server in the middle of it."""
+
+    async def count() -> int:
+        store = open_store(config.store)
+        try:
+            return len([info async for info in store.list_prefix()])
+        finally:
+            await store.close()
+
+    deadline = time.monotonic() + SAVE_TIMEOUT_SECONDS
+    while (saved := asyncio.run(count())) < num_chunks:
+        talk(f"\r  saving in the background: {saved}/{num_chunks} chunks ", end="")
+        if time.monotonic() > deadline:
+            raise SystemExit(f"only {saved} of {num_chunks} chunks were saved in time")
+        time.sleep(0.5)
+    talk(f"\r  saved {num_chunks} chunks of {config.codec.chunk_tokens} tokens      ")
+
+
+def table(rows: list[tuple[str, Generation]]) -> str:
+    lines = [f"{'request':<22}{'tokens hit':>14}{'bytes fetched / bf16':>28}{'first token':>14}"]
+    for name, answer in rows:
+        report = answer.report
+        hit = f"{report.hit_tokens}/{report.prompt_tokens}"
+        size = "-"
+        if report.hit_tokens:
+            size = f"{report.bytes_fetched / 1e6:.1f} / {report.raw['bytes_bf16'] / 1e6:.1f} MB"
+        first = f"{answer.time_to_first_token_seconds * 1e3:.0f} ms"
+        lines.append(f"{name:<22}{hit:>14}{size:>28}{first:>14}")
+    return "\n".join(lines)
+
+
+def run(store: Path, profile: str | None) -> dict[str, object]:
+    talk("preparing the model (the first time: a 93 MB download and a conversion)")
+    prepare_model(load_config().engine.model, progress=lambda text: talk(f"  {text}"))
+    config = demo_config(store, profile)
+    with serve("A", config) as server, Client(server.grpc_url) as client:
+        talk("- ready")
+        miss = ask(client, QUESTIONS[0])
+        wait_until_saved(config, miss.report.prompt_tokens // config.codec.chunk_tokens)
+    talk("server A: stopped")
+    config = demo_config(store, profile)
+    with serve("B", config) as server, Client(server.grpc_url) as client:
+        talk("- ready")
+        hit = ask(client, QUESTIONS[1])
+        recomputed = ask(client, QUESTIONS[1], kv_policy="recompute")
+    talk("server B: stopped\n")
+    rows = [("A, miss", miss), ("B, hit", hit), ("B, recompute", recomputed)]
+    print(table(rows))
+    for name, answer in rows:
+        print(f"{name}: {answer.text.strip()}")
+    return {
+        "prompt_tokens": hit.report.prompt_tokens,
+        "hit_tokens": hit.report.hit_tokens,
+        "ttft_miss_ms": round(miss.time_to_first_token_seconds * 1e3, 1),
+        "ttft_hit_ms": round(hit.time_to_first_token_seconds * 1e3, 1),
+        "ttft_recompute_ms": round(recomputed.time_to_first_token_seconds * 1e3, 1),
+        "bytes_fetched": hit.report.bytes_fetched,
+        "bytes_bf16": hit.report.raw["bytes_bf16"],
+        "profile": hit.report.raw["profile"],
+        "same_answer": hit.text == recomputed.text,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--profile", help="codec profile; default: the configured one")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="kvfetcher-demo-") as folder:
+        result = run(Path(folder), args.profile)
+    print("DEMO " + json.dumps(result))
+    return 0 if result["hit_tokens"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

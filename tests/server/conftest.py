@@ -1,0 +1,110 @@
+"""A real tritonserver with the real model repository, the real model and a store in a folder."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import tritonclient.grpc as grpcclient
+
+from kvfetcher.engines.models import prepare_model
+from kvfetcher_client import Client
+from support.triton_server import TritonServer, server_config
+
+if TYPE_CHECKING:
+    from kvfetcher.config import Config
+
+DOCUMENT = (
+    Path(__file__).parents[1] / "data" / "documents" / "references_and_borrowing.txt"
+).read_text()
+CHUNK_TOKENS = 64  # short chunks keep prompts, and so the tests, short
+
+
+def make_config(store: Path, **sections: dict[str, object]) -> Config:
+    """The tests' configuration: free ports, `store`, short chunks; sections override fields."""
+    config = server_config()
+    fields = {
+        "store": {"path": str(store)},
+        "codec": {"chunk_tokens": CHUNK_TOKENS},
+        "engine": {"prefill_slice_tokens": CHUNK_TOKENS, "arena_bytes": 256 << 20},
+        "fetch": {"min_hit_tokens": CHUNK_TOKENS},
+    }
+    for name, values in sections.items():
+        fields[name] = {**fields.get(name, {}), **values}
+    return replace(
+        config, **{name: replace(getattr(config, name), **v) for name, v in fields.items()}
+    )
+
+
+@dataclass
+class Running:
+    """A ready server and its clients."""
+
+    server: TritonServer
+    config: Config
+    client: Client
+    triton: grpcclient.InferenceServerClient
+
+    @property
+    def store(self) -> Path:
+        return Path(self.config.store.path)
+
+    def chunk_files(self) -> list[Path]:
+        return sorted(p for p in self.store.glob("??/??/*") if p.is_file())
+
+    def wait_for_chunks(self, count: int, *, timeout_seconds: float = 60.0) -> list[Path]:
+        """The store's chunk files, once there are `count` (saving runs behind the answer)."""
+        deadline = time.monotonic() + timeout_seconds
+        while len(files := self.chunk_files()) < count:
+            assert time.monotonic() < deadline, f"{len(files)} of {count} chunks after the deadline"
+            time.sleep(0.05)
+        return files
+
+
+class start_server:
+    """Context manager: a server over `store`."""
+
+    def __init__(self, store: Path, **sections: dict[str, object]) -> None:
+        self._config = make_config(store, **sections)
+
+    def __enter__(self) -> Running:
+        self._server = TritonServer(self._config)
+        self._server.start()
+        self._client = Client(self._server.grpc_url, timeout_seconds=120)
+        self._triton = grpcclient.InferenceServerClient(self._server.grpc_url)
+        return Running(self._server, self._config, self._client, self._triton)
+
+    def __exit__(self, *_: object) -> None:
+        self._triton.close()
+        self._client.close()
+        self._server.stop()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def model():
+    """The default model, fetched and converted once."""
+    return prepare_model("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    with start_server(tmp_path_factory.mktemp("store")) as started:
+        yield started
+
+
+_next_words = iter(range(10_000))
+
+
+@pytest.fixture
+def prompt():
+    """A function: a prompt that no other test uses, of about `num_words` words of the document."""
+
+    def make(num_words: int = 200) -> str:
+        number = next(_next_words)
+        words = DOCUMENT.split()
+        return f"Document {number}. " + " ".join(words[:num_words])
+
+    return make

@@ -1,0 +1,358 @@
+"""Every promise of the graph through the real tritonserver, with the real model."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import tritonclient.grpc as grpcclient
+import tritonclient.http as httpclient
+from tritonclient.utils import InferenceServerException
+
+from kvfetcher import container, wire
+from kvfetcher.arena import Arena
+from kvfetcher.config import CodecConfig
+from kvfetcher.control import ControlClient, socket_path
+from kvfetcher.errors import KVFetcherError, RequestError
+
+from .conftest import CHUNK_TOKENS, start_server
+
+pytestmark = [pytest.mark.triton, pytest.mark.slow]
+
+
+def text(value):
+    return np.array([value.encode()], dtype=object)
+
+
+def tensor(name, array, dtype):
+    made = grpcclient.InferInput(name, list(array.shape), dtype)
+    made.set_data_from_numpy(array)
+    return made
+
+
+def stream(running, model, inputs, *, timeout=60):
+    """All responses of one request to a decoupled model."""
+    done, results = threading.Event(), []
+
+    def callback(result, error):
+        results.append(error or result)
+        response = None if error else result.get_response()
+        if error or response.parameters["triton_final_response"].bool_param:
+            done.set()
+
+    with grpcclient.InferenceServerClient(running.server.grpc_url) as client:
+        client.start_stream(callback)
+        client.async_stream_infer(model, inputs, enable_empty_final_response=True)
+        assert done.wait(timeout)
+        client.stop_stream()
+    return results
+
+
+def test_a_miss_is_saved_and_the_next_request_hits_with_the_same_answer(running, prompt):
+    before = len(running.chunk_files())
+    question = prompt()
+    miss = running.client.generate(question, max_tokens=12)
+    assert (miss.report.raw["outcome"], miss.report.hit_tokens) == ("miss", 0)
+    assert miss.report.raw["reason"] == "not_stored"
+    chunks = miss.report.prompt_tokens // CHUNK_TOKENS
+    running.wait_for_chunks(before + chunks)
+    hit = running.client.generate(question, max_tokens=12)
+    assert hit.report.raw["outcome"] == "hit"
+    assert hit.report.hit_tokens == (hit.report.prompt_tokens - 1) // CHUNK_TOKENS * CHUNK_TOKENS
+    assert hit.report.raw["engine"]["cached_tokens"] == hit.report.hit_tokens
+    assert 0 < hit.report.bytes_fetched < hit.report.raw["bytes_bf16"]
+    again = running.client.generate(question, max_tokens=12, kv_policy="recompute")
+    assert (again.report.raw["outcome"], again.report.hit_tokens) == ("skipped", 0)
+    assert hit.output_ids == again.output_ids == miss.output_ids
+    assert hit.text == again.text == miss.text
+    assert hit.text.strip()
+
+
+def test_restored_kv_equals_the_engines_own_byte_for_byte(running, prompt, model):
+    """kv_fetch -> kv_pipeline -> arena through the server, against an engine of our own."""
+    from kvfetcher.engines.torch_engine import compute_prefix_kv
+
+    question = prompt(150)
+    ids = _preprocess(running, question)
+    before = len(running.chunk_files())
+    running.client.generate(question, max_tokens=2)
+    running.wait_for_chunks(before + len(ids) // CHUNK_TOKENS)
+    (fetched,) = stream(running, wire.KV_FETCH, [tensor("input_ids", ids, "INT32")])
+    claim = json.loads(fetched.as_numpy(wire.KV_LEASE)[0])
+    assert claim["num_tokens"] == (len(ids) - 1) // CHUNK_TOKENS * CHUNK_TOKENS
+    with ControlClient(socket_path(running.server.run_dir), timeout_seconds=10) as control:
+        target = control.renew(claim["lease_id"])
+        arena = Arena.attach(target.arena)
+        restored = arena.read(target)
+        arena.close()
+        control.release(claim["lease_id"])
+    own = compute_prefix_kv(running.config.engine, ids[: claim["num_tokens"]])
+    np.testing.assert_array_equal(restored, own)
+
+
+def _preprocess(running, question):
+    result = running.triton.infer(
+        wire.PREPROCESSING, [tensor("text_input", text(question), "BYTES")]
+    )
+    return result.as_numpy(wire.INPUT_IDS)
+
+
+def test_a_longer_prompt_hits_the_part_that_is_stored(running, prompt):
+    before = len(running.chunk_files())
+    start = prompt(150)
+    first = running.client.generate(start, max_tokens=1)
+    running.wait_for_chunks(before + first.report.prompt_tokens // CHUNK_TOKENS)
+    longer = running.client.generate(start + " And so it goes on. " * 40, max_tokens=1)
+    assert longer.report.raw["outcome"] == "partial"
+    assert 0 < longer.report.hit_tokens < longer.report.prompt_tokens - CHUNK_TOKENS
+    assert longer.report.raw["reason"] == "not_stored"
+
+
+def test_another_salt_shares_nothing(running, prompt):
+    before = len(running.chunk_files())
+    question = prompt(120)
+    first = running.client.generate(question, max_tokens=1, cache_salt="tenant a")
+    running.wait_for_chunks(before + first.report.prompt_tokens // CHUNK_TOKENS)
+    other = running.client.generate(question, max_tokens=1, cache_salt="tenant b")
+    same = running.client.generate(question, max_tokens=1, cache_salt="tenant a")
+    assert other.report.hit_tokens == 0
+    assert same.report.hit_tokens > 0
+
+
+def test_no_store_neither_reads_nor_writes(running, prompt):
+    before = running.chunk_files()
+    answer = running.client.generate(prompt(120), max_tokens=1, kv_policy="no_store")
+    assert answer.report.raw["outcome"] == "skipped"
+    running.client.generate("short", max_tokens=1)  # a later request, so a save would have run
+    time.sleep(1.0)
+    assert running.chunk_files() == before
+
+
+def test_streamed_deltas_add_up_to_the_whole_answer(running, prompt):
+    question = prompt(60)
+    whole = running.client.generate(question, max_tokens=10)
+    with running.client.stream(question, max_tokens=10) as deltas:
+        pieces = list(deltas)
+    assert len(pieces) > 3
+    assert "".join(piece.text for piece in pieces) == whole.text
+
+
+def test_two_requests_at_once_are_both_right(running, prompt):
+    questions = [prompt(80), prompt(90), prompt(100)]
+    alone = [running.client.generate(q, max_tokens=8, kv_policy="no_store").text for q in questions]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(
+            pool.map(
+                lambda q: running.client.generate(q, max_tokens=8, kv_policy="no_store").text,
+                questions,
+            )
+        )
+    assert together == alone
+
+
+def test_one_bad_request_among_good_ones_fails_alone(running, prompt):
+    def ask(options):
+        try:
+            return running.client.generate(options.pop("text", None) or prompt(60), **options).text
+        except KVFetcherError as exc:
+            return exc
+
+    asked = [{"max_tokens": 4}, {"max_tokens": 0}, {"max_tokens": 4}, {"kv_policy": "often"}]
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(ask, asked))
+    assert isinstance(answers[0], str)
+    assert isinstance(answers[2], str)
+    assert isinstance(answers[1], RequestError)
+    assert "max_tokens must be" in str(answers[1])
+    assert isinstance(answers[3], RequestError)
+    assert "kv_policy must be one of" in str(answers[3])
+
+
+@pytest.mark.parametrize(
+    ("question", "rule"),
+    [("", "empty"), ("word " * 9000, "position|longest|prompt")],
+    ids=["empty", "oversize"],
+)
+def test_an_impossible_prompt_is_refused_with_its_rule(running, question, rule):
+    with pytest.raises(RequestError, match=rule):
+        running.client.generate(question, max_tokens=1)
+    assert running.server.is_ready()
+
+
+def test_an_unknown_tensor_is_refused_by_name(running):
+    with pytest.raises(InferenceServerException, match="colour"):
+        running.triton.infer(
+            wire.PREPROCESSING,
+            [tensor("text_input", text("x"), "BYTES"), tensor("colour", text("x"), "BYTES")],
+        )
+
+
+def test_a_wrong_dtype_is_refused(running):
+    (error,) = stream(
+        running,
+        wire.KVFETCHER,
+        [
+            tensor("text_input", text("hello"), "BYTES"),
+            tensor("max_tokens", np.array([1.0], np.float32), "FP32"),
+        ],
+    )
+    assert isinstance(error, InferenceServerException)
+    assert "max_tokens" in str(error)
+
+
+def test_cancelling_mid_stream_frees_the_engine(running, prompt):
+    with running.client.stream(prompt(40), max_tokens=800) as deltas:
+        next(iter(deltas))
+    with ControlClient(socket_path(running.server.run_dir), timeout_seconds=10) as control:
+        deadline = time.monotonic() + 20
+        while control.stats()["running_requests"]:
+            assert time.monotonic() < deadline, "the cancelled request still runs"
+            time.sleep(0.1)
+    assert running.client.generate(prompt(40), max_tokens=2).text is not None
+
+
+def test_http_generate_and_generate_stream(running, prompt):
+    import urllib.request
+
+    def post(verb, body):
+        request = urllib.request.Request(
+            f"http://{running.server.http_url}/v2/models/{wire.KVFETCHER}/{verb}",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.read().decode()
+
+    question = prompt(40)
+    whole = json.loads(post("generate", {"text_input": question, "max_tokens": 6}))
+    assert json.loads(whole["kv_report"])["prompt_tokens"] > 40
+    events = post("generate_stream", {"text_input": question, "max_tokens": 6, "stream": True})
+    pieces = [json.loads(e.removeprefix("data: ")) for e in events.strip().split("\n\n")]
+    assert len(pieces) > 2
+    assert "".join(p["text_output"] for p in pieces) == whole["text_output"]
+
+
+def test_the_http_client_sees_the_models(running):
+    with httpclient.InferenceServerClient(running.server.http_url) as client:
+        assert client.is_model_ready(wire.KVFETCHER)
+
+
+def test_kv_encode_and_kv_pipeline_are_usable_alone(running):
+    spec = {"num_layers": 6, "num_kv_heads": 2, "head_dim": 32, "dtype": "float16"}
+    values = np.random.default_rng(0).normal(size=(6, 2, 2, 48, 32)).astype(np.float16)
+    encoded = running.triton.infer(
+        wire.KV_ENCODE,
+        [
+            tensor("input_ids", np.arange(48, dtype=np.int32), "INT32"),
+            tensor("kv_spec", text(json.dumps({"spec": spec})), "BYTES"),
+            tensor("kv_values", np.frombuffer(values.tobytes(), np.uint8), "UINT8"),
+        ],
+    )
+    chunk = encoded.as_numpy("chunk").tobytes()
+    parts = []
+    for entry in container.parse_header(chunk).units:
+        unit = np.frombuffer(chunk[entry.offset : entry.stop], np.uint8)[None]
+        result = running.triton.infer(wire.KV_PIPELINE, [tensor("unit", unit, "UINT8")])
+        parts.append(result.as_numpy("kv_values").tobytes())
+    assert b"".join(parts) == values.tobytes()
+
+
+def test_units_of_different_sizes_share_a_batch_and_a_bad_one_fails_alone(running):
+    from kvfetcher.codec import profiles
+    from kvfetcher.spec import KVSpec
+
+    units = []
+    for tokens in (16, 40, 64):
+        spec = KVSpec(num_layers=2, num_kv_heads=1, head_dim=32)
+        values = np.random.default_rng(tokens).integers(
+            0, 1 << 16, (2, 2, 1, tokens, 32), np.uint16
+        )
+        chunk = profiles.encode_chunk(
+            values, spec=spec, profile=profiles.make_profile(CodecConfig()), identity=bytes(32),
+            chunk_key=bytes(32), token_ids=list(range(tokens)), first_position=0, num_threads=1,
+        )  # fmt: skip
+        entry = container.parse_header(chunk).units[0]
+        units.append((chunk[entry.offset : entry.stop], values.tobytes()))
+    units.append((b"KVFUNIT\0 but not really", None))
+
+    def run(unit):
+        array = np.frombuffer(unit, np.uint8)[None]
+        try:
+            result = running.triton.infer(wire.KV_PIPELINE, [tensor("unit", array, "UINT8")])
+        except InferenceServerException as exc:
+            return exc
+        return result.as_numpy("kv_values").tobytes()
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(run, [unit for unit, _ in units] * 4))
+    for got, (_, expected) in zip(results, units * 4, strict=True):
+        if expected is None:
+            assert isinstance(got, InferenceServerException)
+        else:
+            assert got == expected
+
+
+def test_metrics_count_hits_and_saves(running, prompt):
+    import urllib.request
+
+    before = len(running.chunk_files())
+    question = prompt(100)
+    first = running.client.generate(question, max_tokens=1)
+    running.wait_for_chunks(before + first.report.prompt_tokens // CHUNK_TOKENS)
+    running.client.generate(question, max_tokens=1)
+    with urllib.request.urlopen(f"http://{running.server.metrics_url}/metrics") as response:
+        text = response.read().decode()
+    values = {
+        line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1])
+        for line in text.splitlines()
+        if line.startswith("kvfetcher_")
+    }
+    assert sum(v for k, v in values.items() if k.startswith("kvfetcher_hit_tokens_total")) > 0
+    assert sum(v for k, v in values.items() if k.startswith("kvfetcher_saved_chunks_total")) > 0
+
+
+def test_a_restarted_server_hits_what_another_saved_and_sets_a_corrupt_chunk_aside(
+    tmp_path, prompt
+):
+    question = prompt(200)
+    with start_server(tmp_path / "store") as first:
+        miss = first.client.generate(question, max_tokens=8)
+        first.wait_for_chunks(miss.report.prompt_tokens // CHUNK_TOKENS)
+    with start_server(tmp_path / "store") as second:
+        hit = second.client.generate(question, max_tokens=8)
+        assert hit.report.raw["outcome"] == "hit"
+        assert hit.output_ids == miss.output_ids
+        files = second.chunk_files()
+        for path in files:
+            data = bytearray(path.read_bytes())
+            data[-3] ^= 1
+            path.write_bytes(data)
+        corrupt = second.client.generate(question, max_tokens=8)
+        assert (corrupt.report.raw["outcome"], corrupt.report.hit_tokens) == ("miss", 0)
+        assert corrupt.report.raw["reason"] == "corrupt_chunk"
+        assert corrupt.output_ids == miss.output_ids
+        # The corrupt chunks that were read are set aside, and the request's own save replaces them.
+        second.wait_for_chunks(len(files))
+        again = second.client.generate(question, max_tokens=8)
+        assert again.output_ids == miss.output_ids
+
+
+def test_a_store_that_cannot_be_written_only_costs_the_saving(tmp_path, prompt):
+    not_a_folder = tmp_path / "store"
+    not_a_folder.write_text("in the way")
+    with start_server(not_a_folder) as running:
+        question = prompt(150)
+        first = running.client.generate(question, max_tokens=4)
+        second = running.client.generate(question, max_tokens=4)
+        assert first.text == second.text
+        assert (second.report.hit_tokens, second.report.raw["outcome"]) == (0, "miss")
+        assert second.report.raw["reason"] in ("store_error", "not_stored")
+        with ControlClient(socket_path(running.server.run_dir), timeout_seconds=10) as control:
+            deadline = time.monotonic() + 20
+            while (usage := control.stats()["blocks"])["free"] != usage["total"]:
+                assert time.monotonic() < deadline, f"leases are left: {usage}"
+                time.sleep(0.1)
