@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import mmap
 import os
@@ -138,8 +139,10 @@ class Arena:
         tokens_per_block: int,
         num_blocks: int,
         generation: str,
+        lock_fd: int | None = None,
     ) -> None:
         self.path = path
+        self._lock_fd = lock_fd
         self.spec = spec
         self.tokens_per_block = tokens_per_block
         self.num_blocks = num_blocks
@@ -195,12 +198,15 @@ class Arena:
         try:
             fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
+                # Held as long as the owner lives: `sweep` tells dead arenas by it.
+                fcntl.flock(fd, fcntl.LOCK_EX)
                 os.posix_fallocate(fd, 0, total)
                 os.pwrite(fd, _PREFIX.pack(_MAGIC, ARENA_VERSION, len(text)) + text, 0)
                 memory = mmap.mmap(fd, total)
                 partial.replace(path)
-            finally:
+            except OSError:
                 os.close(fd)
+                raise
         except OSError as exc:
             with contextlib.suppress(OSError):
                 partial.unlink()
@@ -218,7 +224,35 @@ class Arena:
             tokens_per_block=tokens_per_block,
             num_blocks=num_blocks,
             generation=generation,
+            lock_fd=fd,
         )
+
+    @staticmethod
+    def sweep(folder: Path, prefix: str) -> int:
+        """Remove arena files in `folder` whose owner died without `unlink`.
+
+        Only files of this user whose names begin with `prefix`. An owner holds a lock on its file,
+        which the kernel drops with the process, so the living are left alone, those in other
+        containers that share the folder too.
+
+        Returns:
+            How many were removed.
+        """
+        removed = 0
+        for path in [*folder.glob(f"{prefix}*"), *folder.glob(f".{prefix}*.partial")]:
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            except OSError:  # somebody else's, or just gone
+                continue
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink(missing_ok=True)
+                removed += 1
+            except BlockingIOError:
+                continue
+            finally:
+                os.close(fd)
+        return removed
 
     @classmethod
     def attach(cls, path: str | Path, *, generation: str | None = None) -> Arena:
@@ -338,6 +372,9 @@ class Arena:
     def close(self) -> None:
         """Unmap. Safe to call twice. The file stays; the owner removes it with `unlink`."""
         self._blocks = None
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
         # An array that somebody kept holds the mapping; it goes when that array goes.
         with contextlib.suppress(BufferError):
             self._memory.close()

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from kvfetcher.leases import Lease, LeaseTable
 
 SOCKET_NAME = "engine.sock"
-ARENA_NAME = "kvfetcher-arena"
 MAX_LINE_BYTES = 1 << 20
 """A line longer than this ends the connection; `describe` of 128 layers is about 130 kB."""
 

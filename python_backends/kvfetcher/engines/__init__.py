@@ -1,0 +1,1 @@
+"""LLM engines: `base` says what one is, `host` opens the configured one."""

@@ -1,0 +1,91 @@
+"""The engine process's belongings in one place: model, arena, leases, engine, control socket."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from kvfetcher.arena import Arena
+from kvfetcher.control import ControlServer, socket_path
+from kvfetcher.engines.loader import load_model
+from kvfetcher.engines.models import prepare_model
+from kvfetcher.engines.torch_engine import TorchEngine
+from kvfetcher.leases import LeaseTable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvfetcher.config import Config
+
+SHARED_MEMORY = Path("/dev/shm")
+_ARENA_PREFIX = "kvfetcher-arena-"
+
+_log = logging.getLogger(__name__)
+
+
+class EngineHost:
+    """Everything the engine process owns, opened together and closed in the right order.
+
+    Args:
+        config: the whole configuration.
+        run_folder: where the control socket goes; None = `control.run_dir()`.
+        arena_folder: where the arena file goes.
+        progress: gets one sentence before each long step.
+
+    Raises:
+        ConfigError, EngineError, ArenaError: see `prepare_model`, `load_model`, `Arena.create`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        run_folder: Path | None = None,
+        arena_folder: Path = SHARED_MEMORY,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        with contextlib.ExitStack() as stack:
+            folder = prepare_model(config.engine.model, progress=progress)
+            progress(f"loading model {folder.name}")
+            loaded = load_model(
+                folder.path, device=config.engine.device, kv_dtype=config.engine.kv_dtype
+            )
+            removed = Arena.sweep(arena_folder, _ARENA_PREFIX)
+            if removed:
+                _log.warning("removed %d arena file(s) of engines that died", removed)
+            self.arena = Arena.create(
+                arena_folder / f"{_ARENA_PREFIX}{os.getuid()}-{secrets.token_hex(4)}",
+                spec=loaded.spec,
+                tokens_per_block=config.engine.tokens_per_block,
+                num_bytes=config.engine.arena_bytes,
+            )
+            stack.callback(self.arena.close)
+            stack.callback(self.arena.unlink)
+            self.leases = LeaseTable(
+                num_blocks=self.arena.num_blocks, tokens_per_block=self.arena.tokens_per_block
+            )
+            self.engine = TorchEngine(loaded, config, arena=self.arena, leases=self.leases)
+            stack.callback(self.engine.close)
+            self.control = ControlServer(
+                socket_path(run_folder),
+                arena=self.arena,
+                leases=self.leases,
+                describe=lambda: self.engine.describe().to_dict(),
+                stats=self.engine.stats,
+            )
+            stack.callback(self.control.close)
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the socket, the engine and the arena, and remove their files. Safe to call twice."""
+        self._stack.close()

@@ -1,0 +1,178 @@
+"""Whose KV values these are: digests of weights and tokenizer, and the RoPE of a loaded model.
+
+What the identity covers, and why it is enough: KV values are a function of the tokens before them,
+the weights, the model's configuration (both in ``weights``), the position encoding (``rope``) and
+the arithmetic (``compute``: compute dtype, attention kernel family, how values become KV dtype).
+Left out on purpose: slice size, thread count, batch neighbours, device model and library versions.
+They change the order of additions, that is the last bits before rounding, as they do between two
+runs of one server; chunks made under them are as right as each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+from typing import TYPE_CHECKING, Any
+
+from kvfetcher.engines.base import RopeFacts
+from kvfetcher.errors import EngineError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+DIGEST_FILE = ".kvfetcher-digest.json"
+_HASH_STEP = 1 << 24
+_MAX_SAFETENSORS_HEADER = 100_000_000  # the limit of the format's own reader
+
+# Fields of config.json that do not touch the arithmetic but differ between savers.
+_VOLATILE = (
+    "_name_or_path",
+    "_model_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+)
+
+# "dynamic" and "longrope" choose frequencies by the total length, so that the K of a prefix would
+# depend on what follows it: such values must not be shared.
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256, hex, over the model's tensors and its configuration.
+
+    Tensors are hashed by name, dtype, shape and bytes in the order of their names, so that the
+    digest does not depend on how they are spread over files. 500 MB take about a second; the
+    result is kept in the folder (where that is writable) and found again by sizes and times.
+
+    Raises:
+        EngineError: no or damaged safetensors files.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise EngineError(
+            f"model folder {folder} has no *.safetensors file; convert the model (in transformers:"
+            " save_pretrained) and try again"
+        )
+    state = [
+        [path.name, path.stat().st_size, path.stat().st_mtime_ns]
+        for path in (*files, folder / "config.json")
+    ]
+    kept = folder / DIGEST_FILE
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        data = json.loads(kept.read_text())
+        if data["files"] == state and len(data["sha256"]) == 64:
+            return str(data["sha256"])
+    digest = hashlib.sha256(_configuration(folder).encode())
+    tensors = sorted(
+        (name, path, info) for path in files for name, info in _safetensors_index(path).items()
+    )
+    for name, path, (dtype, shape, start, end) in tensors:
+        digest.update(f"\n{name} {dtype} {shape} {end - start}\n".encode())
+        for part in _file_parts(path, start, end):
+            digest.update(part)
+    partial = kept.with_name(f"{DIGEST_FILE}.{os.getpid()}")
+    with contextlib.suppress(OSError):  # a read-only folder is hashed each time
+        partial.write_text(json.dumps({"files": state, "sha256": digest.hexdigest()}))
+        partial.replace(kept)
+    return digest.hexdigest()
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """SHA-256, hex, over the file that defines the token ids.
+
+    Raises:
+        EngineError: there is none.
+    """
+    for name in ("tokenizer.json", "tokenizer.model", "vocab.json"):
+        path = folder / name
+        if path.is_file():
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+    raise EngineError(f"model folder {folder} has no tokenizer.json, tokenizer.model or vocab.json")
+
+
+def rope_text(config: Any) -> str:
+    """Canonical text of a transformers configuration's position encoding.
+
+    Raises:
+        EngineError: a kind whose K values depend on later tokens, or none that is known.
+    """
+    parameters = getattr(config, "rope_parameters", None)
+    if not parameters:
+        raise EngineError(
+            f"model type {config.model_type!r} declares no rope_parameters; only models with rotary"
+            " position encoding are supported"
+        )
+    nested = all(isinstance(value, dict) for value in parameters.values())
+    for kind in (
+        [p["rope_type"] for p in parameters.values()] if nested else [parameters["rope_type"]]
+    ):
+        if kind not in _ROPE_TYPES:
+            raise EngineError(
+                f"rope_type {kind!r} makes K depend on the total length, so prefixes cannot be"
+                f" shared; supported are {_ROPE_TYPES}"
+            )
+    return json.dumps(parameters, sort_keys=True, separators=(",", ":"), default=str)
+
+
+def rope_facts(model: Any, *, num_layers: int, head_dim: int) -> RopeFacts:
+    """Inverse frequencies of every layer, read from a loaded model.
+
+    Raises:
+        EngineError: the model keeps them where this build does not look.
+    """
+    rotary: Any = getattr(getattr(model, "model", None), "rotary_emb", None)
+    inv_freq = getattr(rotary, "inv_freq", None)
+    if inv_freq is None:
+        raise EngineError(
+            f"{type(model).__name__} has no model.rotary_emb.inv_freq; only Llama-like models are"
+            " supported"
+        )
+    row = tuple(float(value) for value in inv_freq.tolist())
+    rotary_dim = 2 * len(row)
+    if rotary_dim > head_dim:
+        raise EngineError(f"RoPE rotates {rotary_dim} of {head_dim} dims")
+    return RopeFacts((row,) * num_layers, rotary_dim, float(rotary.attention_scaling))
+
+
+def _configuration(folder: Path) -> str:
+    path = folder / "config.json"
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as exc:
+        raise EngineError(f"model configuration {path} cannot be read: {exc}") from exc
+    kept = {key: value for key, value in data.items() if key not in _VOLATILE}
+    return json.dumps(kept, sort_keys=True, separators=(",", ":"))
+
+
+def _safetensors_index(path: Path) -> dict[str, tuple[str, str, int, int]]:
+    """Name -> dtype, shape, first byte, end byte (of the file)."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > _MAX_SAFETENSORS_HEADER:
+                raise ValueError(f"header of {length} bytes")
+            header = json.loads(file.read(length))
+        size = path.stat().st_size
+        index = {}
+        for name, info in header.items():
+            if name == "__metadata__":
+                continue
+            start, end = (8 + length + int(offset) for offset in info["data_offsets"])
+            if not 8 + length <= start <= end <= size:
+                raise ValueError(f"tensor {name} ends at {end} of {size} bytes")
+            index[name] = (str(info["dtype"]), str(info["shape"]), start, end)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise EngineError(f"weights file {path} is damaged: {exc}; get the model again") from exc
+    return index
+
+
+def _file_parts(path: Path, start: int, end: int) -> Iterator[bytes]:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
+        for offset in range(start, end, _HASH_STEP):
+            yield memory[offset : min(offset + _HASH_STEP, end)]

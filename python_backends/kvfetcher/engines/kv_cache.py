@@ -1,0 +1,171 @@
+"""The KV cache of one running request, in the form that transformers' models write to.
+
+Values are rounded to the configured KV dtype as they are written and held in the compute dtype:
+attention sees exactly what is shared, and export to bit patterns is an exact cast. A prefix loaded
+from an arena is therefore indistinguishable from one computed here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from kvfetcher.arena import storage_dtype
+from kvfetcher.errors import LayoutError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from kvfetcher.spec import KVSpec
+
+# Whole cache lines per head, whatever the capacity: kernels then see one alignment, and equal
+# inputs give equal bits in requests of different length.
+_CAPACITY_STEP = 64
+
+
+def kv_torch_dtype(spec: KVSpec) -> torch.dtype:
+    """The torch type of `spec.dtype`."""
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    return dtype
+
+
+class RoundingLayer(CacheLayerMixin):
+    """One layer: preallocated keys and values [1, H, capacity, D]; grows by `update`."""
+
+    is_compileable = False
+    is_sliding = False
+    is_croppable = False
+
+    def __init__(
+        self,
+        spec: KVSpec,
+        *,
+        capacity: int,
+        compute_dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        shape = (1, spec.num_kv_heads, capacity, spec.head_dim)
+        self.keys = torch.empty(shape, dtype=compute_dtype, device=device)
+        self.values = torch.empty(shape, dtype=compute_dtype, device=device)
+        self.length = 0
+        self.is_initialized = True
+        self._kv_dtype = kv_torch_dtype(spec)
+        # bfloat16 has float32's range. The others do not, and torch's cast makes inf or NaN of
+        # what is too large: one such value would poison every later token.
+        limit = torch.finfo(self._kv_dtype).max
+        self._limit = None if self._kv_dtype is torch.bfloat16 else float(limit)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing: the tensors exist from the start."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append [1, H, n, D]; returns all keys and values up to now (views)."""
+        end = self.length + key_states.shape[-2]
+        self.keys[:, :, self.length : end] = self._round(key_states)
+        self.values[:, :, self.length : end] = self._round(value_states)
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def _round(self, states: torch.Tensor) -> torch.Tensor:
+        if self._limit is not None:
+            states = states.clamp(-self._limit, self._limit)
+        return states.to(self._kv_dtype)
+
+
+class SequenceCache:
+    """All layers of one request's cache. Used by the engine's thread only.
+
+    Args:
+        spec: geometry and KV dtype; kv_factor 2.
+        capacity: tokens at most.
+        compute_dtype: what the model computes in.
+        device: where the model is.
+    """
+
+    def __init__(
+        self,
+        spec: KVSpec,
+        *,
+        capacity: int,
+        compute_dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.spec = spec
+        self.capacity = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
+        self._layers = [
+            RoundingLayer(spec, capacity=self.capacity, compute_dtype=compute_dtype, device=device)
+            for _ in range(spec.num_layers)
+        ]
+        self.for_model = Cache(layers=list(self._layers))
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return int(self._layers[0].length)
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens from `length` on; their values stay in memory until overwritten."""
+        if not 0 <= length <= self.length:
+            raise LayoutError(f"a cache of {self.length} tokens cannot be cut to {length}")
+        for layer in self._layers:
+            layer.length = length
+
+    def append(self, values: NDArray[Any]) -> None:
+        """Append tokens from bit patterns.
+
+        Args:
+            values: [L, K, H, T, D] of the spec's storage dtype; copied.
+
+        Raises:
+            LayoutError: shape or dtype differ from the spec, or there is no room.
+        """
+        start, spec = self.length, self.spec
+        expected = (spec.num_layers, 2, spec.num_kv_heads, spec.head_dim)
+        shape = values.shape
+        if (*shape[:3], *shape[4:]) != expected or values.dtype != storage_dtype(spec):
+            raise LayoutError(
+                f"values must be {storage_dtype(spec)} [L, K, H, T, D] = {expected[:3]} T"
+                f" {expected[3:]}, got {values.dtype} {shape}"
+            )
+        end = start + shape[3]
+        if end > self.capacity:
+            raise LayoutError(f"a cache of {self.capacity} tokens has no room for {end}")
+        tensor = torch.from_numpy(np.ascontiguousarray(values)).view(kv_torch_dtype(spec))
+        for layer, part in zip(self._layers, tensor, strict=True):
+            layer.keys[0, :, start:end] = part[0]
+            layer.values[0, :, start:end] = part[1]
+            layer.length = end
+
+    def export(self, start: int, end: int) -> NDArray[Any]:
+        """Bit patterns of tokens [start, end): [L, K, H, T, D], a new array.
+
+        Raises:
+            LayoutError: the tokens are not all there.
+        """
+        if not 0 <= start < end <= self.length:
+            raise LayoutError(f"tokens [{start}, {end}) are not in a cache of {self.length}")
+        spec, dtype = self.spec, kv_torch_dtype(self.spec)
+        bits = torch.uint16 if spec.item_bytes == 2 else torch.uint8
+        shape = (spec.num_layers, 2, spec.num_kv_heads, end - start, spec.head_dim)
+        values = np.empty(shape, storage_dtype(spec))
+        for index, layer in enumerate(self._layers):
+            for kind, tensor in enumerate((layer.keys, layer.values)):
+                # Exact: the values were rounded to this type when they were written.
+                part = tensor[0, :, start:end].to(dtype).contiguous()
+                values[index, kind] = part.view(bits).cpu().numpy()
+        return values

@@ -1,0 +1,552 @@
+"""The embedded engine: a Hugging Face model on CPU or GPU, one thread, several requests at once.
+
+Each turn of the loop runs at most one prefill slice, one decode step of every running stream, and
+one chunk's copy of a request that is being saved; a long prompt therefore slows running streams by
+one slice per token and never stops them. Decode steps run one by one, not batched: a request's
+numbers do not depend on its neighbours.
+
+A prefix hit and a full computation give the same bits from the end of the hit on, because
+(1) the cache holds values already rounded to the shared KV dtype (`kv_cache`), (2) prefill slices
+end at absolute multiples of engine.prefill_slice_tokens (`schedule.slice_end`), and (3) the logits
+after a prompt that ends at such a multiple always come from a pass over its last token alone
+(`_score_last_token`), since that is all that is left to compute when the hit covers the prompt.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvfetcher.engines.base import EngineInfo, GenerateEvent, SaveTicket
+from kvfetcher.engines.kv_cache import SequenceCache
+from kvfetcher.engines.schedule import WaitingLine, chunks_to_save, slice_end
+from kvfetcher.engines.sequence import EventPipe, Sequence
+from kvfetcher.errors import (
+    ArenaFullError,
+    EngineError,
+    KVFetcherError,
+    LeaseError,
+    RequestError,
+)
+from kvfetcher.leases import tokens_digest
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from kvfetcher.arena import Arena
+    from kvfetcher.config import Config
+    from kvfetcher.engines.base import GenerateRequest
+    from kvfetcher.engines.loader import LoadedModel
+    from kvfetcher.leases import Lease, LeaseTable
+
+# Weight of the newest slice in the learnt prefill rate: about the last ten slices count.
+_RATE_WEIGHT = 0.2
+# Shorter slices are dominated by fixed costs and say little about the rate.
+_MIN_RATE_TOKENS = 32
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class EngineCounters:
+    """Totals since the start. Written by the engine's thread (refused, leases: by submitters)."""
+
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    refused: int = 0
+    prefill_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    leases_used: int = 0
+    leases_refused: int = 0
+    saves: int = 0
+    saves_dropped: int = 0
+
+
+@dataclass(slots=True)
+class _Saving:
+    """A finished request whose chunks are being copied into the arena."""
+
+    sequence: Sequence
+    lease: Lease
+    chunks: range
+    done: int = 0
+
+
+class TorchEngine:
+    """See the module's text; methods as in `base.Engine`. Call `close` when done.
+
+    Args:
+        loaded: the model.
+        config: sections engine, codec.chunk_tokens, fetch.lease_ttl_seconds, save.
+        arena: of the model's spec; stays the caller's to close, after the engine.
+        leases: over the arena's blocks; shared with the control server.
+        clock: seconds, monotonic; the one that the control server leases with.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        config: Config,
+        *,
+        arena: Arena,
+        leases: LeaseTable,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._loaded = loaded
+        self._config = config
+        self._arena = arena
+        self._leases = leases
+        self._clock = clock
+        self._slice_tokens = config.engine.prefill_slice_tokens
+        self._chunk_tokens = config.codec.chunk_tokens
+        # One position is kept for the first generated token.
+        self.max_prompt_tokens = min(
+            config.engine.max_prompt_tokens or loaded.max_positions - 1, loaded.max_positions - 1
+        )
+        self._counters = EngineCounters()
+        self._rate = 0.0
+        self._line: WaitingLine[Sequence] = WaitingLine(
+            max_running=config.engine.max_running_requests,
+            max_waiting=config.engine.max_waiting_requests,
+        )
+        self._prefilling: list[Sequence] = []
+        self._decoding: list[Sequence] = []
+        self._saving: list[_Saving] = []
+        self._changed = threading.Condition()
+        self._closing = False
+        self._dead = ""
+        if config.engine.num_threads:
+            torch.set_num_threads(config.engine.num_threads)
+        self._warm_up()
+        self._thread = threading.Thread(target=self._run, name="kvfetcher-engine", daemon=True)
+        self._thread.start()
+
+    def describe(self) -> EngineInfo:
+        loaded = self._loaded
+        return EngineInfo(
+            engine="torch",
+            model=str(loaded.folder),
+            device=str(loaded.device),
+            identity=loaded.identity,
+            tokens_per_block=self._arena.tokens_per_block,
+            chunk_tokens=self._chunk_tokens,
+            arena=str(self._arena.path),
+            generation=self._arena.generation,
+            eos_ids=loaded.eos_ids,
+            vocab_size=loaded.vocab_size,
+            max_prompt_tokens=self.max_prompt_tokens,
+            max_output_tokens=self._config.engine.max_output_tokens,
+            prefill_tokens_per_second=self._rate,
+            rope=loaded.rope,
+        )
+
+    def stats(self) -> dict[str, Any]:
+        with self._changed:
+            return {
+                **asdict(self._counters),
+                "waiting": len(self._line),
+                "running": self._num_running(),
+                "prefill_tokens_per_second": self._rate,
+                "dead": self._dead,
+            }
+
+    async def generate(
+        self, request: GenerateRequest, *, is_cancelled: Callable[[], bool] | None = None
+    ) -> AsyncIterator[GenerateEvent]:
+        pipe = EventPipe(is_cancelled)
+        self._submit(request, pipe)
+        try:
+            while (event := await pipe.get()) is not None:
+                yield event
+        finally:
+            pipe.leave()
+            with self._changed:
+                self._changed.notify()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    # Submission: any thread
+
+    def _submit(self, request: GenerateRequest, pipe: EventPipe) -> None:
+        max_tokens = self._check_request(request)
+        with self._changed:
+            if self._dead or self._closing:
+                raise EngineError(self._dead or "the engine is closed")
+            try:
+                self._line.check_room(self._num_running())
+            except KVFetcherError:
+                self._counters.refused += 1
+                raise
+            # Claimed now, not when its turn comes: a lease must not expire in the line.
+            lease, lease_error = self._claim(request)
+            self._line.add(
+                Sequence(
+                    request,
+                    pipe,
+                    tokenizer=self._loaded.tokenizer,
+                    eos_ids=self._loaded.eos_ids,
+                    max_tokens=max_tokens,
+                    lease=lease,
+                    lease_error=lease_error,
+                )
+            )
+            self._changed.notify()
+
+    def _check_request(self, request: GenerateRequest) -> int:
+        """Raise RequestError where a rule is broken; returns how many tokens may be generated."""
+        ids, vocab = request.input_ids, self._loaded.vocab_size
+        if not ids:
+            raise RequestError("the prompt has no tokens; send at least one")
+        if len(ids) > self.max_prompt_tokens:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens, at most {self.max_prompt_tokens} are possible"
+                " (the model's positions, engine.max_prompt_tokens); shorten it"
+            )
+        if min(ids) < 0 or max(ids) >= vocab:
+            raise RequestError(f"token ids must be 0 to {vocab - 1}, got {min(ids)} to {max(ids)}")
+        allowed = self._config.engine.max_output_tokens
+        if request.sampling.max_tokens > allowed:
+            raise RequestError(
+                f"max_tokens must be at most {allowed} (engine.max_output_tokens), got"
+                f" {request.sampling.max_tokens}"
+            )
+        return min(request.sampling.max_tokens, self._loaded.max_positions - len(ids))
+
+    def _claim(self, request: GenerateRequest) -> tuple[Lease | None, str]:
+        """The claimed lease, or None and why. A lease that cannot be used is a miss, not a failure."""
+        claim = request.lease
+        if claim is None:
+            return None, ""
+        try:
+            if claim.generation != self._arena.generation:
+                raise LeaseError(f"lease {claim.lease_id} is of another run of the engine")
+            lease = self._leases.claim(claim.lease_id, now=self._clock())
+        except LeaseError as exc:
+            self._counters.leases_refused += 1
+            _log.warning("request %s: computing everything: %s", request.request_id, exc)
+            return None, str(exc)
+        held = request.input_ids[: lease.num_tokens]
+        if (
+            lease.num_tokens != claim.num_tokens
+            or len(held) != lease.num_tokens
+            or tokens_digest(held) != lease.tokens_digest
+        ):
+            self._leases.release(lease.id, now=self._clock())
+            self._counters.leases_refused += 1
+            reason = f"lease {lease.id} holds the KV of other tokens than this prompt begins with"
+            _log.error("request %s: computing everything: %s", request.request_id, reason)
+            return None, reason
+        return lease, ""
+
+    # The loop: the engine's thread only
+
+    def _num_running(self) -> int:
+        return len(self._prefilling) + len(self._decoding) + len(self._saving)
+
+    def _run(self) -> None:
+        reason = "the engine was closed"
+        try:
+            with torch.inference_mode():
+                while self._wait_for_work():
+                    self._turn()
+        except BaseException as exc:  # noqa: BLE001  whatever it was, nobody may be left waiting
+            reason = f"the engine's loop died: {exc!r}; restart the server"
+            _log.exception("engine loop died")
+        finally:
+            self._abort_all(reason)
+
+    def _wait_for_work(self) -> bool:
+        with self._changed:
+            while not self._closing and not self._num_running() and not len(self._line):
+                self._changed.wait()
+            if self._closing:
+                return False
+            for sequence in [s for s in self._line if s.pipe.cancelled]:
+                self._line.remove(sequence)
+                self._drop_lease(sequence)
+                self._counters.cancelled += 1
+                sequence.cancel()
+                sequence.pipe.put(None)
+            self._prefilling += (admitted := self._line.admit(self._num_running()))
+        for sequence in admitted:
+            self._guard(sequence, self._start)
+        return True
+
+    def _turn(self) -> None:
+        for sequence in [*self._prefilling, *self._decoding]:
+            if sequence.pipe.cancelled:
+                self._guard(sequence, self._cancel)
+        if self._prefilling:
+            # Round robin: the first in line gets one slice and goes to the end.
+            sequence = self._prefilling.pop(0)
+            self._prefilling.append(sequence)
+            self._guard(sequence, self._prefill)
+        for sequence in list(self._decoding):
+            self._guard(sequence, self._decode)
+        for saving in list(self._saving):
+            self._guard(saving.sequence, functools.partial(self._save_chunk, saving))
+
+    def _guard(self, sequence: Sequence, step: Callable[[Sequence], None]) -> None:
+        """Run one step; its failure ends that request only."""
+        try:
+            step(sequence)
+        except Exception as exc:  # noqa: BLE001  one request's failure is its own
+            _log.exception("request %s failed", sequence.request.request_id)
+            self._forget(sequence)
+            if sequence.finish_reason:  # the answer is out; only the saving is lost
+                self._counters.saves_dropped += 1
+            else:
+                self._counters.failed += 1
+                sequence.pipe.put(
+                    exc
+                    if isinstance(exc, KVFetcherError)
+                    else EngineError(f"the engine failed at this request: {exc!r}")
+                )
+            sequence.pipe.put(None)
+
+    def _start(self, sequence: Sequence) -> None:
+        sequence.mark_began()
+        sequence.cache = self._new_cache(sequence.prompt_tokens + sequence.max_tokens)
+        lease = sequence.lease
+        if lease is None:
+            return
+        target = self._arena.target(lease.block_ids, lease.num_tokens)
+        for first in range(0, lease.num_tokens, self._chunk_tokens):  # bounded extra memory
+            part = target.span(
+                first,
+                min(self._chunk_tokens, lease.num_tokens - first),
+                tokens_per_block=self._arena.tokens_per_block,
+            )
+            sequence.cache.append(self._arena.read(part))
+        self._drop_lease(sequence)
+        # The last prompt token is always computed: its logits are what the prefix is for.
+        sequence.cached_tokens = min(lease.num_tokens, sequence.prompt_tokens - 1)
+        if sequence.cached_tokens < lease.num_tokens and lease.num_tokens % self._slice_tokens:
+            sequence.cache.truncate(sequence.cached_tokens)
+        sequence.mark_loaded()
+        self._counters.leases_used += 1
+        self._counters.cached_tokens += sequence.cached_tokens
+
+    def _prefill(self, sequence: Sequence) -> None:
+        cache, prompt = _cache(sequence), sequence.prompt_tokens
+        logits = None
+        if cache.length < prompt:
+            start, position = time.perf_counter(), cache.length
+            end = slice_end(position, prompt, self._slice_tokens)
+            logits = self._forward(sequence.ids[position:end], cache)
+            self._counters.prefill_tokens += end - position
+            self._learn(end - position, start, sequence)
+        if cache.length < prompt:
+            return
+        if logits is None or prompt % self._slice_tokens == 0:
+            logits = self._score_last_token(sequence)
+        self._prefilling.remove(sequence)
+        self._decoding.append(sequence)
+        self._accept(sequence, logits)
+
+    def _score_last_token(self, sequence: Sequence) -> torch.Tensor:
+        """Logits after the prompt from a pass over its last token alone; the cache stays as it is.
+
+        Costs one decode step, and only where the prompt ends at a slice's end.
+        """
+        cache = _cache(sequence)
+        last = cache.length - 1
+        kept = cache.export(last, last + 1)
+        cache.truncate(last)
+        logits = self._forward(sequence.ids[last : last + 1], cache)
+        cache.truncate(last)
+        cache.append(kept)
+        return logits
+
+    def _decode(self, sequence: Sequence) -> None:
+        self._accept(sequence, self._forward(sequence.ids[-1:], _cache(sequence)))
+
+    def _accept(self, sequence: Sequence, logits: torch.Tensor) -> None:
+        sequence.accept(logits)
+        self._counters.generated_tokens += 1
+        if sequence.finish_reason:
+            self._decoding.remove(sequence)
+            self._counters.finished += 1
+            self._begin_saving(sequence)
+
+    def _cancel(self, sequence: Sequence) -> None:
+        for running in (self._prefilling, self._decoding):
+            if sequence in running:
+                running.remove(sequence)
+        self._counters.cancelled += 1
+        sequence.cancel()
+        self._begin_saving(sequence)
+
+    def _begin_saving(self, sequence: Sequence) -> None:
+        """Lease room for what is worth saving; without any, the request is over."""
+        saving = self._lease_for_saving(sequence)
+        if saving is None:
+            self._finish(sequence)
+        else:
+            self._saving.append(saving)
+
+    def _lease_for_saving(self, sequence: Sequence) -> _Saving | None:
+        save = self._config.save
+        if not (sequence.request.save and save.enabled) or sequence.pipe.gone:
+            return None
+        held = _cache(sequence).length
+        if not save.generated or sequence.finish_reason == "cancelled":
+            held = min(held, sequence.prompt_tokens)
+        chunks = chunks_to_save(
+            cached_tokens=sequence.cached_tokens,
+            tokens_with_kv=held,
+            chunk_tokens=self._chunk_tokens,
+        )
+        if not chunks:
+            return None
+        try:
+            lease = self._leases.lease(
+                len(chunks) * self._chunk_tokens,
+                self._config.fetch.lease_ttl_seconds,
+                now=self._clock(),
+            )
+        except ArenaFullError as exc:
+            self._counters.saves_dropped += 1
+            _log.info("request %s is not saved: %s", sequence.request.request_id, exc)
+            return None
+        return _Saving(sequence, lease, chunks)
+
+    def _save_chunk(self, saving: _Saving, _: Sequence) -> None:
+        """Copy one chunk; after the last, seal and hand the ticket over."""
+        sequence, lease, size = saving.sequence, saving.lease, self._chunk_tokens
+        if saving.done < len(saving.chunks):
+            first = (saving.chunks.start + saving.done) * size
+            values = _cache(sequence).export(first, first + size)
+            self._arena.write(self._save_target(saving, saving.done), 0, values)
+            saving.done += 1
+            return
+        self._saving.remove(saving)
+        first, end = saving.chunks.start * size, saving.chunks.stop * size
+        self._leases.seal(
+            lease.id, lease.num_tokens, tokens_digest(sequence.ids[first:end]), now=self._clock()
+        )
+        ticket = SaveTicket(
+            lease_id=lease.id,
+            targets=tuple(self._save_target(saving, i) for i in range(len(saving.chunks))),
+            first_chunk_index=saving.chunks.start,
+            token_ids=tuple(sequence.ids[:end]),
+            cache_salt=sequence.request.cache_salt,
+        )
+        if sequence.pipe.put(GenerateEvent(save=ticket)):
+            self._counters.saves += 1
+        else:
+            self._leases.release(lease.id, now=self._clock())
+        self._finish(sequence)
+
+    def _save_target(self, saving: _Saving, index: int) -> Any:
+        whole = self._arena.target(saving.lease.block_ids, saving.lease.num_tokens)
+        return whole.span(
+            index * self._chunk_tokens,
+            self._chunk_tokens,
+            tokens_per_block=self._arena.tokens_per_block,
+        )
+
+    def _finish(self, sequence: Sequence) -> None:
+        sequence.cache = None
+        sequence.pipe.put(None)
+
+    def _forget(self, sequence: Sequence) -> None:
+        """Take a failed request out of every list and give back what it held."""
+        for running in (self._prefilling, self._decoding):
+            if sequence in running:
+                running.remove(sequence)
+        for saving in [s for s in self._saving if s.sequence is sequence]:
+            self._saving.remove(saving)
+            self._release(saving.lease.id)
+        self._drop_lease(sequence)
+        sequence.cache = None
+
+    def _drop_lease(self, sequence: Sequence) -> None:
+        if sequence.lease is not None:
+            lease, sequence.lease = sequence.lease, None
+            self._release(lease.id)
+
+    def _release(self, lease_id: str) -> None:
+        try:
+            self._leases.release(lease_id, now=self._clock())
+        except LeaseError as exc:  # a save that outlived its lease
+            _log.warning("%s", exc)
+
+    def _abort_all(self, reason: str) -> None:
+        with self._changed:
+            self._dead = reason
+            everything = [
+                *self._line.clear(),
+                *self._prefilling,
+                *self._decoding,
+                *(saving.sequence for saving in self._saving),
+            ]
+        for sequence in everything:
+            self._forget(sequence)
+            if not sequence.finish_reason:
+                sequence.pipe.put(EngineError(reason))
+            sequence.pipe.put(None)
+
+    # The model
+
+    def _new_cache(self, capacity: int) -> SequenceCache:
+        return SequenceCache(
+            self._loaded.spec,
+            capacity=capacity,
+            compute_dtype=self._loaded.compute_dtype,
+            device=self._loaded.device,
+        )
+
+    def _forward(self, token_ids: list[int], cache: SequenceCache) -> torch.Tensor:
+        """Append tokens to the cache; returns the logits [vocab] after the last one."""
+        ids = torch.tensor([token_ids], dtype=torch.long, device=self._loaded.device)
+        result = self._loaded.model(
+            ids, past_key_values=cache.for_model, use_cache=True, logits_to_keep=1
+        )
+        logits: torch.Tensor = result.logits[0, -1]
+        return logits
+
+    def _warm_up(self) -> None:
+        """One slice over arbitrary tokens: later requests find warm kernels and a known rate."""
+        tokens = min(self._slice_tokens, self.max_prompt_tokens)
+        try:
+            with torch.inference_mode():
+                for measured in (False, True):
+                    start = time.perf_counter()
+                    self._forward([0] * tokens, self._new_cache(tokens))
+                    if measured:
+                        self._learn(tokens, start, None)
+        except (RuntimeError, TypeError, ValueError) as exc:
+            raise EngineError(
+                f"the model in {self._loaded.folder} cannot run a first slice of {tokens} tokens on"
+                f" {self._loaded.device}: {exc}"
+            ) from exc
+
+    def _learn(self, tokens: int, start: float, sequence: Sequence | None) -> None:
+        """Update the prefill rate with a slice that began at `start`."""
+        if self._loaded.device.type == "cuda":
+            torch.cuda.synchronize(self._loaded.device)
+        seconds = time.perf_counter() - start
+        if sequence is not None:
+            sequence.add_compute(seconds)
+        if tokens >= _MIN_RATE_TOKENS and seconds > 0:
+            rate = tokens / seconds
+            self._rate += (rate - self._rate) * (_RATE_WEIGHT if self._rate else 1.0)
+
+
+def _cache(sequence: Sequence) -> SequenceCache:
+    assert sequence.cache is not None  # from _start to _finish
+    return sequence.cache
