@@ -34,9 +34,6 @@ _READY_TIMEOUT_SECONDS = 5.0
 # Prompts of any length: the server sets the limit, and says so.
 _CHANNEL_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
-# Without this, Triton's streams tell errors as bare text, without their status.
-_METADATA = (("triton_grpc_error", "true"),)
-
 
 class Client:
     """Blocking client. Thread-safe; requests of several threads run at once.
@@ -114,13 +111,11 @@ class Client:
         return self._stream(request)
 
     def _stream(self, request: service_pb2.ModelInferRequest) -> Generator[Delta]:
-        call = self._stub.ModelStreamInfer(
-            iter([request]), timeout=self._timeout_seconds, metadata=_METADATA
-        )
+        call = self._stub.ModelStreamInfer(iter([request]), timeout=self._timeout_seconds)
         delta: Delta | None = None
         try:
             for response in call:
-                if (parsed := parse_response(response)) is not None:
+                if (parsed := parse_response(self.url, response)) is not None:
                     delta = parsed
                     yield delta
         except grpc.RpcError as exc:
@@ -188,13 +183,11 @@ class AsyncClient:
         return self._stream(request)
 
     async def _stream(self, request: service_pb2.ModelInferRequest) -> AsyncGenerator[Delta]:
-        call: Any = self._stub.ModelStreamInfer(
-            iter([request]), timeout=self._timeout_seconds, metadata=_METADATA
-        )
+        call: Any = self._stub.ModelStreamInfer(iter([request]), timeout=self._timeout_seconds)
         delta: Delta | None = None
         try:
             async for response in call:
-                if (parsed := parse_response(response)) is not None:
+                if (parsed := parse_response(self.url, response)) is not None:
                     delta = parsed
                     yield delta
         except grpc.RpcError as exc:

@@ -11,6 +11,8 @@ KVFetcherError
 
 from __future__ import annotations
 
+import re
+
 import grpc
 
 from kvfetcher.errors import KVFetcherError, RequestCancelledError, RequestError
@@ -36,24 +38,41 @@ class ResponseError(ClientError):
     """The server failed, or its answer is not one."""
 
 
-_BY_STATUS: dict[grpc.StatusCode, type[KVFetcherError]] = {
-    grpc.StatusCode.INVALID_ARGUMENT: RequestError,
-    grpc.StatusCode.NOT_FOUND: RequestError,  # no such model, or not loaded
-    grpc.StatusCode.CANCELLED: RequestCancelledError,
-    grpc.StatusCode.UNAVAILABLE: ServerUnavailableError,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: ServerUnavailableError,
-    grpc.StatusCode.DEADLINE_EXCEEDED: ResponseTimeoutError,
+# Status names of the server's own errors. Triton's gRPC streams carry no status, so that the models
+# put it into the text. (The header triton_grpc_error would bring it, but makes Triton 2.51 crash
+# when a response follows an error.)
+_BY_STATUS: dict[str, type[KVFetcherError]] = {
+    "INVALID_ARG": RequestError,
+    "NOT_FOUND": RequestError,
+    "CANCELLED": RequestCancelledError,
+    "UNAVAILABLE": ServerUnavailableError,
+    "UNSUPPORTED": ResponseError,
+    "INTERNAL": ResponseError,
 }
+_STATUS = re.compile(rf"\b({'|'.join(_BY_STATUS)}): ")
+
+
+def from_message(url: str, message: str) -> KVFetcherError:
+    """The exception that says what an error told in a stream means to the caller."""
+    if found := _STATUS.search(message):
+        return _BY_STATUS[found.group(1)](f"{url}: {message[found.end() :]}")
+    # Triton's own refusals name no status; of these, a caller can bring about one.
+    kind = RequestError if "unknown model" in message else ResponseError
+    return kind(f"{url}: {message}")
 
 
 def from_rpc_error(url: str, error: grpc.RpcError, *, timeout_seconds: float) -> KVFetcherError:
-    """The exception that says what `error` means to the caller."""
+    """The exception that says what a broken stream means to the caller."""
     status, details = error.code(), error.details() or ""
     if status is grpc.StatusCode.DEADLINE_EXCEEDED:
-        details = (
-            f"no whole answer within {timeout_seconds:g} s; ask for fewer tokens, or set a longer"
-            " timeout_seconds"
+        return ResponseTimeoutError(
+            f"{url}: no whole answer within {timeout_seconds:g} s; ask for fewer tokens, or set a"
+            " longer timeout_seconds"
         )
-    elif status is grpc.StatusCode.UNAVAILABLE and "connect" in details.lower():
-        details = f"nobody answers there ({details}); is `kvfetcher serve` running?"
-    return _BY_STATUS.get(status, ResponseError)(f"{url}: {details or status.name}")
+    if status is grpc.StatusCode.CANCELLED:
+        return RequestCancelledError(f"{url}: the request was cancelled")
+    if status is grpc.StatusCode.UNAVAILABLE:
+        return ServerUnavailableError(
+            f"{url}: nobody answers there ({details}); is `kvfetcher serve` running?"
+        )
+    return ResponseError(f"{url}: {details or status.name}")

@@ -15,7 +15,7 @@ from tritonclient.grpc import InferResult, service_pb2
 
 from kvfetcher import wire
 from kvfetcher.errors import RequestError
-from kvfetcher_client.errors import ResponseError
+from kvfetcher_client.errors import ResponseError, from_message
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -166,14 +166,15 @@ def build_request(
     return request
 
 
-def parse_response(response: service_pb2.ModelStreamInferResponse) -> Delta | None:
+def parse_response(url: str, response: service_pb2.ModelStreamInferResponse) -> Delta | None:
     """One piece of the answer; None for an empty final response.
 
     Raises:
-        ResponseError: the server reports an error, or a tensor is missing or malformed.
+        KVFetcherError: the error that the server reports; see `errors.from_message`.
+        ResponseError: a tensor is missing or malformed.
     """
     if response.error_message:
-        raise ResponseError(response.error_message)
+        raise from_message(url, response.error_message)
     if not response.infer_response.outputs:
         return None
     result = InferResult(response.infer_response)

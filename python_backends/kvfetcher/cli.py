@@ -179,7 +179,10 @@ def _prepare(arguments: argparse.Namespace) -> None:
 def _prepare_model(config: Config) -> None:
     from kvfetcher.engines.models import prepare_model
 
-    prepare_model(config.engine.model)
+    folder = prepare_model(
+        config.engine.model, progress=lambda text: print(f"kvfetcher: {text}", file=sys.stderr)
+    )
+    print(f"kvfetcher: model {folder.name}: {folder.path}", file=sys.stderr)
 
 
 def _config(arguments: argparse.Namespace) -> None:

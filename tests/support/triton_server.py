@@ -5,12 +5,15 @@ from __future__ import annotations
 import socket
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvfetcher.config import Config, load_config
 from kvfetcher.errors import ServerError
 from kvfetcher.server import TritonServer
 from kvfetcher.server.installation import find_installation
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 IDENTITY_CONFIG = """
 name: "{name}"

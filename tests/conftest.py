@@ -1,0 +1,47 @@
+"""Markers of what a machine may lack: skipped at home, failed where promised.
+
+``KVFETCHER_REQUIRE_TRITON=1`` (set by ``make test``) and ``KVFETCHER_REQUIRE_GPU=1`` run the marked
+tests even where the thing seems to be missing, so that they fail instead of passing unseen.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+
+import pytest
+
+from support.triton_server import has_tritonserver
+
+
+@functools.cache
+def has_nvdec() -> bool:
+    """Whether the driver's video decoder library can be loaded."""
+    try:
+        ctypes.CDLL("libnvcuvid.so.1")
+    except OSError:
+        return False
+    return True
+
+
+REQUIRES = {"gpu": has_nvdec, "triton": functools.cache(has_tritonserver)}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for name, present in REQUIRES.items():
+            if (
+                item.get_closest_marker(name)
+                and not os.environ.get(f"KVFETCHER_REQUIRE_{name.upper()}")
+                and not present()
+            ):
+                item.add_marker(pytest.mark.skip(reason=f"{name} not available: not tested"))
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests see the defaults, whatever the developer's shell sets."""
+    for name in list(os.environ):
+        if name.startswith("KVFETCHER_") and not name.startswith("KVFETCHER_REQUIRE_"):
+            monkeypatch.delenv(name)
