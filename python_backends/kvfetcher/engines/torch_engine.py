@@ -542,7 +542,7 @@ class TorchEngine:
         seconds = time.perf_counter() - start
         if sequence is not None:
             sequence.add_compute(seconds)
-        if tokens >= _MIN_RATE_TOKENS and seconds > 0:
+        if tokens >= min(_MIN_RATE_TOKENS, self._slice_tokens) and seconds > 0:
             rate = tokens / seconds
             self._rate += (rate - self._rate) * (_RATE_WEIGHT if self._rate else 1.0)
 
