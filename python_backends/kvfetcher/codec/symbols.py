@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
     from kvfetcher.codec.base import Integers
 
+# Profile codes, beside those in `unit`.
+TRANSFORM = 3
+UNCALIBRATED = 4
+
 ESCAPE_INDICES = 17
 ESCAPE_VALUES = 18
 
@@ -45,8 +49,8 @@ def to_symbols(integers: NDArray[np.int32]) -> Symbols:
         escaped = np.flatnonzero(size > limit)
         if escaped.size <= _MAX_ESCAPES * flat.size:
             break
-    dtype = np.uint8 if bit_depth == 8 else np.uint16
-    samples = (np.clip(integers, -limit, limit) + (limit + 1)).astype(dtype)
+    shifted = np.clip(integers, -limit, limit) + (limit + 1)
+    samples: Integers = shifted.astype(np.uint8) if bit_depth == 8 else shifted.astype(np.uint16)
     return Symbols(
         samples,
         bit_depth,

@@ -15,24 +15,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvfetcher.codec.base import UnitSource
 from kvfetcher.codec.digest import integer_digest
-from kvfetcher.codec.symbols import to_symbols
-from kvfetcher.codec.unit import (
-    TRANSFORM,
-    Unit,
-    video_sections,
-    write_unit,
-)
+from kvfetcher.codec.symbols import TRANSFORM, apply_escapes, to_symbols
+from kvfetcher.codec.unit import Section, Unit, packed_section, video_sections, write_unit
 from kvfetcher.codec.video import encode_planes
-from kvfetcher.errors import CodecError
+from kvfetcher.errors import ChecksumError, CodecError, FormatError
+from kvfetcher.layout import NUM_PLANES, RowGrid
+from kvfetcher.quant import bits_to_float32, float32_to_bits
 from kvfetcher.transform.artifact import LADDER, Calibration
-from kvfetcher.transform.floats import to_float32
-from kvfetcher.transform.groups import to_vectors
+from kvfetcher.transform.groups import from_vectors, to_vectors
+from kvfetcher.transform.library import find_calibration
 from kvfetcher.transform.product import multiply
-from kvfetcher.transform.rope import unrotate_keys
+from kvfetcher.transform.rope import rotate_keys, unrotate_keys
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from kvfetcher.codec.base import Integers, UnitSource
     from kvfetcher.spec import KVSpec
 
 RAW_TOKENS = 19
@@ -62,7 +61,7 @@ class TransformProfile:
 
     @property
     def identity(self) -> str:
-        return f"{self.name}/1 calibration={self.calibration.digest()}"
+        return f"{self.name}/1 calibration={self.calibration.digest}"
 
     def variants(self) -> tuple[str, ...]:
         return (ONLY_VARIANT,)
@@ -81,15 +80,15 @@ class TransformProfile:
         calibration = self.calibration
         group = _layer_group(calibration, source.spec, source.layer_start, source.num_layers)
         step = np.float32(calibration.steps[self.name])
-        values = to_float32(source.values, source.spec.dtype)
-        raw = _raw_tokens(values, source.first_position, calibration.sink_tokens)
+        values = bits_to_float32(source.values, source.spec.dtype)
+        raw = raw_tokens(values, source.first_position, calibration.sink_tokens)
         values[:, :, :, raw] = 0
         rope = calibration.rope.slice(source.layer_start, source.num_layers)
         unrotate_keys(values[:, 0], rope, source.first_position)
-        ranks = _ranks(calibration, group, self.name)
+        rank = calibration.unit_rank(group, self.name)
         parts = []
         for head_group, heads in enumerate(calibration.grouping.head_ranges):
-            matrices = calibration.matrices((group, head_group), ranks)
+            matrices = calibration.matrices((group, head_group), rank)
             vectors = to_vectors(values, heads)
             vectors -= matrices.mean
             scaled = multiply(matrices.forward, vectors.T)
@@ -100,12 +99,12 @@ class TransformProfile:
         )
         raw = np.union1d(raw, outliers)
         tokens = source.num_tokens
-        layout = _Layout.fit(len(parts), ranks, tokens)
+        layout = _Layout.fit(len(parts), rank, tokens)
         integers = np.zeros((layout.grid.num_rows, tokens), np.int32)
         for index, part in enumerate(parts):
             part[:, raw] = 0
             np.rint(part, out=part)
-            integers[layout.first_row(index) : layout.first_row(index) + ranks] = part
+            integers[layout.first_row(index) : layout.first_row(index) + rank] = part
         symbols = to_symbols(integers)
         grid = layout.grid
         planes = grid.place(
@@ -120,10 +119,10 @@ class TransformProfile:
             first_position=source.first_position,
             geometry=grid.geometry(symbols.bit_depth),
             params=_PARAMS.pack(
-                bytes.fromhex(calibration.digest()),
+                bytes.fromhex(calibration.digest),
                 float(step),
                 group,
-                ranks,
+                rank,
                 grid.frame_rows,
                 grid.frame_columns,
                 symbols.num_escapes,
@@ -137,3 +136,156 @@ class TransformProfile:
             ),
         )
         return write_unit(unit)
+
+
+def restore_transform(unit: Unit, planes: Integers) -> Integers:
+    """Values [Lg, K, H, T, D] of a transform unit.
+
+    Raises:
+        ChecksumError: the decoded integers differ from those that were saved.
+        FormatError: the unit breaks the profile's rules.
+        ConfigError: its calibration is not on this machine.
+    """
+    if len(unit.params) != _PARAMS.size:
+        raise FormatError(
+            f"a transform unit has {_PARAMS.size} parameter bytes, got {len(unit.params)}"
+        )
+    digest, step, group, rank, frame_rows, frame_columns, num_escapes, num_raw = _PARAMS.unpack(
+        unit.params
+    )
+    if not 1e-30 < step < 1e30:
+        raise FormatError(f"step of the unit must be a positive number, got {step}")
+    calibration = find_calibration(digest.hex())
+    if group != _layer_group(calibration, unit.spec, unit.layer_start, unit.num_layers):
+        raise FormatError(f"unit says layer group {group}, its layers are another")
+    head_ranges = calibration.grouping.head_ranges
+    layout = _Layout.of(len(head_ranges), rank, unit.num_tokens, frame_rows, frame_columns)
+    samples = layout.grid.gather(checked_planes(unit, layout.grid, planes))
+    check_integers(unit, samples)
+    integers = samples.astype(np.float32)
+    integers -= np.float32(1 << (unit.geometry.bit_depth - 1))
+    apply_escapes(unit, num_escapes, integers)
+    integers *= np.float32(step)
+    values = np.empty(unit.shape, np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for index, heads in enumerate(head_ranges):
+            matrices = calibration.matrices((group, index), rank)
+            first = layout.first_row(index)
+            vectors = multiply(integers[first : first + rank].T, matrices.inverse)
+            vectors += matrices.mean
+            from_vectors(vectors, values, heads)
+        rope = calibration.rope.slice(unit.layer_start, unit.num_layers)
+        rotate_keys(values[:, 0], rope, unit.first_position)
+        result = float32_to_bits(values, unit.spec.dtype)
+    put_raw_tokens(unit, num_raw, result)
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where the rows of each head group lie.
+
+    A whole number of pictures each, so that a rank that owns some heads decodes only theirs.
+    """
+
+    grid: RowGrid
+    rows_per_group: int
+
+    @classmethod
+    def fit(cls, num_groups: int, rank: int, num_tokens: int) -> _Layout:
+        one = RowGrid.fit(
+            rank, num_tokens, max_frame_rows=_MAX_FRAME_ROWS, max_frame_columns=_MAX_FRAME_COLUMNS
+        )
+        return cls.of(num_groups, rank, num_tokens, one.frame_rows, one.frame_columns)
+
+    @classmethod
+    def of(
+        cls, num_groups: int, rank: int, num_tokens: int, frame_rows: int, frame_columns: int
+    ) -> _Layout:
+        one = RowGrid(rank, num_tokens, frame_rows, frame_columns)
+        rows = one.num_blocks * NUM_PLANES * frame_rows
+        total = rows * (num_groups - 1) + rank
+        return cls(RowGrid(total, num_tokens, frame_rows, frame_columns), rows)
+
+    def first_row(self, head_group: int) -> int:
+        return head_group * self.rows_per_group
+
+
+def raw_tokens(
+    values: NDArray[np.float32], first_position: int, num_sinks: int
+) -> NDArray[np.int64]:
+    """Tokens to keep exact: those at the start of the sequence, and any that is not finite."""
+    tokens = np.arange(values.shape[3])
+    infinite = ~np.isfinite(values).all(axis=(0, 1, 2, 4))
+    return np.flatnonzero((tokens + first_position < num_sinks) | infinite)
+
+
+def raw_sections(values: Integers, tokens: NDArray[np.int64]) -> tuple[Section, Section]:
+    """Sections of the tokens that are kept exact: numbers and bit patterns [Lg, K, H, R, D]."""
+    return (
+        packed_section(RAW_TOKENS, tokens.astype("<u4").tobytes()),
+        packed_section(RAW_VALUES, np.ascontiguousarray(values[:, :, :, tokens]).tobytes()),
+    )
+
+
+def put_raw_tokens(unit: Unit, num_raw: int, values: Integers) -> None:
+    """Overwrite the exact tokens in restored values, in place.
+
+    Raises:
+        FormatError: the token numbers do not rise below the unit's number of tokens.
+    """
+    tokens = np.frombuffer(unit.section(RAW_TOKENS, num_bytes=4 * num_raw), "<u4")
+    layers, factor, heads, num_tokens, dim = unit.shape
+    if num_raw and (np.any(np.diff(tokens.astype(np.int64)) <= 0) or tokens[-1] >= num_tokens):
+        raise FormatError(f"exact tokens of the unit must rise and stay below {num_tokens}")
+    shape = (layers, factor, heads, num_raw, dim)
+    num_bytes = int(np.prod(shape)) * unit.spec.item_bytes
+    raw = np.frombuffer(unit.section(RAW_VALUES, num_bytes=num_bytes), values.dtype)
+    values[:, :, :, tokens] = raw.reshape(shape)
+
+
+def check_integers(unit: Unit, samples: Integers) -> None:
+    """Compare decoded samples with the unit's digest.
+
+    Raises:
+        ChecksumError: they differ.
+    """
+    if integer_digest(samples) != unit.integer_digest:
+        raise ChecksumError(
+            f"unit of layers {unit.layer_start} to {unit.layer_start + unit.num_layers - 1}: the"
+            " decoded integers differ from those saved; the decoder or the unit is damaged"
+        )
+
+
+def checked_planes(unit: Unit, grid: RowGrid, planes: Integers) -> Integers:
+    """The planes, if the unit's pictures are those of the grid.
+
+    Raises:
+        FormatError: they are not.
+    """
+    expected = grid.geometry(unit.geometry.bit_depth)
+    if unit.geometry != expected:
+        raise FormatError(f"pictures of the unit are {unit.geometry}, its values need {expected}")
+    return planes
+
+
+def _layer_group(calibration: Calibration, spec: KVSpec, layer_start: int, num_layers: int) -> int:
+    """Index of the calibration's layer group that a unit covers.
+
+    Raises:
+        FormatError: geometry or layers are not the calibration's.
+    """
+    ours, grouping = calibration.spec, calibration.grouping
+    for name in ("num_layers", "num_kv_heads", "head_dim", "kv_factor"):
+        if getattr(ours, name) != getattr(spec, name):
+            raise FormatError(
+                f"calibration is for {name} {getattr(ours, name)}, the values have"
+                f" {getattr(spec, name)}; calibrate this model"
+            )
+    groups = list(zip(grouping.layer_starts, grouping.layer_counts, strict=True))
+    if (layer_start, num_layers) not in groups:
+        raise FormatError(
+            f"layers {layer_start} to {layer_start + num_layers - 1} are not a group of the"
+            f" calibration ({groups})"
+        )
+    return groups.index((layer_start, num_layers))

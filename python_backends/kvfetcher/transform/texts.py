@@ -1,0 +1,155 @@
+"""Texts for calibration and for certificates that exist on any machine with Python, offline.
+
+Four kinds, because a basis fitted to one kind costs about 10 % more bits on another: source code
+(standard library), reference prose (the language reference that `pydoc` carries), documentation
+strings, and what installed distributions ship (readme texts, licences). Documents titled
+as in `HELD_OUT` are never used to calibrate; certificates are measured on them.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from kvfetcher.errors import ConfigError
+
+TextKind = Literal["code", "reference", "docstrings", "readme", "user"]
+
+MIN_CHARACTERS = 6000
+MAX_CHARACTERS = 40000
+
+# Titles, whatever the kind: a module's docstrings are in its source too.
+HELD_OUT = frozenset(
+    {"tarfile", "heapq", "difflib", "logging", "formatstrings", "types", "numpy", "LICENSE"}
+)
+
+_MODULES = (
+    "ast", "asyncio/base_events", "argparse", "bdb", "calendar", "cgi", "collections/__init__",
+    "concurrent/futures/process", "configparser", "csv", "ctypes/__init__", "dataclasses",
+    "datetime", "difflib", "doctest", "email/message", "enum", "fractions", "ftplib", "functools",
+    "gettext", "heapq", "http/client", "http/server", "inspect", "ipaddress", "json/decoder",
+    "locale", "logging/__init__", "mailbox", "multiprocessing/managers", "optparse", "os",
+    "pathlib", "pdb", "pickle", "platform", "random", "shutil", "smtplib", "socket", "statistics",
+    "string", "subprocess", "tarfile", "tempfile", "textwrap", "threading", "tokenize", "traceback",
+    "turtle", "typing", "unittest/case", "urllib/parse", "urllib/request", "uuid", "weakref",
+    "xml/dom/minidom", "zipfile", "decimal", "_pydecimal",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """One document. ``name`` is "kind/title"."""
+
+    name: str
+    kind: TextKind
+    text: str
+
+
+def default_texts(*, held_out: bool = False) -> list[Text]:
+    """Documents of this machine's Python, in an order mixed over the kinds.
+
+    Args:
+        held_out: the documents for certificates instead of those for calibration.
+
+    Returns:
+        Texts of `MIN_CHARACTERS` to `MAX_CHARACTERS` characters. Deterministic on one machine;
+        another Python release has other documents, which is why artifacts store `texts_digest`.
+    """
+    kinds = (_code(), _reference(), _docstrings(), _readmes())
+    chosen = [[t for t in kind if (t.name.split("/")[1] in HELD_OUT) is held_out] for kind in kinds]
+    return [k[i] for i in range(max(map(len, chosen))) for k in chosen if i < len(k)]
+
+
+def load_texts(folder: Path) -> list[Text]:
+    """Every readable UTF-8 file below a folder, by name; long ones are cut into documents.
+
+    Raises:
+        ConfigError: the folder is missing or holds no text of `MIN_CHARACTERS`.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"texts folder {folder} is not a folder; give one that holds text files")
+    found: list[Text] = []
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        try:
+            content = path.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError):
+            continue
+        name = path.relative_to(folder).as_posix()
+        found += [
+            Text(f"user/{name}#{start // MAX_CHARACTERS}", "user", part)
+            for start in range(0, len(content), MAX_CHARACTERS)
+            if len(part := content[start : start + MAX_CHARACTERS]) >= MIN_CHARACTERS
+        ]
+    if not found:
+        raise ConfigError(
+            f"texts folder {folder} holds no UTF-8 file of at least {MIN_CHARACTERS} characters"
+        )
+    return found
+
+
+def texts_digest(texts: list[Text]) -> str:
+    """Hex SHA-256 over names and contents, in order."""
+    state = hashlib.sha256()
+    for text in texts:
+        for part in (text.name, text.text):
+            data = part.encode()
+            state.update(len(data).to_bytes(8, "little") + data)
+    return state.hexdigest()
+
+
+def _cut(name: str, kind: TextKind, content: str) -> list[Text]:
+    content = content[:MAX_CHARACTERS]
+    return [Text(name, kind, content)] if len(content) >= MIN_CHARACTERS else []
+
+
+def _sources() -> list[tuple[str, str]]:
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = ((module, root / f"{module}.py") for module in _MODULES)
+    return [
+        (module.removesuffix("/__init__").replace("/", "."), path.read_text(encoding="utf-8"))
+        for module, path in paths
+        if path.is_file()
+    ]
+
+
+def _code() -> list[Text]:
+    return [t for name, source in _sources() for t in _cut(f"code/{name}", "code", source)]
+
+
+def _docstrings() -> list[Text]:
+    found = []
+    for name, source in _sources():
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        strings = [
+            ast.get_docstring(node)
+            for node in ast.walk(ast.parse(source))
+            if isinstance(node, documented)
+        ]
+        found += _cut(f"docstrings/{name}", "docstrings", "\n\n".join(s for s in strings if s))
+    return found
+
+
+def _reference() -> list[Text]:
+    from pydoc_data.topics import topics
+
+    return [
+        t for name in sorted(topics) for t in _cut(f"reference/{name}", "reference", topics[name])
+    ]
+
+
+def _readmes() -> list[Text]:
+    found = {}
+    for distribution in importlib.metadata.distributions():
+        name = (distribution.metadata["Name"] or "").lower()
+        description = distribution.metadata.get_payload()  # type: ignore[attr-defined]
+        if name and isinstance(description, str):
+            found[name] = description
+    licence = Path(sysconfig.get_path("stdlib")) / "LICENSE.txt"
+    if licence.is_file():
+        found["LICENSE"] = licence.read_text(encoding="utf-8")
+    return [t for name in sorted(found) for t in _cut(f"readme/{name}", "readme", found[name])]
