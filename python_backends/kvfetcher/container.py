@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from kvfetcher.errors import ChecksumError, ConfigError, FormatError, UnsupportedVersionError
@@ -390,7 +391,8 @@ def _check_table(
     object_bytes: int,
 ) -> None:
     """Units lie without gaps, variant after variant, each covering all layers in order."""
-    if tuple(dict.fromkeys(unit.variant for unit in units)) != names:
+    runs = tuple(name for name, _ in groupby(unit.variant for unit in units))
+    if runs != names or len(set(names)) != len(names):
         raise FormatError("the chunk's units are not in the order of its variants")
     offset = first_byte
     variant, layer = names[0], 0

@@ -188,7 +188,7 @@ def read_exact(sections, params, planes, shape, dtype):
 
 
 def read_paper_codes(params, planes, shape):
-    layers, factor, heads, tokens, dim = shape
+    layers, factor, heads, tokens, _ = shape
     head_rows, head_columns, dim_rows, dim_columns, slot_rows, slot_columns, bits, _, zero = (
         struct.unpack("<HHHHIIBBH", params)
     )

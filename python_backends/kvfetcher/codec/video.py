@@ -106,6 +106,9 @@ class VideoDecoder:
         Returns:
             ``geometry.shape`` of ``geometry.dtype``; a new array.
 
+        A damaged slice may give wrong samples without an error (FFmpeg conceals what it cannot
+        read, and does not always say so): the unit's CRC-32 and integer digest are there for that.
+
         Raises:
             CodecError: the stream is damaged or its pictures are not what `geometry` says.
             DecoderUnavailableError: this FFmpeg has no HEVC decoder.
@@ -142,14 +145,14 @@ class VideoDecoder:
             return self._context
         try:
             context = av.CodecContext.create("hevc", "r")
-        except av.FFmpegError as exc:
+        except (av.FFmpegError, ValueError) as exc:  # PyAV's UnknownCodecError is a ValueError
             raise DecoderUnavailableError(
                 "this FFmpeg has no HEVC decoder; install the `av` wheel from PyPI"
             ) from exc
         assert isinstance(context, av.VideoCodecContext)
         context.thread_count = 1
         context.options = {
-            # Concealed errors would be wrong integers: stop at the first one.
+            # Errors that the decoder does notice stop it.
             "err_detect": "crccheck+bitstream+buffer+explode",
             # A hostile stream may claim 8192x8192; nothing larger than announced is allocated
             # (FFmpeg counts the size before cropping, up to 63 more each way).
