@@ -3,6 +3,7 @@
 import asyncio
 import json
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -11,7 +12,7 @@ from kvfetcher.arena import Arena
 from kvfetcher.config import CodecConfig, Config, EngineConfig, FetchConfig, SaveConfig
 from kvfetcher.engines.base import GenerateRequest, SamplingParams
 from kvfetcher.engines.torch_engine import TorchEngine
-from kvfetcher.leases import LeaseTable
+from kvfetcher.leases import LeaseTable, tokens_digest
 
 EOS = 256
 SLICE, CHUNK, BLOCK = 16, 32, 8
@@ -110,6 +111,19 @@ class Output:
 
 async def collect(stream):
     return Output([event async for event in stream])
+
+
+def saved_values(rig, ticket):
+    return np.concatenate([rig.arena.read(target) for target in ticket.targets], axis=3)
+
+
+def lease_with(rig, ids, values):
+    """Do what a fetch does: lease, write, seal."""
+    lease = rig.leases.lease(len(ids), 60.0, now=rig.now)
+    target = rig.arena.target(lease.block_ids, len(ids))
+    rig.arena.write(target, 0, np.ascontiguousarray(values))
+    rig.leases.seal(lease.id, len(ids), tokens_digest(ids), now=rig.now)
+    return lease.id
 
 
 def some_ids(number, seed=1):

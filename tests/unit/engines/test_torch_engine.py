@@ -10,19 +10,24 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kvfetcher.engines.kv_cache import SequenceCache
 from kvfetcher.errors import EngineBusyError, EngineError, RequestError
 from kvfetcher.leases import LeaseClaim, tokens_digest
-from support.engine_rig import BLOCK, CHUNK, EOS, SLICE, collect, some_ids, until
+from support.engine_rig import (
+    BLOCK,
+    CHUNK,
+    EOS,
+    SLICE,
+    collect,
+    lease_with,
+    saved_values,
+    some_ids,
+    until,
+)
 
 
 def claim_of(rig, ticket):
     tokens = sum(target.num_tokens for target in ticket.targets)
     return LeaseClaim(ticket.lease_id, tokens, rig.arena.generation)
-
-
-def saved_values(rig, ticket):
-    return np.concatenate([rig.arena.read(target) for target in ticket.targets], axis=3)
 
 
 # Results
@@ -60,15 +65,6 @@ async def test_a_hit_gives_the_same_tokens_and_kv_bytes_as_computing(rig, prompt
     assert hit.timings[0].cached_tokens == min(shared, prompt_tokens - 1)
     assert hit.ticket.first_chunk_index == shared // CHUNK
     assert np.array_equal(saved_values(rig, hit.ticket), values[:, :, :, shared:])
-
-
-def lease_with(rig, ids, values):
-    """Do what a fetch does: lease, write, seal."""
-    lease = rig.leases.lease(len(ids), 60.0, now=rig.now)
-    target = rig.arena.target(lease.block_ids, len(ids))
-    rig.arena.write(target, 0, np.ascontiguousarray(values))
-    rig.leases.seal(lease.id, len(ids), tokens_digest(ids), now=rig.now)
-    return lease.id
 
 
 async def test_kv_of_a_shared_prefix_is_the_same_bytes_in_prompts_of_other_lengths(rig):
@@ -485,15 +481,3 @@ async def test_prefill_rate_is_learnt_from_slices(rig, monkeypatch):
     assert after != before
     assert 0 < after < SLICE / 0.01
     assert 0 < output.timings[0].prefill_rate < SLICE / 0.01
-
-
-def test_cache_rounds_as_it_is_written(loaded):
-    cache = SequenceCache(
-        loaded.spec, capacity=3, compute_dtype=torch.float32, device=torch.device("cpu")
-    )
-    states = torch.full((1, 2, 2, 8), 1.001)
-    for layer in range(3):
-        keys, _ = cache.for_model.update(states, states, layer)
-        assert (keys == torch.tensor(1.001).bfloat16().float()).all()
-    exported = cache.export(0, 2)
-    assert (exported == np.uint16(0x3F80)).all()
