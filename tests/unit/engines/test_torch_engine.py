@@ -30,6 +30,18 @@ def claim_of(rig, ticket):
     return LeaseClaim(ticket.lease_id, tokens, rig.arena.generation)
 
 
+def record_logits(rig, monkeypatch):
+    """The list to which the logits of every chosen token are added."""
+    seen, accept = [], rig.engine._accept
+
+    def recording(sequence, logits):
+        seen.append(logits.clone())
+        accept(sequence, logits)
+
+    monkeypatch.setattr(rig.engine, "_accept", recording)
+    return seen
+
+
 # Results
 
 
@@ -48,7 +60,10 @@ async def test_greedy_output_is_that_of_transformers(rig_of, model_folder):
 
 
 @pytest.mark.parametrize("prompt_tokens", [40, 64, 65, 79, 80, 96, 97])
-async def test_a_hit_gives_the_same_tokens_and_kv_bytes_as_computing(rig, prompt_tokens):
+async def test_a_hit_gives_the_same_tokens_and_kv_bytes_as_computing(
+    rig, monkeypatch, prompt_tokens
+):
+    logits = record_logits(rig, monkeypatch)
     ids = some_ids(prompt_tokens)
     full = await rig.run(ids, max_tokens=40, min_length=40, save=True)
     values = saved_values(rig, full.ticket)
@@ -62,6 +77,8 @@ async def test_a_hit_gives_the_same_tokens_and_kv_bytes_as_computing(rig, prompt
         lease=LeaseClaim(lease_id, shared, rig.arena.generation),
     )
     assert hit.ids == full.ids
+    assert len(logits) == 80
+    assert all(torch.equal(a, b) for a, b in zip(logits[:40], logits[40:], strict=True))
     assert hit.timings[0].cached_tokens == min(shared, prompt_tokens - 1)
     assert hit.ticket.first_chunk_index == shared // CHUNK
     assert np.array_equal(saved_values(rig, hit.ticket), values[:, :, :, shared:])
