@@ -187,6 +187,16 @@ def parse_response(url: str, response: service_pb2.ModelStreamInferResponse) -> 
     )
 
 
+def is_last(response: service_pb2.ModelStreamInferResponse) -> bool:
+    """Whether the server is about to end the stream: an error, or a piece that says why it ends."""
+    outputs = response.infer_response.outputs
+    if response.error_message or not outputs:
+        return True
+    result = InferResult(response.infer_response)
+    reason = result.as_numpy(wire.FINISH_REASON)
+    return reason is not None and any(reason.ravel())
+
+
 class Assembler:
     """Joins the pieces of one answer. Times are passed in."""
 
