@@ -4,7 +4,7 @@
 # make lint    ruff and mypy
 # make setup   the environment alone (.venv); the others do it by themselves
 #
-# Needs Python >= 3.11 on Linux x86-64: make PYTHON=python3.12 setup
+# Needs Python >= 3.11 on Linux x86-64: make PYTHON=python3.12 setup. PIP_ARGS go to pip install.
 
 PYTHON ?= python3
 VENV := .venv
@@ -33,7 +33,7 @@ setup: $(STAMP)
 # torch is pinned here, not in pyproject.toml: users bring their own build; tests compare bits.
 $(STAMP): pyproject.toml | $(VENV)/bin/pip
 	$(VENV)/bin/pip install --quiet --upgrade 'pip>=25.1'
-	$(VENV)/bin/pip install --progress-bar on $(TORCH_INDEX) torch==2.13.0 -e '.[all]' --group test --group lint
+	$(VENV)/bin/pip install --progress-bar on $(PIP_ARGS) torch==2.13.0 -e '.[all]' --group test --group lint
 	$(VENV)/bin/kvfetcher prepare
 	touch $@
 
