@@ -181,8 +181,6 @@ def _read(frame: av.VideoFrame, out: Integers, geometry: PlaneGeometry) -> None:
     got = (frame.width, frame.height, frame.format.name)
     if got != (geometry.width, geometry.height, geometry.pix_fmt):
         raise CodecError(f"video has a picture of {got}, expected {geometry}")
-    if frame.is_corrupt:
-        raise CodecError(f"video of {geometry} has a damaged picture")
     if geometry.chroma == "4:4:4":
         targets = [out[0], out[1], out[2]]
     else:

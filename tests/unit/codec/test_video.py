@@ -106,6 +106,15 @@ def test_decoder_works_again_after_a_damaged_stream():
         assert (decoder.decode(packets, geometry) == planes).all()
 
 
+def test_missing_swapped_and_repeated_packets_are_refused():
+    geometry = PlaneGeometry(4, 144, 144, 8)
+    planes = np.repeat(noise(PlaneGeometry(1, 144, 144, 8)), 4, axis=0)
+    packets = encode(planes, geometry, gop=4)
+    for order in ((1, 2, 3), (0, 2, 1, 3), (0, 1, 1, 3), (0, 2, 3), (0, 1, 2)):
+        with pytest.raises(CodecError):
+            VideoDecoder().decode([packets[i] for i in order], geometry)
+
+
 def test_encoder_refuses_what_does_not_fit():
     planes = np.zeros((1, 3, 144, 144), np.uint8)
     with pytest.raises(CodecError, match="planes must be"):
