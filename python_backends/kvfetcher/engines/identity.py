@@ -127,17 +127,26 @@ def rope_facts(model: Any, *, num_layers: int, head_dim: int) -> RopeFacts:
         EngineError: the model keeps them where this build does not look.
     """
     rotary: Any = getattr(getattr(model, "model", None), "rotary_emb", None)
-    inv_freq = getattr(rotary, "inv_freq", None)
-    if inv_freq is None:
+    kinds = getattr(model.config, "layer_types", None) or [""] * num_layers
+    rows, scalings = [], set()
+    for kind in kinds:
+        # Models with one base per kind of layer (Gemma 3) prefix the names with the kind.
+        own = f"{kind}_" if hasattr(rotary, f"{kind}_inv_freq") else ""
+        inv_freq = getattr(rotary, f"{own}inv_freq", None)
+        if inv_freq is None:
+            raise EngineError(
+                f"{type(model).__name__} has no model.rotary_emb.inv_freq; only models built like"
+                " Llama, Qwen, Mistral and Gemma 3 are supported"
+            )
+        rows.append(tuple(float(value) for value in inv_freq.tolist()))
+        scalings.add(float(getattr(rotary, f"{own}attention_scaling")))
+    rotary_dims = {2 * len(row) for row in rows}
+    if len(rotary_dims) != 1 or len(scalings) != 1 or max(rotary_dims) > head_dim:
         raise EngineError(
-            f"{type(model).__name__} has no model.rotary_emb.inv_freq; only Llama-like models are"
-            " supported"
+            f"layers rotate {sorted(rotary_dims)} of {head_dim} dims with scalings"
+            f" {sorted(scalings)}; one of each is supported"
         )
-    row = tuple(float(value) for value in inv_freq.tolist())
-    rotary_dim = 2 * len(row)
-    if rotary_dim > head_dim:
-        raise EngineError(f"RoPE rotates {rotary_dim} of {head_dim} dims")
-    return RopeFacts((row,) * num_layers, rotary_dim, float(rotary.attention_scaling))
+    return RopeFacts(tuple(rows), rotary_dims.pop(), scalings.pop())
 
 
 def _configuration(folder: Path) -> str:

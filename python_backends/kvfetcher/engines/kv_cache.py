@@ -118,6 +118,11 @@ class SequenceCache:
         """Tokens held."""
         return int(self._layers[0].length)
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether every layer holds the same tokens (not so where layers share their KV)."""
+        return {layer.length for layer in self._layers} == {self.length}
+
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on; their values stay in memory until overwritten."""
         if not 0 <= length <= self.length:

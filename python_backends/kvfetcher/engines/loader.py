@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kvfetcher.engines.identity import rope_facts, rope_text, tokenizer_digest, weights_digest
 from kvfetcher.errors import ConfigError, EngineError
@@ -71,6 +71,7 @@ def load_model(folder: Path, *, device: str, kv_dtype: KVDtype) -> LoadedModel:
     dtype = torch.float32 if chosen.type == "cpu" else torch.bfloat16
     transformers.utils.logging.disable_progress_bar()
     try:
+        _refuse_unsupported(AutoConfig.from_pretrained(folder, local_files_only=True))
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -83,7 +84,6 @@ def load_model(folder: Path, *, device: str, kv_dtype: KVDtype) -> LoadedModel:
         raise EngineError(f"model folder {folder} cannot be loaded: {exc}") from exc
     model = model.eval().to(chosen)
     config = model.config
-    _refuse_unsupported(config)
     heads = config.num_attention_heads
     spec = KVSpec(
         num_layers=config.num_hidden_layers,
@@ -116,17 +116,15 @@ def load_model(folder: Path, *, device: str, kv_dtype: KVDtype) -> LoadedModel:
 
 
 def _refuse_unsupported(config: Any) -> None:
-    """Raise EngineError where a cache of plain full-attention layers would be wrong."""
+    """Raise EngineError where one cache of all tokens in all layers would be wrong.
+
+    Sliding-window layers are fine: the cache keeps every token and the mask hides the old ones.
+    """
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windowed = getattr(config, "sliding_window", None) is not None and getattr(
-        config, "use_sliding_window", True
-    )
-    if kinds != {"full_attention"} or windowed:
+    if not kinds <= {"full_attention", "sliding_attention"}:
         raise EngineError(
-            f"model type {config.model_type!r} has layers other than full attention"
-            f" ({', '.join(sorted(kinds))}; sliding_window ="
-            f" {getattr(config, 'sliding_window', None)}); the torch engine serves full-attention"
-            " models only (Llama, Qwen2, Mistral without a window)"
+            f"model type {config.model_type!r} has layers of kinds {sorted(kinds)}; the torch"
+            " engine serves softmax attention only (full, or with a sliding window)"
         )
     if config.is_encoder_decoder or not hasattr(config, "num_attention_heads"):
         raise EngineError(f"model type {config.model_type!r} is not a decoder-only language model")

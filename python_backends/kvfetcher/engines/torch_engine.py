@@ -526,7 +526,10 @@ class TorchEngine:
             with torch.inference_mode():
                 for measured in (False, True):
                     start = time.perf_counter()
-                    self._forward([0] * tokens, self._new_cache(tokens))
+                    cache = self._new_cache(tokens)
+                    self._forward([0] * tokens, cache)
+                    if not cache.is_uniform or cache.length != tokens:
+                        raise ValueError("its layers do not all keep KV of their own")
                     if measured:
                         self._learn(tokens, start, None)
         except (RuntimeError, TypeError, ValueError) as exc:

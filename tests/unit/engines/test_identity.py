@@ -6,11 +6,12 @@ import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, MistralConfig
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen3NextConfig
 
 from kvfetcher.engines import identity
 from kvfetcher.engines.identity import (
     DIGEST_FILE,
+    rope_facts,
     rope_text,
     tokenizer_digest,
     weights_digest,
@@ -143,12 +144,23 @@ def test_scaled_rope_shows_in_the_facts(tmp_path, loaded):
     )
 
 
-def test_sliding_window_model_is_refused(folder):
-    MistralConfig(
-        hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=6,
-        num_key_value_heads=2, vocab_size=257, sliding_window=64,
-    ).save_pretrained(folder)  # fmt: skip
-    with pytest.raises(EngineError, match="full-attention"):
+def test_rope_facts_of_a_model_with_two_bases():
+    model = Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=3,
+            num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        )
+    )  # fmt: skip
+    facts = rope_facts(model, num_layers=3, head_dim=8)
+    assert facts.inv_freq[0] == facts.inv_freq[2] == pytest.approx([1, 0.1, 0.01, 0.001])
+    assert facts.inv_freq[1] == pytest.approx([1e6 ** (-i / 4) for i in range(4)])
+    assert facts.rotary_dim == 8
+
+
+def test_models_without_softmax_attention_are_refused(folder):
+    Qwen3NextConfig(num_hidden_layers=4, hidden_size=32, vocab_size=257).save_pretrained(folder)
+    with pytest.raises(EngineError, match="softmax attention only"):
         load_model(folder, device="cpu", kv_dtype="bfloat16")
 
 

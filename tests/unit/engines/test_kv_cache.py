@@ -1,8 +1,17 @@
 """The cache: rounded as written, exported exactly, loaded as if computed."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+)
 
 from kvfetcher.engines.kv_cache import SequenceCache
 from kvfetcher.errors import LayoutError
@@ -75,3 +84,56 @@ def test_what_does_not_fit_is_refused():
     for start, end in ((0, 4), (2, 2), (-1, 2)):
         with pytest.raises(LayoutError, match="are not in a cache"):
             cache.export(start, end)
+
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+}
+ARCHITECTURES = {
+    "llama": LlamaConfig(**SMALL),
+    "llama, a KV head per query head": LlamaConfig(**SMALL | {"num_key_value_heads": 4}),
+    "qwen2": Qwen2Config(**SMALL),
+    "mistral with a window": MistralConfig(**SMALL, sliding_window=24),
+    "gemma 3": Gemma3TextConfig(
+        **SMALL,
+        sliding_window=24,
+        query_pre_attn_scalar=8,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
+}
+
+
+@pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_slices_over_the_cache_give_the_logits_of_one_pass(config):
+    """100 tokens, windows of 24: what a sliding layer must not see is long behind."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        copy.deepcopy(config), attn_implementation="sdpa"
+    ).eval()
+    ids = torch.randint(0, 64, (1, 100))
+    spec = KVSpec(4, config.num_key_value_heads, config.head_dim, dtype="float16")
+    cache = SequenceCache(
+        spec, capacity=100, compute_dtype=torch.float32, device=torch.device("cpu")
+    )
+    with torch.inference_mode():
+        expected = model(ids, use_cache=False).logits[0]
+        parts = [
+            model(ids[:, a:b], past_key_values=cache.for_model, use_cache=True).logits[0]
+            for a, b in ((0, 16), (16, 48), (48, 90), *((i, i + 1) for i in range(90, 100)))
+        ]
+        model.config.sliding_window = 1000
+        unlimited = model(ids, use_cache=False).logits[0]
+    # float16 keeps 11 bits of K and V; seeing through a window would show.
+    assert (torch.cat(parts) - expected).std() < 0.01 * expected.std()
+    if getattr(config, "sliding_window", None) == 24:
+        assert (unlimited - expected).std() > 0.1 * expected.std()
+    assert cache.is_uniform
+    assert cache.length == 100
