@@ -1,5 +1,7 @@
 import pickle
 import struct
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
@@ -173,3 +175,12 @@ def test_broken_rule_is_named(offset, replacement, error, match):
 def test_writer_refuses_what_a_reader_would(units, changes, match):
     with pytest.raises(FormatError, match=match):
         chunk(units, **changes)
+
+
+def test_reading_a_header_needs_the_standard_library_only():
+    program = (
+        "import sys, kvfetcher.container as c;"
+        "print(sorted({'numpy', 'av', 'zstandard', 'torch'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert done.stdout.strip() == b"[]"
