@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from kvfetcher.codec.base import BIT_DEPTHS
+from kvfetcher.codec.digest import integer_digest
 from kvfetcher.codec.unit import Section, Unit, packed_section
-from kvfetcher.errors import FormatError
+from kvfetcher.errors import ChecksumError, FormatError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kvfetcher.codec.base import Integers
+    from kvfetcher.layout import RowGrid
 
 # Profile codes, beside those in `unit`.
 TRANSFORM = 3
@@ -80,3 +82,28 @@ def apply_escapes(unit: Unit, num_escapes: int, integers: NDArray[np.float32]) -
     if np.any(np.diff(indices.astype(np.int64)) <= 0) or int(indices[-1]) >= integers.size:
         raise FormatError(f"escape indices of the unit must rise and stay below {integers.size}")
     integers.reshape(-1)[indices] = values
+
+
+def check_integers(unit: Unit, samples: Integers) -> None:
+    """Compare decoded samples with the unit's digest.
+
+    Raises:
+        ChecksumError: they differ.
+    """
+    if integer_digest(samples) != unit.integer_digest:
+        raise ChecksumError(
+            f"unit of layers {unit.layer_start} to {unit.layer_start + unit.num_layers - 1}: the"
+            " decoded integers differ from those saved; the decoder or the unit is damaged"
+        )
+
+
+def checked_planes(unit: Unit, grid: RowGrid, planes: Integers) -> Integers:
+    """The planes, if the unit's pictures are those of the grid.
+
+    Raises:
+        FormatError: they are not.
+    """
+    expected = grid.geometry(unit.geometry.bit_depth)
+    if unit.geometry != expected:
+        raise FormatError(f"pictures of the unit are {unit.geometry}, its values need {expected}")
+    return planes

@@ -16,12 +16,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvfetcher.codec.digest import integer_digest
-from kvfetcher.codec.symbols import TRANSFORM, apply_escapes, to_symbols
-from kvfetcher.codec.unit import Section, Unit, packed_section, video_sections, write_unit
+from kvfetcher.codec.raw_tokens import put_raw_tokens, raw_sections, raw_tokens
+from kvfetcher.codec.symbols import (
+    TRANSFORM,
+    apply_escapes,
+    check_integers,
+    checked_planes,
+    to_symbols,
+)
+from kvfetcher.codec.unit import Unit, video_sections, write_unit
 from kvfetcher.codec.video import encode_planes
-from kvfetcher.errors import ChecksumError, CodecError, FormatError
+from kvfetcher.errors import CodecError, FormatError
 from kvfetcher.layout import NUM_PLANES, RowGrid
-from kvfetcher.quant import bits_to_float32, float32_to_bits
+from kvfetcher.quant import MAX_MAGNITUDE, bits_to_float32, float32_to_bits
 from kvfetcher.transform.artifact import LADDER, Calibration
 from kvfetcher.transform.groups import from_vectors, to_vectors
 from kvfetcher.transform.library import find_calibration
@@ -29,13 +36,8 @@ from kvfetcher.transform.product import multiply
 from kvfetcher.transform.rope import rotate_keys, unrotate_keys
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from kvfetcher.codec.base import Integers, UnitSource
     from kvfetcher.spec import KVSpec
-
-RAW_TOKENS = 19
-RAW_VALUES = 20
 
 ONLY_VARIANT = "-"
 
@@ -81,7 +83,9 @@ class TransformProfile:
         group = _layer_group(calibration, source.spec, source.layer_start, source.num_layers)
         step = np.float32(calibration.steps[self.name])
         values = bits_to_float32(source.values, source.spec.dtype)
-        raw = raw_tokens(values, source.first_position, calibration.sink_tokens)
+        raw = raw_tokens(
+            values, source.first_position, calibration.sink_tokens, limit=MAX_MAGNITUDE
+        )
         values[:, :, :, raw] = 0
         rope = calibration.rope.slice(source.layer_start, source.num_layers)
         unrotate_keys(values[:, 0], rope, source.first_position)
@@ -209,64 +213,6 @@ class _Layout:
 
     def first_row(self, head_group: int) -> int:
         return head_group * self.rows_per_group
-
-
-def raw_tokens(
-    values: NDArray[np.float32], first_position: int, num_sinks: int
-) -> NDArray[np.int64]:
-    """Tokens to keep exact: those at the start of the sequence, and any that is not finite."""
-    tokens = np.arange(values.shape[3])
-    infinite = ~np.isfinite(values).all(axis=(0, 1, 2, 4))
-    return np.flatnonzero((tokens + first_position < num_sinks) | infinite)
-
-
-def raw_sections(values: Integers, tokens: NDArray[np.int64]) -> tuple[Section, Section]:
-    """Sections of the tokens that are kept exact: numbers and bit patterns [Lg, K, H, R, D]."""
-    return (
-        packed_section(RAW_TOKENS, tokens.astype("<u4").tobytes()),
-        packed_section(RAW_VALUES, np.ascontiguousarray(values[:, :, :, tokens]).tobytes()),
-    )
-
-
-def put_raw_tokens(unit: Unit, num_raw: int, values: Integers) -> None:
-    """Overwrite the exact tokens in restored values, in place.
-
-    Raises:
-        FormatError: the token numbers do not rise below the unit's number of tokens.
-    """
-    tokens = np.frombuffer(unit.section(RAW_TOKENS, num_bytes=4 * num_raw), "<u4")
-    layers, factor, heads, num_tokens, dim = unit.shape
-    if num_raw and (np.any(np.diff(tokens.astype(np.int64)) <= 0) or tokens[-1] >= num_tokens):
-        raise FormatError(f"exact tokens of the unit must rise and stay below {num_tokens}")
-    shape = (layers, factor, heads, num_raw, dim)
-    num_bytes = int(np.prod(shape)) * unit.spec.item_bytes
-    raw = np.frombuffer(unit.section(RAW_VALUES, num_bytes=num_bytes), values.dtype)
-    values[:, :, :, tokens] = raw.reshape(shape)
-
-
-def check_integers(unit: Unit, samples: Integers) -> None:
-    """Compare decoded samples with the unit's digest.
-
-    Raises:
-        ChecksumError: they differ.
-    """
-    if integer_digest(samples) != unit.integer_digest:
-        raise ChecksumError(
-            f"unit of layers {unit.layer_start} to {unit.layer_start + unit.num_layers - 1}: the"
-            " decoded integers differ from those saved; the decoder or the unit is damaged"
-        )
-
-
-def checked_planes(unit: Unit, grid: RowGrid, planes: Integers) -> Integers:
-    """The planes, if the unit's pictures are those of the grid.
-
-    Raises:
-        FormatError: they are not.
-    """
-    expected = grid.geometry(unit.geometry.bit_depth)
-    if unit.geometry != expected:
-        raise FormatError(f"pictures of the unit are {unit.geometry}, its values need {expected}")
-    return planes
 
 
 def _layer_group(calibration: Calibration, spec: KVSpec, layer_start: int, num_layers: int) -> int:

@@ -1,0 +1,158 @@
+"""Profile `uncalibrated`: works at once on any model, several times larger than the ladder.
+
+Every channel minus its mean over the chunk, one step per layer and K or V, plain rounding; no rotation
+is undone and no artifact is needed, because all that restoring needs is in the unit. The first
+tokens of a sequence are kept exact, as in the ladder: without that attention breaks.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvfetcher.codec.base import MAX_SIDE, UnitSource
+from kvfetcher.codec.digest import integer_digest
+from kvfetcher.codec.raw_tokens import put_raw_tokens, raw_sections, raw_tokens
+from kvfetcher.codec.symbols import (
+    UNCALIBRATED,
+    apply_escapes,
+    check_integers,
+    checked_planes,
+    to_symbols,
+)
+from kvfetcher.codec.unit import Unit, packed_section, video_sections, write_unit
+from kvfetcher.codec.video import encode_planes
+from kvfetcher.errors import FormatError
+from kvfetcher.layout import RowGrid
+from kvfetcher.quant import MAX_MAGNITUDE, bits_to_float32, float32_to_bits
+
+if TYPE_CHECKING:
+    from kvfetcher.codec.base import Integers
+    from kvfetcher.spec import KVSpec
+
+MEANS = 21
+STEPS = 22
+SPREADS = 23
+
+ONLY_VARIANT = "-"
+SINK_TOKENS = 4
+
+_PARAMS = struct.Struct("<IIII")  # frame_rows, frame_columns, num_escapes, num_raw_tokens
+_UNIT_CHANNELS = 1920
+_MAX_FRAME_COLUMNS = 1024
+_CLASSES_PER_UNIT = 8.0
+# Of the root mean square of a layer's K or V around its channel means.
+_STEP = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class UncalibratedProfile:
+    """Encoder of profile `uncalibrated`."""
+
+    unit_layers: int = 0
+    """Layers of one unit; 0 = as many as make a picture of about 640 lines."""
+
+    @property
+    def identity(self) -> str:
+        return "uncalibrated/1"
+
+    def variants(self) -> tuple[str, ...]:
+        return (ONLY_VARIANT,)
+
+    def layer_groups(self, spec: KVSpec, num_tokens: int) -> tuple[tuple[int, int], ...]:
+        """Groups of `unit_layers` layers, the last one perhaps smaller."""
+        layers = self.unit_layers or max(1, _UNIT_CHANNELS // spec.elements_per_layer_token)
+        return tuple(
+            (start, min(layers, spec.num_layers - start))
+            for start in range(0, spec.num_layers, layers)
+        )
+
+    def encode(self, source: UnitSource, variant: str) -> bytes:
+        """One unit's bytes; any values, those that are not finite exactly."""
+        values = bits_to_float32(source.values, source.spec.dtype)
+        layers, factor, _, tokens, _ = values.shape
+        raw = raw_tokens(values, source.first_position, SINK_TOKENS, limit=MAX_MAGNITUDE)
+        coded = np.setdiff1d(np.arange(tokens), raw)
+        values[:, :, :, raw] = 0
+        count = max(coded.size, 1)
+        means = (values.sum(axis=3, keepdims=True, dtype=np.float64) / count).astype(np.float32)
+        values -= means
+        values[:, :, :, raw] = 0
+        power = np.square(values, dtype=np.float64).mean(axis=(2, 3, 4)) * (tokens / count)
+        steps = (_STEP * np.sqrt(power)).astype(np.float32)
+        divisors = np.where(steps > 0, steps, np.float32(1))
+        integers = np.rint(values / divisors[:, :, None, None, None]).astype(np.int32)
+        rows = np.ascontiguousarray(integers.swapaxes(3, 4)).reshape(-1, tokens)
+        spreads = np.minimum(rows.std(axis=1, dtype=np.float32) * _CLASSES_PER_UNIT, 255.0)
+        spreads = spreads.astype(np.uint8)
+        symbols = to_symbols(rows[_order(spreads)])
+        grid = RowGrid.fit(
+            len(rows), tokens, max_frame_rows=MAX_SIDE, max_frame_columns=_MAX_FRAME_COLUMNS
+        )
+        depth = symbols.bit_depth
+        planes = grid.place(symbols.samples, bit_depth=depth, padding=1 << (depth - 1))
+        unit = Unit(
+            profile=UNCALIBRATED,
+            spec=source.spec,
+            layer_start=source.layer_start,
+            num_layers=layers,
+            num_tokens=tokens,
+            first_position=source.first_position,
+            geometry=grid.geometry(depth),
+            params=_PARAMS.pack(grid.frame_rows, grid.frame_columns, symbols.num_escapes, len(raw)),
+            integer_digest=integer_digest(symbols.samples),
+            sections=(
+                *video_sections(encode_planes(planes, bit_depth=depth)),
+                *symbols.sections,
+                *raw_sections(source.values, raw),
+                packed_section(MEANS, means.astype("<f4").tobytes()),
+                packed_section(STEPS, steps.astype("<f4").reshape(layers * factor).tobytes()),
+                packed_section(SPREADS, spreads.tobytes()),
+            ),
+        )
+        return write_unit(unit)
+
+
+def restore_uncalibrated(unit: Unit, planes: Integers) -> Integers:
+    """Values [Lg, K, H, T, D] of an `uncalibrated` unit; the same bits on any machine.
+
+    Raises:
+        ChecksumError: the decoded integers differ from those that were saved.
+        FormatError: the unit breaks the profile's rules.
+    """
+    if len(unit.params) != _PARAMS.size:
+        raise FormatError(
+            f"an uncalibrated unit has {_PARAMS.size} parameter bytes, got {len(unit.params)}"
+        )
+    frame_rows, frame_columns, num_escapes, num_raw = _PARAMS.unpack(unit.params)
+    layers, factor, heads, tokens, dims = unit.shape
+    channels = unit.num_elements // tokens
+    grid = RowGrid(channels, tokens, frame_rows, frame_columns)
+    samples = grid.gather(checked_planes(unit, grid, planes))
+    check_integers(unit, samples)
+    means = np.frombuffer(unit.section(MEANS, num_bytes=4 * channels), "<f4")
+    steps = np.frombuffer(unit.section(STEPS, num_bytes=4 * layers * factor), "<f4")
+    spreads = np.frombuffer(unit.section(SPREADS, num_bytes=channels), np.uint8)
+    if not (np.isfinite(means).all() and np.isfinite(steps).all()):
+        raise FormatError("means and steps of the unit must be finite")
+    integers = samples.astype(np.float32)
+    integers -= np.float32(1 << (unit.geometry.bit_depth - 1))
+    apply_escapes(unit, num_escapes, integers)
+    rows = np.empty_like(integers)
+    rows[_order(spreads)] = integers
+    shape = (layers, factor, heads, dims, tokens)
+    values = np.ascontiguousarray(rows.reshape(shape).swapaxes(3, 4))
+    with np.errstate(over="ignore", invalid="ignore"):
+        values *= steps.reshape(layers, factor, 1, 1, 1)
+        values += means.reshape(layers, factor, heads, 1, dims)
+        result = float32_to_bits(values, unit.spec.dtype)
+    put_raw_tokens(unit, num_raw, result)
+    return result
+
+
+def _order(spreads: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> np.ndarray:  # type: ignore[type-arg]
+    """Channel of each row: by spread class, then by channel."""
+    return np.argsort(spreads, kind="stable")

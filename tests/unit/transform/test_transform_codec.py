@@ -1,0 +1,193 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvfetcher.codec.base import UnitSource
+from kvfetcher.codec.transform import TransformProfile, restore_transform
+from kvfetcher.codec.uncalibrated import UncalibratedProfile, restore_uncalibrated
+from kvfetcher.codec.unit import parse_unit
+from kvfetcher.codec.video import VideoDecoder
+from kvfetcher.errors import ChecksumError, FormatError
+from kvfetcher.quant import bits_to_float32, float32_to_bits
+from kvfetcher.spec import KVSpec
+from kvfetcher.transform.artifact import LADDER
+from kvfetcher.transform.library import register_calibration
+from kvfetcher.transform.rope import rotate_keys
+from support.calibrations import correlated_values, make_calibration
+from support.kv_values import special_values
+
+
+def cache_values(calibration, spec, num_tokens, first_position, seed=3):
+    """Bit patterns [L, K, H, T, D] with rotated keys."""
+    values = correlated_values(spec, num_tokens, seed)
+    rotate_keys(values[:, 0], calibration.rope, first_position)
+    return float32_to_bits(values, spec.dtype)
+
+
+def code(profile, bits, spec, first_position):
+    """Every unit of a chunk, and the restored values."""
+    units, parts = [], []
+    for start, count in profile.layer_groups(spec, bits.shape[3]):
+        part = np.ascontiguousarray(bits[start : start + count])
+        data = profile.encode(UnitSource(part, spec, start, first_position), "-")
+        units.append(data)
+        parts.append(restore(data))
+    return units, np.concatenate(parts)
+
+
+def restore(data):
+    unit = parse_unit(data)
+    planes = VideoDecoder().decode(unit.packets(), unit.geometry)
+    restorer = {3: restore_transform, 4: restore_uncalibrated}[unit.profile]
+    return restorer(unit, planes)
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    spec = KVSpec(5, 2, 8)
+    calibration = make_calibration(spec)
+    register_calibration(calibration)
+    return spec, calibration
+
+
+@pytest.mark.parametrize("name", LADDER)
+def test_error_follows_the_step(calibrated, name):
+    spec, calibration = calibrated
+    bits = cache_values(calibration, spec, 64, 512)
+    _, restored = code(TransformProfile(name, calibration), bits, spec, 512)
+    error = bits_to_float32(restored, spec.dtype) - bits_to_float32(bits, spec.dtype)
+    # The gradients of the test calibration are white with unit power: F is about identity.
+    expected = calibration.steps[name] / np.sqrt(12)
+    assert 0.2 * expected < np.sqrt(np.mean(error**2)) < 4 * expected + 0.01
+
+
+def test_coarser_profiles_are_smaller(calibrated):
+    spec, calibration = calibrated
+    bits = cache_values(calibration, spec, 256, 0)
+    sizes = [
+        sum(map(len, code(TransformProfile(name, calibration), bits, spec, 0)[0]))
+        for name in LADDER
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize("first_position", [0, 2, 100])
+def test_sinks_are_exact_only_at_the_start_of_the_sequence(calibrated, first_position):
+    spec, calibration = calibrated
+    bits = cache_values(calibration, spec, 32, first_position)
+    _, restored = code(TransformProfile("tiny", calibration), bits, spec, first_position)
+    exact = (restored == bits).all(axis=(0, 1, 2, 4))
+    np.testing.assert_array_equal(exact, np.arange(32) + first_position < 4)
+
+
+def test_tokens_that_are_not_finite_are_kept_exact(calibrated):
+    spec, calibration = calibrated
+    bits = cache_values(calibration, spec, 48, 256)
+    bits[1, 0, 1, 17, 3] = 0x7FC0  # NaN
+    bits[2, 1, 0, 5, 0] = 0xFF80  # -infinity
+    bits[0, 1, 0, 40, 2] = 0x7F00  # 1.7e38
+    _, restored = code(TransformProfile("balanced", calibration), bits, spec, 256)
+    np.testing.assert_array_equal(restored[0:2, :, :, 17], bits[0:2, :, :, 17])
+    np.testing.assert_array_equal(restored[2:4, :, :, 5], bits[2:4, :, :, 5])
+    np.testing.assert_array_equal(restored[0:2, :, :, 40], bits[0:2, :, :, 40])
+
+
+def test_head_groups_restore_each_head(calibrated):
+    spec = KVSpec(4, 4, 8)
+    calibration = make_calibration(spec, heads=1)
+    register_calibration(calibration)
+    bits = cache_values(calibration, spec, 64, 256)
+    units, restored = code(TransformProfile("near", calibration), bits, spec, 256)
+    assert parse_unit(units[0]).geometry.num_frames == 4
+    error = bits_to_float32(restored, spec.dtype) - bits_to_float32(bits, spec.dtype)
+    assert np.sqrt(np.mean(error**2)) < 0.05
+
+
+def test_latent_attention_is_coded_with_one_tensor():
+    spec = KVSpec(3, 1, 16, kv_factor=1)
+    calibration = make_calibration(spec)
+    register_calibration(calibration)
+    bits = cache_values(calibration, spec, 64, 256)
+    _, restored = code(TransformProfile("near", calibration), bits, spec, 256)
+    error = bits_to_float32(restored, spec.dtype) - bits_to_float32(bits, spec.dtype)
+    assert np.sqrt(np.mean(error**2)) < 0.05
+
+
+def test_wrong_integers_are_noticed(calibrated):
+    spec, calibration = calibrated
+    bits = cache_values(calibration, spec, 64, 0)
+    units, _ = code(TransformProfile("balanced", calibration), bits, spec, 0)
+    unit = parse_unit(units[0])
+    planes = VideoDecoder().decode(unit.packets(), unit.geometry)
+    planes[0, 1, 2, 3] ^= 1
+    with pytest.raises(ChecksumError, match="decoded integers differ"):
+        restore_transform(unit, planes)
+
+
+def test_values_of_another_geometry_are_refused(calibrated):
+    _, calibration = calibrated
+    spec = KVSpec(5, 1, 8)
+    bits = float32_to_bits(correlated_values(spec, 16), spec.dtype)
+    with pytest.raises(FormatError, match="num_kv_heads"):
+        code(TransformProfile("near", calibration), bits, spec, 0)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    dtype=st.sampled_from(["bfloat16", "float16", "float8_e4m3fn"]),
+    factor=st.sampled_from([1, 2]),
+    layers=st.integers(1, 4),
+    heads=st.integers(1, 3),
+    dim=st.sampled_from([4, 8]),
+    tokens=st.sampled_from([1, 16, 33, 150]),
+    position=st.sampled_from([0, 3, 1000]),
+    seed=st.integers(0, 99),
+    profile=st.sampled_from([*LADDER, "uncalibrated"]),
+)
+def test_any_values_restore_to_the_same_bits_twice_and_specials_exactly(
+    dtype, factor, layers, heads, dim, tokens, position, seed, profile
+):
+    spec = KVSpec(layers, heads, dim, factor, dtype)
+    bits = special_values(spec, tokens, seed)
+    if profile == "uncalibrated":
+        coder = UncalibratedProfile()
+    else:
+        calibration = make_calibration(spec)
+        register_calibration(calibration)
+        coder = TransformProfile(profile, calibration)
+    units, restored = code(coder, bits, spec, position)
+    assert restored.shape == bits.shape
+    assert restored.dtype == bits.dtype
+    for (start, count), data in zip(coder.layer_groups(spec, tokens), units, strict=True):
+        np.testing.assert_array_equal(restore(data), restored[start : start + count])
+        part = bits[start : start + count]
+        values = bits_to_float32(part, dtype)
+        special = ~np.isfinite(values).all(axis=(0, 1, 2, 4))
+        sinks = np.arange(tokens) + position < 4
+        kept = special | sinks
+        np.testing.assert_array_equal(
+            restored[start : start + count][:, :, :, kept], part[:, :, :, kept]
+        )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn"])
+def test_uncalibrated_error_is_a_quarter_of_the_spread(dtype):
+    spec = KVSpec(3, 2, 16, 2, dtype)
+    values = correlated_values(spec, 300)
+    bits = float32_to_bits(values, dtype)
+    units, restored = code(UncalibratedProfile(), bits, spec, 4096)
+    centred = values - values.mean(axis=3, keepdims=True)
+    spread = np.sqrt(np.mean(centred**2, axis=(2, 3, 4)))
+    error = bits_to_float32(restored, dtype) - bits_to_float32(bits, dtype)
+    relative = np.sqrt(np.mean(error**2, axis=(2, 3, 4))) / spread
+    # 0.25 / sqrt(12), and the rounding of fp8 (3 mantissa bits) on top.
+    assert relative.max() < (0.09 if dtype != "float8_e4m3fn" else 0.13)
+    assert sum(map(len, units)) < 0.45 * bits.size * 2
+
+
+def test_constant_values_restore_to_themselves():
+    spec = KVSpec(2, 1, 8)
+    bits = float32_to_bits(np.full((2, 2, 1, 64, 8), 1.5, np.float32), spec.dtype)
+    _, restored = code(UncalibratedProfile(), bits, spec, 64)
+    np.testing.assert_array_equal(restored, bits)
