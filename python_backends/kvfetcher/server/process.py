@@ -51,6 +51,9 @@ _STOP_GRACE_SECONDS = 5.0
 # Per model instance, growing in steps of 1 MiB by itself; a unit's planes are a few MiB.
 _STUB_SHARED_BYTES = 4 << 20
 
+# Triton's information lines and its tables of options, which come after the error that matters.
+_CHATTER = re.compile(r"I\d{4} |\+-|\| ")
+
 _LOADED = re.compile(rb"successfully loaded '([^']+)'")
 
 # Between fork and exec nothing of this process may run (threads), so a small program sets the
@@ -313,11 +316,13 @@ class TritonServer:
         return kept
 
     def _tail(self) -> str:
+        """The last lines of the log that tell more than that all goes well."""
         try:
             lines = self.log_path.read_text(errors="replace").splitlines()
         except (OSError, ServerError):
             return ""
-        return "\n".join(lines[-_TAIL_LINES:])
+        telling = [line for line in lines if line and not _CHATTER.match(line)]
+        return "\n".join(telling[-_TAIL_LINES:])
 
     def _kill_all(self) -> None:
         if self._process is not None:
