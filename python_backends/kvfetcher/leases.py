@@ -1,7 +1,7 @@
 """Who may use which arena blocks: a table of leases. Time is passed in; no I/O, no clock.
 
 A lease goes ``open`` (its holder fills the blocks) -> ``sealed`` (the blocks hold the KV of known
-tokens) -> ``claimed`` (the engine copies them) -> gone. `release` ends it in any state. One that is
+tokens) -> ``claimed`` (the engine copies them) -> gone. `release` ends it. One that is
 open or sealed ends by itself when its time is over; a claimed one does not, because the process that
 claimed it owns the table too.
 
@@ -225,15 +225,23 @@ class LeaseTable:
             entry.expires_at = now + entry.ttl_seconds
             return _view(lease_id, entry)
 
-    def release(self, lease_id: str, *, now: float) -> None:
+    def release(self, lease_id: str, *, now: float, is_claimer: bool = False) -> None:
         """Give the blocks back at once. The caller vouches that nobody writes them any more.
 
+        Args:
+            lease_id: in any state; a claimed one only with `is_claimer`, since its blocks are
+                being read.
+            now: seconds.
+            is_claimer: the caller is the engine, which claimed it.
+
         Raises:
-            LeaseError: unknown or already gone.
+            LeaseError: unknown, already gone, or claimed by another.
         """
         with self._lock:
             self._expire(now)
             entry = self._get(lease_id, None, "release")
+            if entry.state == "claimed" and not is_claimer:
+                raise LeaseError(f"lease {lease_id} is claimed; only its claimer releases it")
             del self._entries[lease_id]
             self._free.extend(reversed(entry.block_ids))
             self.counts.released += 1

@@ -13,6 +13,7 @@ from kvfetcher.arena import Arena
 from kvfetcher.control import ControlServer, socket_path
 from kvfetcher.engines.loader import load_model
 from kvfetcher.engines.models import prepare_model
+from kvfetcher.engines.streams import Streams
 from kvfetcher.engines.torch_engine import TorchEngine
 from kvfetcher.leases import LeaseTable
 
@@ -70,12 +71,14 @@ class EngineHost:
             )
             self.engine = TorchEngine(loaded, config, arena=self.arena, leases=self.leases)
             stack.callback(self.engine.close)
+            self.streams = Streams()
             self.control = ControlServer(
                 socket_path(run_folder),
                 arena=self.arena,
                 leases=self.leases,
                 describe=lambda: self.engine.describe().to_dict(),
                 stats=self.engine.stats,
+                cancel=self.streams.cancel,
             )
             stack.callback(self.control.close)
             self._stack = stack.pop_all()

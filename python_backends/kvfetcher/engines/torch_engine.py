@@ -244,7 +244,7 @@ class TorchEngine:
             or len(held) != lease.num_tokens
             or tokens_digest(held) != lease.tokens_digest
         ):
-            self._leases.release(lease.id, now=self._clock())
+            self._leases.release(lease.id, now=self._clock(), is_claimer=True)
             self._counters.leases_refused += 1
             reason = f"lease {lease.id} holds the KV of other tokens than this prompt begins with"
             _log.error("request %s: computing everything: %s", request.request_id, reason)
@@ -448,7 +448,7 @@ class TorchEngine:
         if sequence.pipe.put(GenerateEvent(save=ticket)):
             self._counters.saves += 1
         else:
-            self._leases.release(lease.id, now=self._clock())
+            self._leases.release(lease.id, now=self._clock(), is_claimer=True)
         self._finish(sequence)
 
     def _save_target(self, saving: _Saving, index: int) -> Any:
@@ -481,7 +481,7 @@ class TorchEngine:
 
     def _release(self, lease_id: str) -> None:
         try:
-            self._leases.release(lease_id, now=self._clock())
+            self._leases.release(lease_id, now=self._clock(), is_claimer=True)
         except LeaseError as exc:  # a save that outlived its lease
             _log.warning("%s", exc)
 
