@@ -120,6 +120,12 @@ class CodecConfig(_Section):
         ("640x360",), "frame sizes a `paper` chunk is stored in, for adaptive resolution"
     )
     paper_bits: int = _option(8, "bits of the lossy quantiser of `paper`", low=2, high=12)
+    calibration: str = _option(
+        "", "calibration artifact (file) of the model, for near, balanced, compact and tiny"
+    )
+    allow_uncertified: bool = _option(
+        False, "serve with a calibration that carries no certificate of its quality"
+    )
 
 
 @dataclass(frozen=True, slots=True)

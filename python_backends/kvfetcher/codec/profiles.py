@@ -10,9 +10,14 @@ import numpy as np
 from kvfetcher.codec.base import Decoder, Profile, RestoredUnit, Restorer, UnitSource
 from kvfetcher.codec.exact import FLOAT_BITS, ExactProfile, restore_exact
 from kvfetcher.codec.paper import PaperProfile, restore_paper
+from kvfetcher.codec.symbols import TRANSFORM, UNCALIBRATED
+from kvfetcher.codec.transform import TransformProfile, restore_transform
+from kvfetcher.codec.uncalibrated import UncalibratedProfile, restore_uncalibrated
 from kvfetcher.codec.unit import EXACT, PAPER, parse_unit
 from kvfetcher.container import UnitData, build_chunk, check_unit, parse_header
 from kvfetcher.errors import ConfigError, FormatError, LayoutError, UnsupportedVersionError
+from kvfetcher.transform.artifact import LADDER
+from kvfetcher.transform.library import served_calibration
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,8 +28,19 @@ if TYPE_CHECKING:
     from kvfetcher.config import CodecConfig
     from kvfetcher.spec import KVSpec
 
-RESTORERS: dict[int, Restorer] = {EXACT: restore_exact, PAPER: restore_paper}
-PROFILE_NAMES: dict[int, str] = {EXACT: "exact", PAPER: "paper"}
+RESTORERS: dict[int, Restorer] = {
+    EXACT: restore_exact,
+    PAPER: restore_paper,
+    TRANSFORM: restore_transform,
+    UNCALIBRATED: restore_uncalibrated,
+}
+PROFILE_NAMES: dict[int, str] = {
+    EXACT: "exact",
+    PAPER: "paper",
+    TRANSFORM: "transform",
+    UNCALIBRATED: "uncalibrated",
+}
+PROFILES = ("exact", *LADDER, "uncalibrated", "paper")
 
 
 def make_profile(config: CodecConfig) -> Profile:
@@ -39,7 +55,14 @@ def make_profile(config: CodecConfig) -> Profile:
         return PaperProfile(
             frame_sizes=config.frame_sizes, bits=config.paper_bits, unit_layers=config.unit_layers
         )
-    raise ConfigError(f"codec.profile must be exact or paper, got {config.profile!r}")
+    if config.profile == "uncalibrated":
+        return UncalibratedProfile(unit_layers=config.unit_layers)
+    if config.profile in LADDER:
+        return TransformProfile(
+            config.profile,
+            served_calibration(config.calibration, allow_uncertified=config.allow_uncertified),
+        )
+    raise ConfigError(f"codec.profile must be one of {PROFILES}, got {config.profile!r}")
 
 
 def profile_id(config: CodecConfig, spec: KVSpec) -> str:

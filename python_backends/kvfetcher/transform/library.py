@@ -6,6 +6,7 @@ A unit names its calibration by digest; a server names the model and takes the a
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvfetcher.config import cache_home
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _known: dict[str, Calibration] = {}
+_served: dict[tuple[str, int], Calibration] = {}
 _lock = threading.Lock()
 
 
@@ -52,6 +54,45 @@ def find_calibration(digest: str) -> Calibration:
     calibration = Calibration.load(path)
     if register_calibration(calibration) != digest:
         raise ConfigError(f"calibration {path} has another digest than its name; delete it")
+    return calibration
+
+
+def served_calibration(path: str, *, allow_uncertified: bool) -> Calibration:
+    """The calibration that a server codes with; read once per process and file state.
+
+    Args:
+        path: its file (`codec.calibration`).
+        allow_uncertified: take one whose quality was not measured.
+
+    Raises:
+        ConfigError: no file is named or it is missing, or it has no certificate.
+        FormatError: it is damaged.
+    """
+    if not path:
+        raise ConfigError(
+            "codec.profile needs a calibration of the model and codec.calibration names none; run"
+            " `kvfetcher calibrate`, or take the profile `exact` or `uncalibrated`"
+        )
+    file = Path(path).expanduser()
+    try:
+        state = (str(file.resolve()), file.stat().st_mtime_ns)
+    except OSError as exc:
+        raise ConfigError(
+            f"codec.calibration = {path!r} cannot be read: {exc.strerror}; make it with `kvfetcher"
+            " calibrate`"
+        ) from exc
+    with _lock:
+        calibration = _served.get(state)
+    if calibration is None:
+        calibration = Calibration.load(file)
+        with _lock:
+            _served[state] = calibration
+    if calibration.certificate is None and not allow_uncertified:
+        raise ConfigError(
+            f"calibration {path} carries no certificate of its quality; run `kvfetcher certify`, or"
+            " set codec.allow_uncertified"
+        )
+    register_calibration(calibration)
     return calibration
 
 
