@@ -2,9 +2,9 @@
 
 Request ``{"op": name, "args": {...}}``, answer ``{"ok": true, "result": {...}}`` or
 ``{"ok": false, "error": class of errors.py, "message": text}``. Operations: ``describe``,
-``lease``, ``seal``, ``renew``, ``release``, ``abandon``, ``stats``. All are quick table look-ups, so
-one thread serves every peer. The socket's folder is 0700 and the socket 0600: whoever may connect
-is the same user, and the lines are still checked.
+``lease``, ``seal``, ``renew``, ``release``, ``abandon``, ``cancel``, ``stats``. All are quick table
+look-ups, so one thread serves every peer. The socket's folder is 0700 and the socket 0600: whoever
+may connect is the same user, and the lines are still checked.
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ class ControlServer:
         leases: the table; shared with the engine.
         describe: JSON-serialisable facts of the engine; called per request, must be quick.
         stats: JSON-serialisable counters; the server adds leases and arena usage.
+        cancel: ends the answer of that stream id; False where there is none (`Streams.cancel`).
         clock: seconds, monotonic; the one that the engine claims with.
 
     Raises:
@@ -111,6 +112,7 @@ class ControlServer:
         leases: LeaseTable,
         describe: Callable[[], dict[str, Any]],
         stats: Callable[[], dict[str, Any]],
+        cancel: Callable[[str], bool] = lambda _: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.path = path
@@ -118,6 +120,7 @@ class ControlServer:
         self._leases = leases
         self._describe = describe
         self._stats = stats
+        self._cancel = cancel
         self._clock = clock
         self._loop = asyncio.new_event_loop()
         self._writers: set[asyncio.StreamWriter] = set()
@@ -213,6 +216,8 @@ class ControlServer:
                 "leases": asdict(self._leases.counts),
                 "blocks": self._leases.usage(),
             }
+        if op == "cancel":
+            return {"cancelled": self._cancel(**_take(op, args, {"stream_id": str}))}
         if op == "lease":
             values = _take(op, args, {"num_tokens": int, "ttl_seconds": float})
             return self._grant(self._leases.lease(**values, now=now))
@@ -266,6 +271,10 @@ class ControlClient:
     def stats(self) -> dict[str, Any]:
         """Counters of engine, leases and blocks."""
         return self._call("stats")
+
+    def cancel(self, stream_id: str) -> bool:
+        """End a running answer; False where it was over already."""
+        return bool(self._call("cancel", stream_id=stream_id)["cancelled"])
 
     def lease(self, num_tokens: int, *, ttl_seconds: float) -> tuple[str, BlockTarget]:
         """Lease blocks for `num_tokens` tokens.

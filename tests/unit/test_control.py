@@ -153,6 +153,15 @@ def test_peers_that_die_or_sit_idle_do_not_disturb_others(server, client):
     assert client.describe() == {"name": "tiny"}
 
 
+def test_cancel_reaches_the_engine_and_says_whether_it_was_in_time(tmp_path, arena, table):
+    with (
+        serving(tmp_path / "s", arena, table, cancel={"running"}.__contains__) as server,
+        ControlClient(server.path, timeout_seconds=5) as client,
+    ):
+        assert client.cancel("running") is True
+        assert client.cancel("over") is False
+
+
 def test_bug_in_an_operation_is_an_engine_error(tmp_path, arena, table):
     def broken():
         raise ZeroDivisionError("oops")
