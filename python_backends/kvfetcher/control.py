@@ -217,7 +217,7 @@ class ControlServer:
                 "blocks": self._leases.usage(),
             }
         if op == "cancel":
-            return {"cancelled": self._cancel(**_take(op, args, {"stream_id": str}))}
+            return {"cancelled": self._cancel(_take(op, args, {"stream_id": str})["stream_id"])}
         if op == "lease":
             values = _take(op, args, {"num_tokens": int, "ttl_seconds": float})
             return self._grant(self._leases.lease(**values, now=now))
