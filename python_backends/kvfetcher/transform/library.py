@@ -7,14 +7,10 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from kvfetcher.config import cache_home
 from kvfetcher.errors import ConfigError
 from kvfetcher.transform.artifact import Calibration
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 _known: dict[str, Calibration] = {}
 _served: dict[tuple[str, int], Calibration] = {}
