@@ -44,12 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="kvfetcher: %(message)s")
     try:
-        return int(arguments.run(arguments) or 0)
+        status = int(arguments.run(arguments) or 0)
+        sys.stdout.flush()
+        return status
     except KVFetcherError as exc:
         print(f"kvfetcher: {exc}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # `kvfetcher store ls | head`
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  # for the flush at exit
+        # What is still buffered goes nowhere, instead of failing again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         return 130

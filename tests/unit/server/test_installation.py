@@ -21,6 +21,9 @@ FITTING_STUB = f"ELF libpython{PYTHON_VERSION}.so.1.0".encode()
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
+    """An empty cache; libpython, which may have been downloaded, is where it really is."""
+    here = libpython.find_libpython() or tmp_path
+    monkeypatch.setattr(installation, "provide_libpython", lambda: here)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
