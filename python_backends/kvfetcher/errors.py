@@ -42,31 +42,31 @@ class KVFetcherError(Exception):
 class ConfigError(KVFetcherError):
     """A setting is unknown, mistyped or out of range."""
 
-    triton_status = "INVALID_ARG"
+    triton_status: ClassVar[TritonStatus] = "INVALID_ARG"
 
 
 class RequestError(KVFetcherError):
     """A request breaks a rule; its sender can mend it."""
 
-    triton_status = "INVALID_ARG"
+    triton_status: ClassVar[TritonStatus] = "INVALID_ARG"
 
 
 class RequestCancelledError(RequestError):
     """The sender of the request went away."""
 
-    triton_status = "CANCELLED"
+    triton_status: ClassVar[TritonStatus] = "CANCELLED"
 
 
 class LayoutError(KVFetcherError):
     """An array's shape or dtype differs from what its spec says."""
 
-    triton_status = "INVALID_ARG"
+    triton_status: ClassVar[TritonStatus] = "INVALID_ARG"
 
 
 class FormatError(KVFetcherError):
     """Bytes are not a chunk or unit of this format."""
 
-    triton_status = "INVALID_ARG"
+    triton_status: ClassVar[TritonStatus] = "INVALID_ARG"
 
 
 class ChecksumError(FormatError):
@@ -76,7 +76,7 @@ class ChecksumError(FormatError):
 class UnsupportedVersionError(FormatError):
     """The bytes are of a version that this build does not read."""
 
-    triton_status = "UNSUPPORTED"
+    triton_status: ClassVar[TritonStatus] = "UNSUPPORTED"
 
 
 class CodecError(KVFetcherError):
@@ -86,19 +86,19 @@ class CodecError(KVFetcherError):
 class DecoderUnavailableError(CodecError):
     """No decoder for this codec, chroma format, bit depth or size."""
 
-    triton_status = "UNAVAILABLE"
+    triton_status: ClassVar[TritonStatus] = "UNAVAILABLE"
 
 
 class StoreError(KVFetcherError):
     """The store failed."""
 
-    triton_status = "UNAVAILABLE"
+    triton_status: ClassVar[TritonStatus] = "UNAVAILABLE"
 
 
 class ChunkNotFoundError(StoreError):
     """The store holds no object of this name."""
 
-    triton_status = "NOT_FOUND"
+    triton_status: ClassVar[TritonStatus] = "NOT_FOUND"
 
 
 class StoreTimeoutError(StoreError):
@@ -108,7 +108,7 @@ class StoreTimeoutError(StoreError):
 class ArenaError(KVFetcherError):
     """The KV arena refused."""
 
-    triton_status = "UNAVAILABLE"
+    triton_status: ClassVar[TritonStatus] = "UNAVAILABLE"
 
 
 class ArenaFullError(ArenaError):
@@ -118,7 +118,7 @@ class ArenaFullError(ArenaError):
 class LeaseError(ArenaError):
     """A lease is unknown, expired, or in the wrong state for the call."""
 
-    triton_status = "NOT_FOUND"
+    triton_status: ClassVar[TritonStatus] = "NOT_FOUND"
 
 
 class EngineError(KVFetcherError):
@@ -128,10 +128,10 @@ class EngineError(KVFetcherError):
 class EngineBusyError(EngineError):
     """The engine's queue is full."""
 
-    triton_status = "UNAVAILABLE"
+    triton_status: ClassVar[TritonStatus] = "UNAVAILABLE"
 
 
 class ServerError(KVFetcherError):
     """tritonserver could not be found, started or stopped."""
 
-    triton_status = "UNAVAILABLE"
+    triton_status: ClassVar[TritonStatus] = "UNAVAILABLE"

@@ -15,6 +15,7 @@ KV_RESTORE = "kv_restore"
 KV_ENCODE = "kv_encode"
 KV_SAVE = "kv_save"
 TENSORRT_LLM = "tensorrt_llm"
+POSTPROCESSING = "postprocessing"
 
 # What clients see (names of the TensorRT-LLM ensemble, ours after them)
 TEXT_INPUT = "text_input"
@@ -40,6 +41,7 @@ KV_POLICIES = ("auto", "fetch", "recompute", "no_store")
 # Between the models
 INPUT_IDS = "input_ids"  # INT32 [num_tokens]
 SAMPLING = "sampling"  # STRING [1], JSON (serving/params.py)
+STREAM_ID = "stream_id"  # STRING [1]; names a running answer (engines/streams.py)
 KV_LEASE = "kv_lease"  # STRING [1], JSON; "" = no lease
 
 # Codec models

@@ -22,6 +22,7 @@ from kvfetcher.engines.models import prepare_model
 from kvfetcher.server import TritonServer
 from kvfetcher.storage import open_store
 from kvfetcher_client import Client, Generation
+from kvfetcher_client.protocol import Assembler
 from support.triton_server import server_config
 
 DOCUMENT = Path(__file__).parents[1] / "data" / "documents" / "references_and_borrowing.txt"
@@ -67,13 +68,13 @@ def ask(client: Client, question: str, **options: str) -> Generation:
     """One streamed answer, shown as it comes."""
     talk(f"  question: {question}")
     talk("  answer:   ", end="")
-    answer = None
-    with client.stream(prompt(question), max_tokens=MAX_TOKENS, **options) as stream:
-        for delta in stream:
-            talk(delta.text, end="")
-        answer = stream.generation
+    start = time.monotonic()
+    answer = Assembler()
+    for delta in client.stream(prompt(question), max_tokens=MAX_TOKENS, **options):
+        answer.add(delta, time.monotonic() - start)
+        talk(delta.text, end="")
     talk("")
-    return answer
+    return answer.finish(time.monotonic() - start)
 
 
 def wait_until_saved(config: Config, num_chunks: int) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 import tritonclient.grpc as grpcclient
 
+from kvfetcher.control import ControlClient, socket_path
 from kvfetcher.engines.models import prepare_model
 from kvfetcher_client import Client
 from support.triton_server import TritonServer, server_config
@@ -55,13 +56,16 @@ class Running:
     def chunk_files(self) -> list[Path]:
         return sorted(p for p in self.store.glob("??/??/*") if p.is_file())
 
-    def wait_for_chunks(self, count: int, *, timeout_seconds: float = 60.0) -> list[Path]:
-        """The store's chunk files, once there are `count` (saving runs behind the answer)."""
-        deadline = time.monotonic() + timeout_seconds
-        while len(files := self.chunk_files()) < count:
-            assert time.monotonic() < deadline, f"{len(files)} of {count} chunks after the deadline"
-            time.sleep(0.05)
-        return files
+    def settle(self, *, timeout_seconds: float = 60.0) -> list[Path]:
+        """The store's chunk files once no request runs and nothing is left to save."""
+        with ControlClient(socket_path(self.server.run_dir), timeout_seconds=10) as control:
+            deadline = time.monotonic() + timeout_seconds
+            while (stats := control.stats())["running"] or (
+                stats["blocks"]["free"] != stats["blocks"]["total"]
+            ):
+                assert time.monotonic() < deadline, f"not idle after {timeout_seconds} s: {stats}"
+                time.sleep(0.05)
+        return self.chunk_files()
 
 
 class start_server:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -17,6 +17,8 @@ from kvfetcher import container, wire
 from kvfetcher.arena import Arena
 from kvfetcher.config import CodecConfig
 from kvfetcher.control import ControlClient, socket_path
+from kvfetcher.engines.base import GenerateRequest, SamplingParams
+from kvfetcher.engines.host import EngineHost
 from kvfetcher.errors import KVFetcherError, RequestError
 
 from .conftest import CHUNK_TOKENS, start_server
@@ -53,13 +55,11 @@ def stream(running, model, inputs, *, timeout=60):
 
 
 def test_a_miss_is_saved_and_the_next_request_hits_with_the_same_answer(running, prompt):
-    before = len(running.chunk_files())
     question = prompt()
     miss = running.client.generate(question, max_tokens=12)
     assert (miss.report.raw["outcome"], miss.report.hit_tokens) == ("miss", 0)
     assert miss.report.raw["reason"] == "not_stored"
-    chunks = miss.report.prompt_tokens // CHUNK_TOKENS
-    running.wait_for_chunks(before + chunks)
+    running.settle()
     hit = running.client.generate(question, max_tokens=12)
     assert hit.report.raw["outcome"] == "hit"
     assert hit.report.hit_tokens == (hit.report.prompt_tokens - 1) // CHUNK_TOKENS * CHUNK_TOKENS
@@ -72,15 +72,23 @@ def test_a_miss_is_saved_and_the_next_request_hits_with_the_same_answer(running,
     assert hit.text.strip()
 
 
-def test_restored_kv_equals_the_engines_own_byte_for_byte(running, prompt, model):
-    """kv_fetch -> kv_pipeline -> arena through the server, against an engine of our own."""
-    from kvfetcher.engines.torch_engine import compute_prefix_kv
+async def own_kv(config, ids, folder):
+    """KV of the whole chunks of `ids`, computed by an engine of this process."""
+    request = GenerateRequest(tuple(ids.tolist()), SamplingParams(max_tokens=1), save=True)
+    with EngineHost(config, run_folder=folder, arena_folder=folder) as host:
+        async for event in host.engine.generate(request):
+            if event.save is not None:
+                parts = [host.arena.read(target) for target in event.save.targets]
+                return np.concatenate(parts, axis=3)
+    raise AssertionError("the engine had nothing to save")
 
+
+async def test_restored_kv_equals_the_engines_own_byte_for_byte(running, prompt, tmp_path):
+    """kv_fetch -> kv_pipeline -> arena through the server, against an engine of our own."""
     question = prompt(150)
     ids = _preprocess(running, question)
-    before = len(running.chunk_files())
     running.client.generate(question, max_tokens=2)
-    running.wait_for_chunks(before + len(ids) // CHUNK_TOKENS)
+    running.settle()
     (fetched,) = stream(running, wire.KV_FETCH, [tensor("input_ids", ids, "INT32")])
     claim = json.loads(fetched.as_numpy(wire.KV_LEASE)[0])
     assert claim["num_tokens"] == (len(ids) - 1) // CHUNK_TOKENS * CHUNK_TOKENS
@@ -90,8 +98,8 @@ def test_restored_kv_equals_the_engines_own_byte_for_byte(running, prompt, model
         restored = arena.read(target)
         arena.close()
         control.release(claim["lease_id"])
-    own = compute_prefix_kv(running.config.engine, ids[: claim["num_tokens"]])
-    np.testing.assert_array_equal(restored, own)
+    own = await own_kv(running.config, ids, tmp_path)
+    np.testing.assert_array_equal(restored, own[:, :, :, : claim["num_tokens"]])
 
 
 def _preprocess(running, question):
@@ -102,10 +110,9 @@ def _preprocess(running, question):
 
 
 def test_a_longer_prompt_hits_the_part_that_is_stored(running, prompt):
-    before = len(running.chunk_files())
     start = prompt(150)
-    first = running.client.generate(start, max_tokens=1)
-    running.wait_for_chunks(before + first.report.prompt_tokens // CHUNK_TOKENS)
+    running.client.generate(start, max_tokens=1)
+    running.settle()
     longer = running.client.generate(start + " And so it goes on. " * 40, max_tokens=1)
     assert longer.report.raw["outcome"] == "partial"
     assert 0 < longer.report.hit_tokens < longer.report.prompt_tokens - CHUNK_TOKENS
@@ -113,10 +120,9 @@ def test_a_longer_prompt_hits_the_part_that_is_stored(running, prompt):
 
 
 def test_another_salt_shares_nothing(running, prompt):
-    before = len(running.chunk_files())
     question = prompt(120)
-    first = running.client.generate(question, max_tokens=1, cache_salt="tenant a")
-    running.wait_for_chunks(before + first.report.prompt_tokens // CHUNK_TOKENS)
+    running.client.generate(question, max_tokens=1, cache_salt="tenant a")
+    running.settle()
     other = running.client.generate(question, max_tokens=1, cache_salt="tenant b")
     same = running.client.generate(question, max_tokens=1, cache_salt="tenant a")
     assert other.report.hit_tokens == 0
@@ -124,19 +130,16 @@ def test_another_salt_shares_nothing(running, prompt):
 
 
 def test_no_store_neither_reads_nor_writes(running, prompt):
-    before = running.chunk_files()
+    before = running.settle()
     answer = running.client.generate(prompt(120), max_tokens=1, kv_policy="no_store")
     assert answer.report.raw["outcome"] == "skipped"
-    running.client.generate("short", max_tokens=1)  # a later request, so a save would have run
-    time.sleep(1.0)
-    assert running.chunk_files() == before
+    assert running.settle() == before
 
 
 def test_streamed_deltas_add_up_to_the_whole_answer(running, prompt):
     question = prompt(60)
     whole = running.client.generate(question, max_tokens=10)
-    with running.client.stream(question, max_tokens=10) as deltas:
-        pieces = list(deltas)
+    pieces = list(running.client.stream(question, max_tokens=10))
     assert len(pieces) > 3
     assert "".join(piece.text for piece in pieces) == whole.text
 
@@ -205,13 +208,9 @@ def test_a_wrong_dtype_is_refused(running):
 
 
 def test_cancelling_mid_stream_frees_the_engine(running, prompt):
-    with running.client.stream(prompt(40), max_tokens=800) as deltas:
-        next(iter(deltas))
-    with ControlClient(socket_path(running.server.run_dir), timeout_seconds=10) as control:
-        deadline = time.monotonic() + 20
-        while control.stats()["running_requests"]:
-            assert time.monotonic() < deadline, "the cancelled request still runs"
-            time.sleep(0.1)
+    with contextlib.closing(running.client.stream(prompt(40), max_tokens=800)) as deltas:
+        next(deltas)
+    running.settle(timeout_seconds=15)  # 800 tokens would take longer
     assert running.client.generate(prompt(40), max_tokens=2).text is not None
 
 
@@ -299,10 +298,9 @@ def test_units_of_different_sizes_share_a_batch_and_a_bad_one_fails_alone(runnin
 def test_metrics_count_hits_and_saves(running, prompt):
     import urllib.request
 
-    before = len(running.chunk_files())
     question = prompt(100)
-    first = running.client.generate(question, max_tokens=1)
-    running.wait_for_chunks(before + first.report.prompt_tokens // CHUNK_TOKENS)
+    running.client.generate(question, max_tokens=1)
+    running.settle()
     running.client.generate(question, max_tokens=1)
     with urllib.request.urlopen(f"http://{running.server.metrics_url}/metrics") as response:
         text = response.read().decode()
@@ -321,7 +319,7 @@ def test_a_restarted_server_hits_what_another_saved_and_sets_a_corrupt_chunk_asi
     question = prompt(200)
     with start_server(tmp_path / "store") as first:
         miss = first.client.generate(question, max_tokens=8)
-        first.wait_for_chunks(miss.report.prompt_tokens // CHUNK_TOKENS)
+        first.settle()
     with start_server(tmp_path / "store") as second:
         hit = second.client.generate(question, max_tokens=8)
         assert hit.report.raw["outcome"] == "hit"
@@ -336,7 +334,7 @@ def test_a_restarted_server_hits_what_another_saved_and_sets_a_corrupt_chunk_asi
         assert corrupt.report.raw["reason"] == "corrupt_chunk"
         assert corrupt.output_ids == miss.output_ids
         # The corrupt chunks that were read are set aside, and the request's own save replaces them.
-        second.wait_for_chunks(len(files))
+        assert second.settle() == files
         again = second.client.generate(question, max_tokens=8)
         assert again.output_ids == miss.output_ids
 
@@ -351,8 +349,4 @@ def test_a_store_that_cannot_be_written_only_costs_the_saving(tmp_path, prompt):
         assert first.text == second.text
         assert (second.report.hit_tokens, second.report.raw["outcome"]) == (0, "miss")
         assert second.report.raw["reason"] in ("store_error", "not_stored")
-        with ControlClient(socket_path(running.server.run_dir), timeout_seconds=10) as control:
-            deadline = time.monotonic() + 20
-            while (usage := control.stats()["blocks"])["free"] != usage["total"]:
-                assert time.monotonic() < deadline, f"leases are left: {usage}"
-                time.sleep(0.1)
+        running.settle()  # no lease is left behind

@@ -6,10 +6,10 @@ Errors   INVALID_ARG empty or undecodable text
 """
 
 import triton_python_backend_utils as pb_utils
-from kvfetcher.engines.tokenizer import Tokenizer
 
 from kvfetcher import wire
 from kvfetcher.config import load_config
+from kvfetcher.engines.tokenizer import Tokenizer
 from kvfetcher.serving import setup
 from kvfetcher.serving.respond import respond_each
 from kvfetcher.serving.tensors import ids_tensor, read_text

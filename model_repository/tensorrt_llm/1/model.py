@@ -5,7 +5,8 @@ Inputs   input_ids  INT32  [num_tokens]
          kv_lease   STRING [1]  JSON or ""
          kv_report  STRING [1]  JSON of the fetch, completed here
 Outputs  text_output STRING [1], output_ids INT32 [n], finish_reason STRING [1] ("" until the last),
-         kv_report STRING [1] (JSON on the first and the last response, "" between)
+         kv_report STRING [1] (JSON on the first and the last response, "" between),
+         stream_id STRING [1] names the running answer (control operation "cancel")
 Errors   INVALID_ARG bad request · UNAVAILABLE queue full · CANCELLED · INTERNAL engine failed
 This process owns the engine and its KV arena.
 """
@@ -36,9 +37,7 @@ class TritonPythonModel:
         is_answered = False
         try:
             generation = Generation.read(request, pb_utils)
-            async for response, is_last in generation.responses(
-                self.host.engine, sender.is_cancelled
-            ):
+            async for response, is_last in generation.responses(self.host, sender.is_cancelled):
                 flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if is_last else 0
                 sender.send(response, flags=flags)
                 is_answered = is_last

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from kvfetcher.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncGenerator, Callable
 
     from kvfetcher.arena import BlockTarget
     from kvfetcher.leases import LeaseClaim
@@ -220,7 +220,7 @@ class Engine(Protocol):
 
     def generate(
         self, request: GenerateRequest, *, is_cancelled: Callable[[], bool] | None = None
-    ) -> AsyncIterator[GenerateEvent]:
+    ) -> AsyncGenerator[GenerateEvent]:
         """Run one request; nothing happens before the first item is asked for.
 
         Args:

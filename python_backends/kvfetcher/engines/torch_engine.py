@@ -37,7 +37,7 @@ from kvfetcher.errors import (
 from kvfetcher.leases import tokens_digest
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncGenerator, Callable
 
     from kvfetcher.arena import Arena
     from kvfetcher.config import Config
@@ -160,7 +160,7 @@ class TorchEngine:
 
     async def generate(
         self, request: GenerateRequest, *, is_cancelled: Callable[[], bool] | None = None
-    ) -> AsyncIterator[GenerateEvent]:
+    ) -> AsyncGenerator[GenerateEvent]:
         pipe = EventPipe(is_cancelled)
         self._submit(request, pipe)
         try:

@@ -9,12 +9,14 @@ from kvfetcher import wire
 from kvfetcher.errors import CodecError
 from kvfetcher.fetch.fetcher import Fetched, Fetcher, UnitStatus
 from kvfetcher.serving.leases import EngineLeases
+from kvfetcher.serving.metrics import Metrics
 from kvfetcher.serving.tensors import bytes_tensor, text_tensor
 from kvfetcher.storage import open_store
 
 if TYPE_CHECKING:
     from kvfetcher.arena import BlockTarget
     from kvfetcher.config import Config
+    from kvfetcher.fetch.report import FetchReport
 
 
 class FetchService:
@@ -24,6 +26,7 @@ class FetchService:
         self._config = config
         self._pb_utils = pb_utils
         self._leases = EngineLeases(config)
+        self._metrics = Metrics(pb_utils)
         self._fetcher: Fetcher | None = None
 
     async def fetch(self, *args: Any, **kwargs: Any) -> Fetched:
@@ -35,7 +38,16 @@ class FetchService:
                 run_unit=self._run_unit,
                 config=self._config.fetch,
             )
-        return await self._fetcher.fetch(*args, **kwargs)
+        fetched = await self._fetcher.fetch(*args, **kwargs)
+        self._count(fetched.report)
+        return fetched
+
+    def _count(self, report: FetchReport) -> None:
+        count = self._metrics.add
+        count("kvfetcher_fetches_total", outcome=report.outcome, reason=report.reason)
+        count("kvfetcher_prompt_tokens_total", report.prompt_tokens)
+        count("kvfetcher_hit_tokens_total", report.hit_tokens)
+        count("kvfetcher_fetched_bytes_total", report.bytes_fetched)
 
     async def _run_unit(self, unit: bytes, target: BlockTarget) -> UnitStatus:
         pb_utils = self._pb_utils
@@ -54,7 +66,8 @@ class FetchService:
         return UnitStatus(facts["decoder"], facts["decode_ms"], facts["restore_ms"])
 
     def close(self) -> None:
-        """Close the connection to the engine."""
+        """Close the connection to the engine and drop the series."""
+        self._metrics.close()
         self._leases.close()
 
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import threading
-from contextlib import aclosing
+import time
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kvfetcher import wire
-from kvfetcher.engines.base import GenerateRequest
+from kvfetcher.engines.base import GenerateEvent, GenerateRequest
 from kvfetcher.errors import RequestCancelledError, RequestError
 from kvfetcher.leases import LeaseClaim
 from kvfetcher.serving.leases import EngineLeases
@@ -24,16 +23,18 @@ from kvfetcher.serving.saving import ticket_to_json
 from kvfetcher.serving.tensors import ids_tensor, read_ids, read_text, text_tensor
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
     from numpy.typing import NDArray
 
     from kvfetcher.config import Config
-    from kvfetcher.engines.base import Engine, GenerateEvent, SaveTicket
+    from kvfetcher.engines.base import SaveTicket
+    from kvfetcher.engines.host import EngineHost
 
 _log = logging.getLogger(__name__)
 
-_CANCEL_POLL_SECONDS = 0.05
+# How often to look for a client that went away, and to send a heartbeat.
+_POLL_SECONDS = 0.1
 
 
 @dataclass(slots=True)
@@ -48,6 +49,7 @@ class Generation:
     pb_utils: Any
     output_ids: list[int] = field(default_factory=list)
     text: str = ""
+    stream_id: str = ""
     ticket: SaveTicket | None = None
 
     @classmethod
@@ -74,12 +76,14 @@ class Generation:
         )
 
     async def responses(
-        self, engine: Engine, is_cancelled: Callable[[], bool]
+        self, host: EngineHost, is_cancelled: Callable[[], bool]
     ) -> AsyncIterator[tuple[Any, bool]]:
         """Triton responses in order, each with whether it is the last.
 
-        Streaming, one response per event of the engine; otherwise a single one at the end. After
-        the last one the iterator goes on until `ticket` is known.
+        Streaming, one response per event of the engine; otherwise a single one at the end; with
+        heartbeats, empty ones between. After the last one the iterator goes on until `ticket` is
+        known; `is_cancelled` is not called any more then (tritonserver 2.51 crashes when a closed
+        response sender is asked).
 
         Raises:
             KVFetcherError: the engine refused or failed.
@@ -92,41 +96,48 @@ class Generation:
             cache_salt=self.options.cache_salt,
             request_id=self.request_id,
         )
-        gone = threading.Event()
-        watcher = asyncio.create_task(_watch(is_cancelled, gone))
-        try:
-            async with aclosing(engine.generate(request, is_cancelled=gone.is_set)) as events:
-                async for event in events:
-                    if event.save is not None:
-                        self.ticket = event.save
-                        continue
-                    is_first = not self.output_ids
-                    self.output_ids.extend(event.new_token_ids)
-                    self.text += event.text_delta
-                    if event.timings is not None:
-                        self.report["engine"] = asdict(event.timings)
-                    if event.finish_reason:
-                        watcher.cancel()
-                    if event.finish_reason or self.options.stream:
-                        yield self._response(event, is_first=is_first), bool(event.finish_reason)
-        finally:
-            watcher.cancel()
+        with host.streams.open() as (self.stream_id, gone):
+            generated = host.engine.generate(request, is_cancelled=gone.is_set)
+            is_answered, looked = False, time.monotonic()
+            async for event in _with_pauses(generated, _POLL_SECONDS):
+                if not is_answered and time.monotonic() - looked >= _POLL_SECONDS:
+                    looked = time.monotonic()
+                    if is_cancelled():
+                        gone.set()
+                    if self.options.heartbeat:
+                        yield self._response(GenerateEvent(), report=False), False
+                if event is None:
+                    continue
+                if event.save is not None:
+                    self.ticket = event.save
+                    continue
+                is_first = not self.output_ids
+                is_answered = bool(event.finish_reason)
+                self._take(event)
+                if is_answered or self.options.stream:
+                    yield self._response(event, report=is_first or is_answered), is_answered
 
-    def _response(self, event: GenerateEvent, *, is_first: bool) -> Any:
+    def _take(self, event: GenerateEvent) -> None:
+        self.output_ids.extend(event.new_token_ids)
+        self.text += event.text_delta
+        if event.timings is not None:
+            self.report["engine"] = asdict(event.timings)
+
+    def _response(self, event: GenerateEvent, *, report: bool) -> Any:
         pb_utils = self.pb_utils
         if event.finish_reason == "cancelled":
             cancelled = RequestCancelledError("the request was cancelled by its client")
             return pb_utils.InferenceResponse(error=triton_error(cancelled, pb_utils))
-        stream = self.options.stream
-        report = json.dumps(self.report) if is_first or event.finish_reason else ""
-        ids = event.new_token_ids if stream else tuple(self.output_ids)
-        text = event.text_delta if stream else self.text
+        whole = event.finish_reason and not self.options.stream
+        ids = tuple(self.output_ids) if whole else event.new_token_ids
+        text = self.text if whole else event.text_delta
         return pb_utils.InferenceResponse(
             output_tensors=[
                 text_tensor(wire.TEXT_OUTPUT, text, pb_utils),
                 ids_tensor(wire.OUTPUT_IDS, ids, pb_utils),
                 text_tensor(wire.FINISH_REASON, event.finish_reason, pb_utils),
-                text_tensor(wire.KV_REPORT, report, pb_utils),
+                text_tensor(wire.KV_REPORT, json.dumps(self.report) if report else "", pb_utils),
+                text_tensor(wire.STREAM_ID, self.stream_id, pb_utils),
             ]
         )
 
@@ -188,8 +199,23 @@ class SaveQueue:
         self._leases.close()
 
 
-async def _watch(is_cancelled: Callable[[], bool], gone: threading.Event) -> None:
-    """Set `gone` once the client went away; polled, because Triton has no callback for it."""
-    while not is_cancelled():
-        await asyncio.sleep(_CANCEL_POLL_SECONDS)
-    gone.set()
+async def _with_pauses(
+    events: AsyncGenerator[GenerateEvent], seconds: float
+) -> AsyncIterator[GenerateEvent | None]:
+    """The events, and None whenever none came for `seconds`. Leaving it closes `events`."""
+    upcoming: asyncio.Future[GenerateEvent] | None = None
+    try:
+        while True:
+            upcoming = asyncio.ensure_future(anext(events))
+            while not (await asyncio.wait({upcoming}, timeout=seconds))[0]:
+                yield None
+            try:
+                event = upcoming.result()
+            except StopAsyncIteration:
+                return
+            yield event
+    finally:
+        if upcoming is not None and not upcoming.done():
+            upcoming.cancel()
+            await asyncio.wait({upcoming})
+        await events.aclose()

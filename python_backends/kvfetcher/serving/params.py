@@ -37,6 +37,8 @@ class GenerationOptions:
     stream: bool = False
     cache_salt: str = ""
     save: bool = False
+    heartbeat: bool = False
+    """Send empty responses while nothing else is to be sent (`postprocessing` drops them)."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
@@ -100,5 +102,6 @@ def read_client_request(request: Any, config: EngineConfig, pb_utils: Any) -> Cl
             stream=bool(read_scalar(request, wire.STREAM, pb_utils)),
             cache_salt=salt,
             save=policy != "no_store",
+            heartbeat=True,
         ),
     )

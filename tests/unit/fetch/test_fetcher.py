@@ -287,7 +287,10 @@ async def test_a_decoder_that_fails_is_a_miss(world):
         raise ValueError("secret path")
 
     fetcher = Fetcher(
-        store=world.store, leases=world.leases, run_unit=broken, config=FetchConfig(min_hit_tokens=1)
+        store=world.store,
+        leases=world.leases,
+        run_unit=broken,
+        config=FetchConfig(min_hit_tokens=1),
     )
     fetched = await world.fetch(fetcher)
     assert (fetched.claim, fetched.report.reason) == (None, "decode_error")

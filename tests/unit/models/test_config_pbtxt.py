@@ -31,7 +31,7 @@ def test_every_model_of_the_design_exists():
     assert sorted(
         [
             wire.KVFETCHER, wire.PREPROCESSING, wire.KV_FETCH, wire.KV_PIPELINE, wire.KV_DECODE,
-            wire.KV_RESTORE, wire.KV_ENCODE, wire.KV_SAVE, wire.TENSORRT_LLM,
+            wire.KV_RESTORE, wire.KV_ENCODE, wire.KV_SAVE, wire.TENSORRT_LLM, wire.POSTPROCESSING,
         ]
     ) == MODELS  # fmt: skip
 

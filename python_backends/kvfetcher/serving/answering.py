@@ -1,0 +1,50 @@
+"""`postprocessing`: what of the engine's responses the client gets, and who is still there."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from kvfetcher import wire
+from kvfetcher.control import ControlClient, socket_path
+from kvfetcher.errors import KVFetcherError
+from kvfetcher.serving.tensors import ids_tensor, read_ids, read_text, text_tensor
+
+_log = logging.getLogger(__name__)
+
+_TIMEOUT_SECONDS = 5.0
+_TEXTS = (wire.TEXT_OUTPUT, wire.FINISH_REASON, wire.KV_REPORT)
+
+
+class AnswerRelay:
+    """Passes responses on, one request of Triton each. Not thread-safe."""
+
+    def __init__(self, pb_utils: Any) -> None:
+        self._pb_utils = pb_utils
+        self._control = ControlClient(socket_path(), timeout_seconds=_TIMEOUT_SECONDS)
+
+    def pass_on(self, request: Any) -> Any:
+        """The client's InferenceResponse, or None for a heartbeat or a client that went away."""
+        pb_utils = self._pb_utils
+        if request.is_cancelled():
+            self._stop(read_text(request, wire.STREAM_ID, pb_utils))
+            return None
+        texts = {name: read_text(request, name, pb_utils) for name in _TEXTS}
+        ids = read_ids(request, wire.OUTPUT_IDS, pb_utils)
+        if not ids.size and not any(texts.values()):
+            return None
+        tensors = [text_tensor(name, text, pb_utils) for name, text in texts.items()]
+        return pb_utils.InferenceResponse(
+            output_tensors=[*tensors, ids_tensor(wire.OUTPUT_IDS, ids, pb_utils)]
+        )
+
+    def _stop(self, stream_id: str) -> None:
+        try:
+            if self._control.cancel(stream_id):
+                _log.info("stream %s: its client went away", stream_id)
+        except KVFetcherError as exc:
+            _log.warning("stream %s cannot be cancelled: %s", stream_id, exc)
+
+    def close(self) -> None:
+        """Close the connection to the engine."""
+        self._control.close()
