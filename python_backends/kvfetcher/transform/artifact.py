@@ -93,24 +93,31 @@ class Calibration:
         return self.grouping.spec
 
     def unit_rank(self, layer_group: int, profile: str) -> int:
-        """Components that a profile codes of a layer group: the same for all its head groups.
+        """Components that a profile codes of a layer group: the same for all its head groups."""
+        return self.rank_at(layer_group, self.steps[profile])
 
-        At least 1; those with sigma below ``floor`` steps are left out where all head groups can.
-        """
-        least = self.floor * self.steps[profile]
+    def rank_at(self, layer_group: int, step: float) -> int:
+        """Components coded at a step: at least 1, without those far below it in all head groups."""
         sigmas = [
             self.bases[layer_group, head_group].sigma
             for head_group in range(len(self.grouping.head_ranges))
         ]
-        wanted = max(1, *(int(np.count_nonzero(sigma >= least)) for sigma in sigmas))
+        wanted = max(1, *(int(np.count_nonzero(sigma >= self.floor * step)) for sigma in sigmas))
         return min(wanted, *(len(sigma) for sigma in sigmas))
 
-    def matrices(self, key: tuple[int, int], rank: int) -> Matrices:
-        """The first ``rank`` components of one transform, ready to multiply; kept once made.
+    def matrices(self, key: tuple[int, int], rank: int, *, keep: bool = True) -> Matrices:
+        """The first ``rank`` components of one transform, ready to multiply.
+
+        Args:
+            key: (layer group, head group).
+            rank: number of components.
+            keep: hold the result for the next call.
 
         Raises:
             FormatError: it has fewer components.
         """
+        if not keep:
+            return self._make(key, rank)
         with self._lock:
             found = self._cache.get((*key, rank))
             if found is None:
@@ -171,6 +178,17 @@ class Calibration:
     def with_certificate(self, certificate: Mapping[str, Any]) -> Calibration:
         """The same calibration with what was measured; its digest stays."""
         return replace(self, certificate=certificate)
+
+    def with_steps(self, steps: Mapping[str, float]) -> Calibration:
+        """The same bases with other steps, without the components that none of them codes."""
+        changed = replace(self, steps=dict(steps), certificate=None)
+        finest = min(steps.values())
+        bases = {
+            key: StoredBasis(basis.rows[:rank], basis.sigma[:rank], basis.mean)
+            for key, basis in self.bases.items()
+            for rank in [changed.rank_at(key[0], finest)]
+        }
+        return replace(changed, bases=bases)
 
     def save(self, path: Path) -> None:
         """Write the artifact, atomically."""

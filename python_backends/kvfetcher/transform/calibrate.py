@@ -9,25 +9,30 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from kvfetcher.engines.identity import weights_digest
 from kvfetcher.errors import ConfigError
-from kvfetcher.transform.artifact import Calibration, StoredBasis
+from kvfetcher.transform.artifact import LADDER, Calibration, StoredBasis
+from kvfetcher.transform.capture import CaptureModel
+from kvfetcher.transform.certify import CertifySettings, certify, held_out_documents
+from kvfetcher.transform.groups import Grouping
 from kvfetcher.transform.klt import fisher_roots, solve_basis
 from kvfetcher.transform.rope import Rope, unrotate_keys
 from kvfetcher.transform.statistics import Statistics
+from kvfetcher.transform.steps import TARGETS, choose_steps
 from kvfetcher.transform.texts import Text, texts_digest
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from kvfetcher.transform.capture import CaptureModel
-    from kvfetcher.transform.groups import Grouping
+    from kvfetcher.spec import KVDtype, KVSpec
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +61,119 @@ class CollectSettings:
         for name, low in (("num_documents", 1), ("prefix_tokens", 64), ("label_tokens", 16)):
             if getattr(self, name) < low:
                 raise ConfigError(f"{name} must be at least {low}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateSettings:
+    """How a model is calibrated."""
+
+    layers_per_group: int = 5
+    """Neighbouring layers of one transform; more layers are fewer bits and more arithmetic."""
+    heads_per_group: int = 0
+    """KV heads of one transform; 0 = all. A tensor-parallel rank's heads, so that it decodes only
+    its own."""
+    dtype: KVDtype = "bfloat16"
+    """KV dtype that the engine keeps."""
+    sink_tokens: int = SINK_TOKENS
+    floor: float = 0.25
+    """Components with a deviation below so many steps are not coded."""
+    num_step_documents: int = 3
+    """Texts that the steps are chosen on."""
+    collect: CollectSettings = field(default_factory=CollectSettings)
+    certify: CertifySettings = field(default_factory=CertifySettings)
+
+
+def calibrate(
+    folder: Path,
+    *,
+    texts: list[Text],
+    held_out: list[Text],
+    settings: CalibrateSettings,
+    checkpoint: Path | None = None,
+    device: str = "cpu",
+    progress: Progress = no_progress,
+) -> Calibration:
+    """Calibrate a model, choose its steps and certify it.
+
+    Args:
+        folder: local Hugging Face model folder.
+        texts: documents to read.
+        held_out: documents to certify with; not among ``texts``.
+        settings: groups and amounts.
+        checkpoint: where the statistics are kept meanwhile, and resumed from.
+        device: where the model runs.
+        progress: called after every document and measurement.
+
+    Raises:
+        EngineError: the model cannot be loaded.
+        ConfigError: its geometry, rotation or the texts do not serve.
+    """
+    model = CaptureModel.load(folder, device=device)
+    digest = weights_digest(folder)
+    rope = model.measure_rope()
+    spec = replace(model.measure_spec(), dtype=settings.dtype)
+    grouping = Grouping.even(spec, layers=settings.layers_per_group, heads=settings.heads_per_group)
+    stats = collect(
+        model, rope, texts, grouping, settings.collect, checkpoint=checkpoint, progress=progress
+    )
+    source = {
+        "texts": texts_digest(texts),
+        "documents": stats.num_documents,
+        "tokens": stats.num_tokens,
+        "settings": asdict(settings),
+    }
+    progress("solve", 0, 1)
+    # A provisional ladder far below any that is chosen keeps every component of use.
+    guess = dict.fromkeys(LADDER, _finest_step(spec, settings))
+    draft = solve(
+        stats,
+        rope,
+        model=digest,
+        steps=guess,
+        floor=settings.floor,
+        sink_tokens=settings.sink_tokens,
+        source=source,
+    )
+    amount = replace(settings.certify, num_documents=settings.num_step_documents)
+    tuning = held_out_documents(model, texts[::-1], amount, progress=progress)
+    calibration = draft.with_steps(choose_steps(model, draft, tuning, progress=progress))
+    del tuning
+    documents = held_out_documents(model, held_out, settings.certify, progress=progress)
+    return calibration.with_certificate(
+        certify(model, calibration, held_out, documents, progress=progress)
+    )
+
+
+def recertify(
+    folder: Path,
+    calibration: Calibration,
+    *,
+    held_out: list[Text],
+    settings: CertifySettings,
+    device: str = "cpu",
+    progress: Progress = no_progress,
+) -> Calibration:
+    """Measure an existing calibration again.
+
+    Raises:
+        ConfigError: it was made for another model.
+        EngineError: the model cannot be loaded.
+    """
+    if weights_digest(folder) != calibration.model:
+        raise ConfigError(
+            f"calibration {calibration.digest[:16]} was made for another model than {folder};"
+            " calibrate this one"
+        )
+    model = CaptureModel.load(folder, device=device)
+    documents = held_out_documents(model, held_out, settings, progress=progress)
+    return calibration.with_certificate(
+        certify(model, calibration, held_out, documents, progress=progress)
+    )
+
+
+def _finest_step(spec: KVSpec, settings: CalibrateSettings) -> float:
+    """A third of the step whose predicted KL at 2,048 tokens is that of `near`."""
+    return math.sqrt(24 * TARGETS["near"] / (2048 * spec.elements_per_token)) / 3
 
 
 def collect(

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvfetcher.errors import ConfigError, EngineError
+from kvfetcher.spec import KVSpec
 from kvfetcher.transform.rope import LayerRope, Rope, unrotate_keys
 
 if TYPE_CHECKING:
@@ -87,6 +88,12 @@ class CaptureModel:
     @property
     def vocabulary_size(self) -> int:
         return int(self.model.get_input_embeddings().weight.shape[0])
+
+    def measure_spec(self) -> KVSpec:
+        """Geometry of the cache, read from a short prefill; the dtype is the default one."""
+        layers = self.prefill([0, 1]).layers
+        _, heads, _, dim = layers[0][0].shape
+        return KVSpec(len(layers), heads, dim)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without the tokenizer's length warning."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from kvfetcher.errors import FormatError
 from kvfetcher.transform.groups import Grouping, to_vectors
+from kvfetcher.transform.product import multiply
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,7 +61,7 @@ class Statistics:
             for head_group, heads in enumerate(grouping.head_ranges):
                 x = to_vectors(values[start : start + count], heads)
                 self.sums[layer_group, head_group] += x.sum(axis=0, dtype=np.float64)
-                self.products[layer_group, head_group] += x.T @ x
+                self.products[layer_group, head_group] += multiply(x.T, x)
         # Tokens outside a sliding window have no influence at all: the mean is over those inside.
         inside = np.any(gradients != 0, axis=(1, 2, 4)).sum(axis=1)
         moments = np.matmul(gradients.transpose(0, 1, 2, 4, 3), gradients)

@@ -1,0 +1,208 @@
+"""Calibration end to end on a tiny random Llama: real code paths, meaningless text."""
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from kvfetcher.errors import ConfigError, FormatError
+from kvfetcher.transform.artifact import LADDER
+from kvfetcher.transform.calibrate import (
+    CalibrateSettings,
+    CollectSettings,
+    calibrate,
+    collect,
+    recertify,
+)
+from kvfetcher.transform.capture import CapturedKV, CaptureModel
+from kvfetcher.transform.certify import CertifySettings
+from kvfetcher.transform.groups import Grouping
+from kvfetcher.transform.quality import compare, prepare
+from kvfetcher.transform.texts import Text
+
+WORDS = [f"w{i}" for i in range(64)]
+SHORT = CertifySettings(num_documents=3, prefix_tokens=128, following_tokens=32)
+SMALL = CollectSettings(num_documents=3, prefix_tokens=96, label_tokens=24)
+
+
+def text(seed, num_words=400):
+    # A walk over the vocabulary: tokens have context, so caches are not white noise.
+    steps = np.random.default_rng(seed).integers(-2, 3, num_words).cumsum() % len(WORDS)
+    return Text(f"user/{seed}", "user", " ".join(WORDS[i] for i in steps))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(WORDS) + 1,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    vocabulary = {word: i for i, word in enumerate([*WORDS, "<unk>"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return CaptureModel.load(folder)
+
+
+def test_rope_is_measured_with_its_scaling(model):
+    rope = model.measure_rope()
+    inv_freq = model.model.model.rotary_emb.inv_freq.tolist()
+    assert all(layer.inv_freq == tuple(inv_freq) for layer in rope.layers)
+    assert {layer.style for layer in rope.layers} == {"half"}
+
+
+def test_rope_that_explains_nothing_is_refused(model, monkeypatch):
+    from kvfetcher.transform.rope import LayerRope
+
+    monkeypatch.setattr(
+        CaptureModel, "_rope_candidates", lambda *_: [LayerRope(), LayerRope((0.5, 0.1))]
+    )
+    with pytest.raises(ConfigError, match="explains the keys"):
+        model.measure_rope()
+
+
+def test_sensitivity_is_the_gradient_of_the_likelihood(model):
+    ids = model.encode(text(5).text)
+    kv = model.prefill(ids[:64])
+    following = ids[64:80]
+    gradient = model.sensitivity(following, kv, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        log_p = torch.log_softmax(model.logits(following, kv), dim=-1)
+        generator = torch.Generator().manual_seed(1)
+        labels = torch.multinomial(log_p.exp(), 1, generator=generator)
+        values = kv.to_array()
+        direction = np.random.default_rng(0).normal(size=values.shape).astype(np.float32)
+        size = 1e-2
+        moved = []
+        for sign in (-1, 1):
+            changed = CapturedKV.from_array(values + sign * size * direction, like=kv)
+            changed_p = torch.log_softmax(model.logits(following, changed), dim=-1)
+            moved.append(float(changed_p.gather(1, labels).double().sum()))
+    expected = (moved[1] - moved[0]) / (2 * size)
+    assert float((gradient * direction).sum()) == pytest.approx(expected, rel=0.02, abs=1e-3)
+
+
+def test_unchanged_cache_has_no_divergence(model):
+    document = prepare(model, text(1), prefix_tokens=128, following_tokens=32)
+    quality = compare(model, document, document.values)
+    assert quality.kl == pytest.approx(0, abs=1e-9)
+    assert quality.top1_agreement == 1
+    worse = compare(model, document, document.values + np.float32(0.3))
+    assert worse.kl > 1e-6
+
+
+def test_short_text_is_no_document(model):
+    assert prepare(model, text(1, 100), prefix_tokens=128, following_tokens=32) is None
+
+
+def test_collecting_resumes_where_it_stopped(model, tmp_path):
+    rope, texts = model.measure_rope(), [text(i) for i in range(3)]
+    grouping = Grouping.even(model.measure_spec(), layers=2)
+    whole = collect(model, rope, texts, grouping, SMALL)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(what, done, total):
+        if done == 2:
+            raise Stopped
+
+    path = tmp_path / "state.npz"
+    with pytest.raises(Stopped):
+        collect(
+            model, rope, texts, grouping, SMALL,
+            checkpoint=path, checkpoint_documents=1, progress=stop,
+        )  # fmt: skip
+    done = []
+    resumed = collect(
+        model, rope, texts, grouping, SMALL,
+        checkpoint=path, progress=lambda what, n, total: done.append(n),
+    )  # fmt: skip
+    assert done == [2, 3]
+    np.testing.assert_array_equal(resumed.fisher, whole.fisher)
+    for key in whole.products:
+        np.testing.assert_array_equal(resumed.products[key], whole.products[key])
+
+
+def test_checkpoint_of_another_run_is_not_resumed(model, tmp_path):
+    rope, path = model.measure_rope(), tmp_path / "state.npz"
+    grouping = Grouping.even(model.measure_spec(), layers=2)
+    collect(model, rope, [text(0)], grouping, SMALL, checkpoint=path, checkpoint_documents=1)
+    done = []
+    collect(
+        model, rope, [text(1)], grouping, SMALL,
+        checkpoint=path, progress=lambda what, n, total: done.append(n),
+    )  # fmt: skip
+    assert done == [1]
+
+
+def test_damaged_checkpoint_names_the_remedy(model, tmp_path):
+    path = tmp_path / "state.npz"
+    path.write_bytes(b"no archive")
+    grouping = Grouping.even(model.measure_spec(), layers=2)
+    with pytest.raises(FormatError, match="delete it"):
+        collect(model, model.measure_rope(), [text(0)], grouping, SMALL, checkpoint=path)
+
+
+def test_texts_that_are_too_short_are_refused(model):
+    grouping = Grouping.even(model.measure_spec(), layers=2)
+    with pytest.raises(ConfigError, match="longer texts"):
+        collect(model, model.measure_rope(), [text(0, 20)], grouping, SMALL)
+
+
+def calibrate_small(folder):
+    return calibrate(
+        folder,
+        texts=[text(i) for i in range(6)],
+        held_out=[text(i) for i in range(10, 13)],
+        settings=CalibrateSettings(
+            layers_per_group=2, num_step_documents=2, collect=SMALL, certify=SHORT
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def calibrated(folder):
+    return calibrate_small(folder)
+
+
+def test_calibration_meets_its_targets_and_certifies_them(calibrated):
+    certificate = calibrated.certificate
+    rows = [certificate["profiles"][name] for name in LADDER]
+    bits = [row["bits_per_element"] for row in rows]
+    assert bits == sorted(bits, reverse=True)
+    assert [row["kl"] for row in rows] == sorted(row["kl"] for row in rows)
+    assert certificate["calibration"] == calibrated.digest
+    assert certificate["documents"] == ["user/10", "user/11", "user/12"]
+
+
+def test_equal_inputs_give_equal_calibrations(folder, calibrated):
+    again = calibrate_small(folder)
+    assert again.digest == calibrated.digest
+
+
+def test_recertifying_measures_the_same(folder, calibrated):
+    again = recertify(folder, calibrated, held_out=[text(i) for i in range(10, 13)], settings=SHORT)
+    assert again.certificate == calibrated.certificate
+
+
+def test_certifying_for_another_model_is_refused(folder, calibrated):
+    from dataclasses import replace
+
+    with pytest.raises(ConfigError, match="another model"):
+        recertify(folder, replace(calibrated, model="0" * 64), held_out=[], settings=SHORT)
