@@ -228,10 +228,10 @@ class Arena:
         )
 
     @staticmethod
-    def sweep(folder: Path, prefix: str) -> int:
+    def sweep(folder: Path, pattern: str) -> int:
         """Remove arena files in `folder` whose owner died without `unlink`.
 
-        Only files of this user whose names begin with `prefix`. An owner holds a lock on its file,
+        Only files of this user whose names match the glob `pattern`. An owner holds a lock on its file,
         which the kernel drops with the process, so the living are left alone, those in other
         containers that share the folder too.
 
@@ -239,7 +239,7 @@ class Arena:
             How many were removed.
         """
         removed = 0
-        for path in [*folder.glob(f"{prefix}*"), *folder.glob(f".{prefix}*.partial")]:
+        for path in [*folder.glob(pattern), *folder.glob(f".{pattern}.*.partial")]:
             try:
                 fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             except OSError:  # somebody else's, or just gone

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
     from kvfetcher.config import Config
 
 SHARED_MEMORY = Path("/dev/shm")
-_ARENA_PREFIX = "kvfetcher-arena-"
 
 _log = logging.getLogger(__name__)
 
@@ -55,11 +52,12 @@ class EngineHost:
             loaded = load_model(
                 folder.path, device=config.engine.device, kv_dtype=config.engine.kv_dtype
             )
-            removed = Arena.sweep(arena_folder, _ARENA_PREFIX)
+            socket = socket_path(run_folder)
+            removed = Arena.sweep(arena_folder, _arena_name("*"))
             if removed:
                 _log.warning("removed %d arena file(s) of engines that died", removed)
             self.arena = Arena.create(
-                arena_folder / f"{_ARENA_PREFIX}{os.getuid()}-{secrets.token_hex(4)}",
+                arena_folder / _arena_name(socket.parent.name),
                 spec=loaded.spec,
                 tokens_per_block=config.engine.tokens_per_block,
                 num_bytes=config.engine.arena_bytes,
@@ -73,7 +71,7 @@ class EngineHost:
             stack.callback(self.engine.close)
             self.streams = Streams()
             self.control = ControlServer(
-                socket_path(run_folder),
+                socket,
                 arena=self.arena,
                 leases=self.leases,
                 describe=lambda: self.engine.describe().to_dict(),
@@ -92,3 +90,8 @@ class EngineHost:
     def close(self) -> None:
         """Close the socket, the engine and the arena, and remove their files. Safe to call twice."""
         self._stack.close()
+
+
+def _arena_name(run: str) -> str:
+    """Of the run folder, whose owner removes what a killed server left (`server.rundir`)."""
+    return f"kvfetcher-{run}-arena"

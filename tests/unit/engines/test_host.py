@@ -86,7 +86,7 @@ def test_failed_start_leaves_nothing(tmp_path, model_folder):
 
 def test_arenas_of_the_dead_are_swept_and_those_of_the_living_left(tmp_path, model_folder):
     with open_host(tmp_path, config_of(model_folder)) as first:
-        dead = tmp_path / "shm" / "kvfetcher-arena-0-dead"
+        dead = tmp_path / "shm" / "kvfetcher-1-dead-arena"
         dead.write_bytes(b"left behind")
         (tmp_path / "shm" / "somebody-elses").touch()
         (tmp_path / "other").mkdir()
