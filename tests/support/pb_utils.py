@@ -1,0 +1,66 @@
+"""A stand-in for Triton's `triton_python_backend_utils`, for tests of the adapters' code.
+
+Only what the package uses. What Triton does beyond that is tested with the real server.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
+
+
+class Tensor:
+    def __init__(self, name, array):
+        self._name, self._array = name, array
+
+    def name(self):
+        return self._name
+
+    def as_numpy(self):
+        return self._array
+
+
+class TritonError(Exception):
+    INVALID_ARG, NOT_FOUND, UNAVAILABLE, UNSUPPORTED, INTERNAL, CANCELLED = range(6)
+
+    def __init__(self, message, code):
+        super().__init__(message)
+        self.code = code
+
+    def message(self):
+        return str(self)
+
+
+@dataclass
+class InferenceResponse:
+    output_tensors: list[Tensor] = field(default_factory=list)
+    error: TritonError | None = None
+
+    def has_error(self):
+        return self.error is not None
+
+    def __getitem__(self, name):
+        return get_output_tensor_by_name(self, name).as_numpy()
+
+
+@dataclass
+class Request:
+    tensors: dict[str, Any]
+    cancelled: bool = False
+
+    def is_cancelled(self):
+        return self.cancelled
+
+    def request_id(self):
+        return "request"
+
+
+def get_input_tensor_by_name(request, name):
+    array = request.tensors.get(name)
+    return None if array is None else Tensor(name, array)
+
+
+def get_output_tensor_by_name(response, name):
+    return next((t for t in response.output_tensors if t.name() == name), None)

@@ -1,0 +1,52 @@
+"""Every request gets one answer, with the status of its failure."""
+
+import pickle
+
+import pytest
+
+from kvfetcher import errors
+from kvfetcher.serving.respond import respond_each, respond_each_async
+from support import pb_utils
+
+
+def leaves(kind=errors.KVFetcherError):
+    return [kind, *(leaf for child in kind.__subclasses__() for leaf in leaves(child))]
+
+
+@pytest.mark.parametrize("kind", leaves())
+def test_every_error_has_a_triton_status_and_survives_pickling(kind):
+    assert hasattr(pb_utils.TritonError, kind.triton_status)
+    copy = pickle.loads(pickle.dumps(kind("which, rule, remedy")))
+    assert (type(copy), str(copy)) == (kind, "which, rule, remedy")
+
+
+def test_one_bad_request_never_fails_its_batch():
+    def handle(request):
+        if request.tensors["n"] == 1:
+            raise errors.RequestError("n must not be 1")
+        if request.tensors["n"] == 2:
+            raise RuntimeError("/secret/path")
+        return [pb_utils.Tensor("n", request.tensors["n"])]
+
+    requests = [pb_utils.Request({"n": n}) for n in range(4)]
+    requests[3].cancelled = True
+    good, bad, bug, cancelled = respond_each(requests, handle, pb_utils)
+    assert good["n"] == 0
+    assert bad.error.code == pb_utils.TritonError.INVALID_ARG
+    assert "n must not be 1" in bad.error.message()
+    assert bug.error.code == pb_utils.TritonError.INTERNAL
+    assert "RuntimeError" in bug.error.message()
+    assert "secret" not in bug.error.message()
+    assert cancelled.error.code == pb_utils.TritonError.CANCELLED
+
+
+async def test_the_async_form_answers_each_request_too():
+    async def handle(request):
+        if request.tensors["n"]:
+            raise errors.StoreTimeoutError("the store is slow")
+        return []
+
+    requests = [pb_utils.Request({"n": n}) for n in range(2)]
+    good, bad = await respond_each_async(requests, handle, pb_utils)
+    assert not good.has_error()
+    assert bad.error.code == pb_utils.TritonError.UNAVAILABLE
