@@ -5,6 +5,7 @@ time where that is the clearest. Needs numpy, PyAV and zstandard.
 """
 
 import hashlib
+import json
 import struct
 import zlib
 
@@ -16,7 +17,7 @@ MASK = 2**64 - 1
 DTYPES = {1: (1, 8, 7), 2: (1, 5, 10), 3: (1, 4, 3)}
 
 
-def read_chunk(data, variant=None):
+def read_chunk(data, variant=None, artifact=None):
     """(header dict, values [L, K, H, T, D] as bit patterns) of a whole chunk object."""
     header = read_chunk_header(data)
     variant = header["variants"][0] if variant is None else variant
@@ -25,7 +26,7 @@ def read_chunk(data, variant=None):
         if unit["variant"] == variant:
             raw = data[unit["offset"] : unit["offset"] + unit["length"]]
             assert hashlib.sha256(raw).digest() == unit["sha256"]
-            parts.append(read_unit(raw))
+            parts.append(read_unit(raw, artifact))
     return header, np.concatenate(parts)
 
 
@@ -79,8 +80,8 @@ def read_chunk_header(data):
     }
 
 
-def read_unit(data):
-    """Values [Lg, K, H, T, D] of one unit."""
+def read_unit(data, artifact=None):
+    """Values [Lg, K, H, T, D] of one unit; `artifact` = path of its calibration (profile 3)."""
     magic, version, flags, header_bytes, unit_bytes = struct.unpack_from("<8sHHIQ", data, 0)
     assert (magic, version, flags, unit_bytes) == (b"KVFUNIT\0", 1, 0, len(data))
     profile, dtype, factor = struct.unpack_from("<HBB", data, 24)
@@ -112,6 +113,8 @@ def read_unit(data):
         values = read_exact(sections, params, planes, shape, dtype)
         assert integer_digest(values) == digest
         return values
+    if profile in (3, 4):
+        return read_integers_profile(data, sections, params, planes, shape, dtype, artifact)
     assert profile == 2
     codes = read_paper_codes(params, planes, shape)
     assert integer_digest(codes) == digest
@@ -217,6 +220,122 @@ def paper_values(sections, codes, shape, dtype):
     scale = np.frombuffer(sections[17], "<f4").reshape(side)
     product = (codes.astype(np.float32) * scale).astype(np.float32)
     return round_to(product + minimum, dtype)
+
+
+def read_rows(planes, num_rows, tokens, frame_rows, frame_columns):
+    """Samples [num_rows, T] of rows that lie in pictures (FORMAT.md, section 5)."""
+    blocks = -(-num_rows // (3 * frame_rows))
+    assert len(planes) == blocks * -(-tokens // frame_columns)
+    rows = np.empty((num_rows, tokens), planes.dtype)
+    for row in range(num_rows):
+        line = row // 3
+        for t in range(0, tokens, frame_columns):
+            picture = t // frame_columns * blocks + line // frame_rows
+            width = min(frame_columns, tokens - t)
+            rows[row, t : t + width] = planes[picture, row % 3, line % frame_rows, :width]
+    return rows
+
+
+def read_integers_profile(data, sections, params, planes, shape, dtype, artifact):
+    layers, factor, heads, tokens, dim = shape
+    (profile,) = struct.unpack_from("<H", data, 24)
+    (digest,) = struct.unpack_from("<Q", data, 72)
+    depth = data[68]
+    if profile == 3:
+        calibration = params[:32]
+        step, group, rank, frame_rows, frame_columns, escapes, exact = struct.unpack(
+            "<fIIIIII", params[32:]
+        )
+        metadata, tensors, found = read_artifact(artifact)
+        assert found == calibration
+        per_group = metadata["heads_per_group"]
+        ranges = [(h, min(h + per_group, heads)) for h in range(0, heads, per_group)]
+        stride = -(-rank // (3 * frame_rows)) * 3 * frame_rows
+        num_rows = (len(ranges) - 1) * stride + rank
+    else:
+        frame_rows, frame_columns, escapes, exact = struct.unpack("<IIII", params)
+        num_rows = layers * factor * heads * dim
+    samples = read_rows(planes, num_rows, tokens, frame_rows, frame_columns)
+    assert integer_digest(samples) == digest
+    integers = samples.astype(np.int64) - 2 ** (depth - 1)
+    for position, integer in zip(
+        struct.unpack(f"<{escapes}I", sections[17]),
+        struct.unpack(f"<{escapes}i", sections[18]),
+        strict=True,
+    ):
+        integers[position // tokens, position % tokens] = integer
+    if profile == 3:
+        values = np.empty(shape, np.float64)
+        for g, (first, stop) in enumerate(ranges):
+            q = integers[g * stride : g * stride + rank]
+            basis = tensors[f"basis.{group}.{g}.rows"][:rank].astype(np.float64)
+            x = np.tile(tensors[f"basis.{group}.{g}.mean"].astype(np.float64), (tokens, 1))
+            start = sum(metadata["layer_counts"][:group])
+            roots = tensors["roots"][start : start + layers, :, first:stop].astype(np.float64)
+            inverse = np.linalg.inv(roots).reshape(-1, dim, dim)
+            y = step * (q.T.astype(np.float64) @ basis)
+            y = y.reshape(tokens, -1, dim)
+            x += np.einsum("bij,tbj->tbi", inverse, y).reshape(tokens, -1)
+            x = x.reshape(tokens, layers, factor, stop - first, dim)
+            values[:, :, first:stop] = x.transpose(1, 2, 3, 0, 4)
+        (position,) = struct.unpack_from("<Q", data, 52)
+        rope = metadata["rope"]
+        for layer in range(layers):
+            kind = rope["kinds"][rope["layers"][start + layer]]
+            values[layer, 0] = rotate(values[layer, 0], kind, position)
+        result = round_to(values.astype(np.float32), dtype)
+    else:
+        spreads = sections[23]
+        mean = np.frombuffer(sections[21], "<f4")
+        steps = np.frombuffer(sections[22], "<f4")
+        per_step = heads * dim
+        channels = np.empty((num_rows, tokens), np.float32)
+        for row, c in enumerate(sorted(range(num_rows), key=lambda c: (spreads[c], c))):
+            product = integers[row].astype(np.float32) * steps[c // per_step]
+            channels[c] = product.astype(np.float32) + mean[c]
+        values = channels.reshape(layers, factor, heads, dim, tokens).swapaxes(3, 4)
+        result = round_to(np.ascontiguousarray(values), dtype)
+    numbers = struct.unpack(f"<{exact}I", sections[19])
+    raw = np.frombuffer(sections[20], result.dtype).reshape(layers, factor, heads, exact, dim)
+    for index, token in enumerate(numbers):
+        result[:, :, :, token] = raw[:, :, :, index]
+    return result
+
+
+def rotate(keys, kind, position):
+    """Keys [H, T, D] rotated (FORMAT.md, section 10)."""
+    keys = keys.copy()
+    half, offset = len(kind["inv_freq"]), kind["offset"]
+    for t in range(keys.shape[1]):
+        for j, frequency in enumerate(kind["inv_freq"]):
+            angle = float(np.float32(position + t) * np.float32(frequency))
+            c, s = kind["amplitude"] * np.cos(angle), kind["amplitude"] * np.sin(angle)
+            if kind["style"] == "half":
+                a, b = offset + j, offset + half + j
+            else:
+                a, b = offset + 2 * j, offset + 2 * j + 1
+            u, v = keys[:, t, a].copy(), keys[:, t, b].copy()
+            keys[:, t, a], keys[:, t, b] = u * c - v * s, u * s + v * c
+    return keys
+
+
+def read_artifact(path):
+    """(metadata, tensors, digest) of a calibration artifact; safetensors read by hand."""
+    data = path.read_bytes()
+    (length,) = struct.unpack_from("<Q", data)
+    header = json.loads(data[8 : 8 + length])
+    text = header.pop("__metadata__")["kvfetcher"]
+    metadata = json.loads(text)
+    state = hashlib.sha256(json.dumps(metadata, sort_keys=True, separators=(",", ":")).encode())
+    tensors = {}
+    for name in sorted(header):
+        info = header[name]
+        start, stop = info["data_offsets"]
+        raw = data[8 + length + start : 8 + length + stop]
+        kind = {"F16": "<f2", "F32": "<f4"}[info["dtype"]]
+        tensors[name] = np.frombuffer(raw, kind).reshape(info["shape"])
+        state.update(name.encode() + str(tuple(info["shape"])).encode() + raw)
+    return metadata, tensors, state.digest()
 
 
 def round_to(values, dtype):

@@ -16,8 +16,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvfetcher.codec.digest import integer_digest
-from kvfetcher.codec.raw_tokens import put_raw_tokens, raw_sections, raw_tokens
+from kvfetcher.codec.raw_tokens import (
+    RAW_TOKENS,
+    RAW_VALUES,
+    put_raw_tokens,
+    raw_sections,
+    raw_tokens,
+)
 from kvfetcher.codec.symbols import (
+    ESCAPE_INDICES,
+    ESCAPE_VALUES,
     TRANSFORM,
     apply_escapes,
     check_integers,
@@ -157,6 +165,7 @@ def restore_transform(unit: Unit, planes: Integers) -> Integers:
     digest, step, group, rank, frame_rows, frame_columns, num_escapes, num_raw = _PARAMS.unpack(
         unit.params
     )
+    unit.require_sections(ESCAPE_INDICES, ESCAPE_VALUES, RAW_TOKENS, RAW_VALUES)
     if not 1e-30 < step < 1e30:
         raise FormatError(f"step of the unit must be a positive number, got {step}")
     calibration = find_calibration(digest.hex())

@@ -15,8 +15,16 @@ import numpy as np
 
 from kvfetcher.codec.base import MAX_SIDE, UnitSource
 from kvfetcher.codec.digest import integer_digest
-from kvfetcher.codec.raw_tokens import put_raw_tokens, raw_sections, raw_tokens
+from kvfetcher.codec.raw_tokens import (
+    RAW_TOKENS,
+    RAW_VALUES,
+    put_raw_tokens,
+    raw_sections,
+    raw_tokens,
+)
 from kvfetcher.codec.symbols import (
+    ESCAPE_INDICES,
+    ESCAPE_VALUES,
     UNCALIBRATED,
     apply_escapes,
     check_integers,
@@ -128,6 +136,9 @@ def restore_uncalibrated(unit: Unit, planes: Integers) -> Integers:
             f"an uncalibrated unit has {_PARAMS.size} parameter bytes, got {len(unit.params)}"
         )
     frame_rows, frame_columns, num_escapes, num_raw = _PARAMS.unpack(unit.params)
+    unit.require_sections(
+        ESCAPE_INDICES, ESCAPE_VALUES, RAW_TOKENS, RAW_VALUES, MEANS, STEPS, SPREADS
+    )
     layers, factor, heads, tokens, dims = unit.shape
     channels = unit.num_elements // tokens
     grid = RowGrid(channels, tokens, frame_rows, frame_columns)

@@ -192,16 +192,15 @@ class Calibration:
 
     def save(self, path: Path) -> None:
         """Write the artifact, atomically."""
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"kvfetcher": _dump(self._metadata())}
         if self.certificate is not None:
             metadata["certificate"] = _dump(dict(self.certificate))
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        save_file(
-            {k: np.ascontiguousarray(v) for k, v in self._tensors().items()}, partial, metadata
-        )
+        tensors = {name: np.ascontiguousarray(t) for name, t in self._tensors().items()}
+        partial.write_bytes(save(tensors, metadata))
         partial.replace(path)
 
     @classmethod
