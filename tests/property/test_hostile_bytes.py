@@ -13,22 +13,30 @@ from kvfetcher.codec.base import UnitSource
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.paper import PaperProfile
 from kvfetcher.codec.profiles import decode_unit, describe_chunk, encode_chunk, restore_unit
+from kvfetcher.codec.transform import TransformProfile
+from kvfetcher.codec.uncalibrated import UncalibratedProfile
 from kvfetcher.codec.unit import parse_unit
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.container import header_size, parse_header
 from kvfetcher.errors import ChecksumError, CodecError, FormatError
 from kvfetcher.spec import KVSpec
+from kvfetcher.transform.library import register_calibration
+from support.calibrations import make_calibration
 from support.kv_values import finite_values
 from support.tamper import resealed_chunk, resealed_sections, resealed_unit
 
 SPEC = KVSpec(2, 2, 8)
 VALUES = finite_values(SPEC, 20)
 DECODER = VideoDecoder()
+CALIBRATION = make_calibration(SPEC)
+register_calibration(CALIBRATION)
 SOURCE = UnitSource(VALUES, SPEC, 0, 0)
 UNITS = {
     "exact": ExactProfile().encode(SOURCE, "-"),
     "paper": PaperProfile(("144x144",), bits=4).encode(SOURCE, "144x144"),
     "paper10": PaperProfile(("144x144",), bits=10).encode(SOURCE, "144x144"),
+    "ladder": TransformProfile("balanced", CALIBRATION).encode(SOURCE, "-"),
+    "uncalibrated": UncalibratedProfile().encode(SOURCE, "-"),
 }
 EXPECTED = {name: restore_unit(u, decode_unit(u, DECODER)).values for name, u in UNITS.items()}
 CHUNK = encode_chunk(
@@ -158,9 +166,17 @@ def test_damaged_video_is_refused(name, data):
 
 
 @some
-@given(st.integers(0, 2**32 - 1), st.sampled_from([36, 40, 44, 48, 60, 88, 92]))
-def test_huge_counts_do_not_allocate(value, at):
-    forged = resealed_unit(UNITS["exact"], at, value.to_bytes(4, "little"))
+@given(
+    st.integers(0, 2**32 - 1),
+    st.one_of(
+        st.tuples(st.just("exact"), st.sampled_from([36, 40, 44, 48, 60, 88, 92])),
+        st.tuples(st.just("ladder"), st.sampled_from([36, 44, 48, 60, *range(120, 148, 4)])),
+        st.tuples(st.just("uncalibrated"), st.sampled_from([36, 44, 48, 60, *range(88, 104, 4)])),
+    ),
+)
+def test_huge_counts_do_not_allocate(value, place):
+    name, at = place
+    forged = resealed_unit(UNITS[name], at, value.to_bytes(4, "little"))
     planes = np.zeros((1, 3, 144, 144), np.uint8)
     tracemalloc.start()
     try:

@@ -34,7 +34,7 @@ from kvfetcher.codec.symbols import (
 )
 from kvfetcher.codec.unit import Unit, video_sections, write_unit
 from kvfetcher.codec.video import encode_planes
-from kvfetcher.errors import CodecError, FormatError
+from kvfetcher.errors import CodecError, ConfigError, FormatError, UnsupportedVersionError
 from kvfetcher.layout import NUM_PLANES, RowGrid
 from kvfetcher.quant import MAX_MAGNITUDE, bits_to_float32, float32_to_bits
 from kvfetcher.transform.artifact import LADDER, Calibration
@@ -156,7 +156,7 @@ def restore_transform(unit: Unit, planes: Integers) -> Integers:
     Raises:
         ChecksumError: the decoded integers differ from those that were saved.
         FormatError: the unit breaks the profile's rules.
-        ConfigError: its calibration is not on this machine.
+        UnsupportedVersionError: its calibration is not on this machine.
     """
     if len(unit.params) != _PARAMS.size:
         raise FormatError(
@@ -168,7 +168,10 @@ def restore_transform(unit: Unit, planes: Integers) -> Integers:
     unit.require_sections(ESCAPE_INDICES, ESCAPE_VALUES, RAW_TOKENS, RAW_VALUES)
     if not 1e-30 < step < 1e30:
         raise FormatError(f"step of the unit must be a positive number, got {step}")
-    calibration = find_calibration(digest.hex())
+    try:
+        calibration = find_calibration(digest.hex())
+    except ConfigError as exc:
+        raise UnsupportedVersionError(f"transform unit: {exc}") from exc
     if group != _layer_group(calibration, unit.spec, unit.layer_start, unit.num_layers):
         raise FormatError(f"unit says layer group {group}, its layers are another")
     head_ranges = calibration.grouping.head_ranges
