@@ -1,0 +1,166 @@
+"""`kvfetcher calibrate` and `kvfetcher certify`: arguments in, an artifact and its figures out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvfetcher.errors import KVFetcherError
+from kvfetcher.transform.artifact import LADDER, Calibration
+from kvfetcher.transform.calibrate import (
+    CalibrateSettings,
+    CollectSettings,
+    Progress,
+    calibrate,
+    recertify,
+)
+from kvfetcher.transform.certify import CertifySettings
+from kvfetcher.transform.library import (
+    calibration_folder,
+    model_calibration_path,
+    store_calibration,
+)
+from kvfetcher.transform.texts import Text, default_texts, load_texts
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def main_calibrate(argv: Sequence[str] | None = None) -> int:
+    """Command line of `kvfetcher calibrate`; returns the exit status."""
+    defaults, amounts = CalibrateSettings(), CollectSettings()
+    parser = argparse.ArgumentParser(
+        prog="kvfetcher calibrate", description="Make the calibration artifact of a model."
+    )
+    parser.add_argument("model", help="a built-in model's name, or a Hugging Face model folder")
+    parser.add_argument(
+        "--texts", type=Path, help="folder of texts; a fifth is held out. Default: Python's own"
+    )
+    parser.add_argument("--documents", type=int, default=amounts.num_documents)
+    parser.add_argument("--layers-per-group", type=int, default=defaults.layers_per_group)
+    parser.add_argument(
+        "--heads-per-group",
+        type=int,
+        default=defaults.heads_per_group,
+        help="KV heads of one transform: those of a tensor-parallel rank; 0 = all",
+    )
+    parser.add_argument(
+        "--kv-dtype", choices=("bfloat16", "float16", "float8_e4m3fn"), default=defaults.dtype
+    )
+    parser.add_argument("--seed", type=int, default=amounts.seed)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda[:N]")
+    parser.add_argument("--output", type=Path, help="also write the artifact here")
+    args = parser.parse_args(argv)
+    try:
+        calibration = _calibrate(args)
+    except KVFetcherError as exc:
+        sys.stderr.write(f"kvfetcher calibrate: {exc}\n")
+        return 1
+    _print_certificate(calibration)
+    return 0
+
+
+def main_certify(argv: Sequence[str] | None = None) -> int:
+    """Command line of `kvfetcher certify`; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="kvfetcher certify", description="Measure an existing calibration again."
+    )
+    parser.add_argument("model", help="a built-in model's name, or a Hugging Face model folder")
+    parser.add_argument("--calibration", type=Path, help="artifact; default = the model's own")
+    parser.add_argument("--texts", type=Path, help="folder of held-out texts")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda[:N]")
+    args = parser.parse_args(argv)
+    try:
+        folder, digest = _model(args.model)
+        path = args.calibration or model_calibration_path(digest)
+        calibration = recertify(
+            folder,
+            Calibration.load(path),
+            held_out=load_texts(args.texts) if args.texts else default_texts(held_out=True),
+            settings=CertifySettings(),
+            device=args.device,
+            progress=_progress(),
+        )
+        if args.calibration is not None:
+            calibration.save(path)
+        else:
+            store_calibration(calibration)
+    except KVFetcherError as exc:
+        sys.stderr.write(f"kvfetcher certify: {exc}\n")
+        return 1
+    _print_certificate(calibration)
+    return 0
+
+
+def split_texts(texts: list[Text]) -> tuple[list[Text], list[Text]]:
+    """(to calibrate with, held out): every fifth document is held out."""
+    return [t for i, t in enumerate(texts) if i % 5 != 4], texts[4::5]
+
+
+def _calibrate(args: argparse.Namespace) -> Calibration:
+    folder, digest = _model(args.model)
+    if args.texts is not None:
+        texts, held_out = split_texts(load_texts(args.texts))
+    else:
+        texts, held_out = default_texts(), default_texts(held_out=True)
+    scratch = calibration_folder()
+    scratch.mkdir(parents=True, exist_ok=True)
+    checkpoint = scratch / f"unfinished-{digest[:16]}.npz"
+    calibration = calibrate(
+        folder,
+        texts=texts,
+        held_out=held_out,
+        settings=CalibrateSettings(
+            layers_per_group=args.layers_per_group,
+            heads_per_group=args.heads_per_group,
+            dtype=args.kv_dtype,
+            collect=CollectSettings(num_documents=args.documents, seed=args.seed),
+        ),
+        checkpoint=checkpoint,
+        device=args.device,
+        progress=_progress(),
+    )
+    path = store_calibration(calibration)
+    checkpoint.unlink(missing_ok=True)
+    sys.stderr.write(f"kept as {path}\n")
+    if args.output is not None:
+        calibration.save(args.output)
+    return calibration
+
+
+def _model(name: str) -> tuple[Path, str]:
+    from kvfetcher.engines.identity import weights_digest
+    from kvfetcher.engines.models import prepare_model
+
+    folder = prepare_model(name, progress=_tell).path
+    return folder, weights_digest(folder)
+
+
+def _tell(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+
+
+def _progress() -> Progress:
+    started = time.monotonic()
+
+    def say(what: str, done: int, total: int) -> None:
+        of = f"{done} of {total}" if total else str(done)
+        sys.stderr.write(f"[{time.monotonic() - started:6.0f} s] {what} ({of})\n")
+
+    return say
+
+
+def _print_certificate(calibration: Calibration) -> None:
+    certificate = dict(calibration.certificate or {})
+    for name in LADDER:
+        row = certificate["profiles"][name]
+        sys.stderr.write(
+            f"{name:9} {row['bits_per_element']:6.3f} bits per element, {row['ratio']:5.2f} times"
+            f" smaller, KL {row['kl']:.1e} (worst text {row['worst_kl']:.1e}), perplexity"
+            f" {100 * row['perplexity_change']:+.2f} %, top-1 {100 * row['top1_agreement']:.1f} %\n"
+        )
+    sys.stdout.write(json.dumps(certificate, indent=1) + "\n")
