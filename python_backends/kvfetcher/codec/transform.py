@@ -36,11 +36,11 @@ from kvfetcher.codec.unit import Unit, video_sections, write_unit
 from kvfetcher.codec.video import encode_planes
 from kvfetcher.errors import CodecError, ConfigError, FormatError, UnsupportedVersionError
 from kvfetcher.layout import NUM_PLANES, RowGrid
-from kvfetcher.quant import MAX_MAGNITUDE, bits_to_float32, float32_to_bits
+from kvfetcher.quant import MAX_MAGNITUDE, bits_to_float32
 from kvfetcher.transform.artifact import LADDER, Calibration
 from kvfetcher.transform.groups import from_vectors, to_vectors
 from kvfetcher.transform.library import find_calibration
-from kvfetcher.transform.product import multiply
+from kvfetcher.transform.product import multiply, round_to_bits
 from kvfetcher.transform.rope import rotate_keys, unrotate_keys
 
 if TYPE_CHECKING:
@@ -178,8 +178,8 @@ def restore_transform(unit: Unit, planes: Integers) -> Integers:
     layout = _Layout.of(len(head_ranges), rank, unit.num_tokens, frame_rows, frame_columns)
     samples = layout.grid.gather(checked_planes(unit, layout.grid, planes))
     check_integers(unit, samples)
-    integers = samples.astype(np.float32)
-    integers -= np.float32(1 << (unit.geometry.bit_depth - 1))
+    half = np.float32(1 << (unit.geometry.bit_depth - 1))
+    integers = np.subtract(samples, half, dtype=np.float32)
     apply_escapes(unit, num_escapes, integers)
     integers *= np.float32(step)
     values = np.empty(unit.shape, np.float32)
@@ -192,7 +192,7 @@ def restore_transform(unit: Unit, planes: Integers) -> Integers:
             from_vectors(vectors, values, heads)
         rope = calibration.rope.slice(unit.layer_start, unit.num_layers)
         rotate_keys(values[:, 0], rope, unit.first_position)
-        result = float32_to_bits(values, unit.spec.dtype)
+        result = round_to_bits(values, unit.spec.dtype)
     put_raw_tokens(unit, num_raw, result)
     return result
 

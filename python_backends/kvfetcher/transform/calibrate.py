@@ -67,7 +67,7 @@ class CollectSettings:
 class CalibrateSettings:
     """How a model is calibrated."""
 
-    layers_per_group: int = 5
+    layers_per_group: int = 6
     """Neighbouring layers of one transform; more layers are fewer bits and more arithmetic."""
     heads_per_group: int = 0
     """KV heads of one transform; 0 = all. A tensor-parallel rank's heads, so that it decodes only

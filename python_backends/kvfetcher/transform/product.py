@@ -1,4 +1,4 @@
-"""The one matrix product, by the fastest library that is there.
+"""The costly arithmetic of the transform profiles, by the fastest library that is there.
 
 torch's (MKL) float32 product is 10 times numpy's wheel (OpenBLAS, which does not know newer CPUs):
 125 against 12 GFLOP/s on one AVX-512 core, [256, 1200] x [1200, 1920]. numpy serves where torch is
@@ -13,8 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvfetcher.quant import float32_to_bits
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from kvfetcher.codec.base import Integers
+    from kvfetcher.spec import KVDtype
 
 
 def multiply(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -26,6 +31,20 @@ def multiply(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float
     with torch.inference_mode():
         torch.matmul(torch.from_numpy(a), torch.from_numpy(b), out=torch.from_numpy(out))
     return out
+
+
+def round_to_bits(values: NDArray[np.float32], dtype: KVDtype) -> Integers:
+    """`quant.float32_to_bits`, for bfloat16 in one pass of torch (10 times faster).
+
+    Args:
+        values: C-contiguous.
+        dtype: what to round to.
+    """
+    torch = _torch()
+    if torch is None or dtype != "bfloat16":
+        return float32_to_bits(values, dtype)
+    rounded = torch.from_numpy(values).to(torch.bfloat16)
+    return rounded.view(torch.uint16).numpy()
 
 
 @cache
