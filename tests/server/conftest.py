@@ -84,7 +84,9 @@ class start_server:
     def __exit__(self, *_: object) -> None:
         self._triton.close()
         self._client.close()
-        self._server.stop()
+        lived = self._server.is_alive()
+        clean = self._server.stop()
+        assert clean or not lived, "the server had to be killed: a request never ended"
 
 
 @pytest.fixture(scope="session", autouse=True)

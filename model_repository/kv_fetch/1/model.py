@@ -15,7 +15,7 @@ from kvfetcher.config import load_config
 from kvfetcher.serving import setup
 from kvfetcher.serving.fetching import build_fetcher
 from kvfetcher.serving.params import read_client_request
-from kvfetcher.serving.respond import send_error
+from kvfetcher.serving.respond import send, send_error
 from kvfetcher.serving.tensors import ids_tensor, text_tensor
 
 
@@ -47,10 +47,7 @@ class TritonPythonModel:
             text_tensor(wire.KV_LEASE, fetched.lease_json, pb_utils),
             text_tensor(wire.KV_REPORT, fetched.report.to_json(), pb_utils),
         ]
-        sender.send(
-            pb_utils.InferenceResponse(output_tensors=tensors),
-            flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL,
-        )
+        send(sender, pb_utils.InferenceResponse(output_tensors=tensors), pb_utils, is_last=True)
 
     def finalize(self):
         self.fetcher.close()

@@ -11,7 +11,7 @@ import triton_python_backend_utils as pb_utils
 
 from kvfetcher.serving import setup
 from kvfetcher.serving.answering import AnswerRelay
-from kvfetcher.serving.respond import send_error
+from kvfetcher.serving.respond import send, send_error
 
 
 class TritonPythonModel:
@@ -23,10 +23,7 @@ class TritonPythonModel:
         for request in requests:
             sender = request.get_response_sender()
             try:
-                response = self.relay.pass_on(request)
-                if response is not None:
-                    sender.send(response)
-                sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                send(sender, self.relay.pass_on(request), pb_utils, is_last=True)
             except Exception as exc:  # noqa: BLE001 - the boundary
                 send_error(sender, exc, pb_utils)
 

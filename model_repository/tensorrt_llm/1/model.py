@@ -19,7 +19,7 @@ from kvfetcher.config import load_config
 from kvfetcher.engines.host import EngineHost
 from kvfetcher.serving import setup
 from kvfetcher.serving.generating import Generation, SaveQueue
-from kvfetcher.serving.respond import log_failure, send_error
+from kvfetcher.serving.respond import log_failure, send, send_error, settle_ensemble
 
 
 class TritonPythonModel:
@@ -34,19 +34,20 @@ class TritonPythonModel:
 
     async def _serve(self, request):
         sender = request.get_response_sender()
-        is_answered = False
+        is_begun = is_answered = False
         try:
             generation = Generation.read(request, pb_utils)
             async for response, is_last in generation.responses(self.host, sender.is_cancelled):
-                flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if is_last else 0
-                sender.send(response, flags=flags)
-                is_answered = is_last
+                send(sender, response, pb_utils, is_last=is_last)
+                is_begun, is_answered = True, is_last
             await self.saves.save(generation.ticket)
         except Exception as exc:  # noqa: BLE001 - the boundary
             if is_answered:
                 log_failure("saving after the answer", exc)
-            else:
-                send_error(sender, exc, pb_utils)
+                return
+            if is_begun:
+                await settle_ensemble()
+            send_error(sender, exc, pb_utils)
 
     def finalize(self):
         self.saves.close()

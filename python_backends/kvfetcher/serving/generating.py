@@ -13,12 +13,11 @@ import numpy as np
 
 from kvfetcher import wire
 from kvfetcher.engines.base import GenerateEvent, GenerateRequest
-from kvfetcher.errors import RequestCancelledError, RequestError
+from kvfetcher.errors import RequestError
 from kvfetcher.leases import LeaseClaim
 from kvfetcher.serving.leases import EngineLeases
 from kvfetcher.serving.metrics import Metrics
 from kvfetcher.serving.params import GenerationOptions
-from kvfetcher.serving.respond import triton_error
 from kvfetcher.serving.saving import ticket_to_json
 from kvfetcher.serving.tensors import ids_tensor, read_ids, read_text, text_tensor
 
@@ -78,7 +77,7 @@ class Generation:
     async def responses(
         self, host: EngineHost, is_cancelled: Callable[[], bool]
     ) -> AsyncIterator[tuple[Any, bool]]:
-        """Triton responses in order, each with whether it is the last.
+        """Triton responses in order, each with whether it is the last; None = nobody is there.
 
         Streaming, one response per event of the engine; otherwise a single one at the end; with
         heartbeats, empty ones between. After the last one the iterator goes on until `ticket` is
@@ -126,8 +125,7 @@ class Generation:
     def _response(self, event: GenerateEvent, *, report: bool) -> Any:
         pb_utils = self.pb_utils
         if event.finish_reason == "cancelled":
-            cancelled = RequestCancelledError("the request was cancelled by its client")
-            return pb_utils.InferenceResponse(error=triton_error(cancelled, pb_utils))
+            return None
         whole = event.finish_reason and not self.options.stream
         ids = tuple(self.output_ids) if whole else event.new_token_ids
         text = self.text if whole else event.text_delta

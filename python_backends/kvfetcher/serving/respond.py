@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
 _log = logging.getLogger(__name__)
+
+_SETTLE_SECONDS = 0.2
 
 
 def triton_error(exc: BaseException, pb_utils: Any) -> Any:
@@ -68,12 +71,31 @@ async def respond_each_async(
     return responses
 
 
+def send(sender: Any, response: Any, pb_utils: Any, *, is_last: bool) -> None:
+    """Send one response of a decoupled request; None with `is_last` ends it without one."""
+    flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if is_last else 0
+    if response is None:
+        sender.send(flags=flags)
+    else:
+        sender.send(response, flags=flags)
+
+
 def send_error(sender: Any, exc: BaseException, pb_utils: Any) -> None:
-    """Close a decoupled request's stream with an error."""
-    sender.send(
-        pb_utils.InferenceResponse(error=triton_error(exc, pb_utils)),
-        flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL,
-    )
+    """Close a decoupled request's stream with an error, in one message.
+
+    Nothing may follow it: tritonserver 2.51 crashes at a response after an error.
+    """
+    error = triton_error(exc, pb_utils)
+    send(sender, pb_utils.InferenceResponse(error=error), pb_utils, is_last=True)
+
+
+async def settle_ensemble() -> None:
+    """Wait until the ensemble steps of earlier responses are over, before an error is sent.
+
+    An ensemble that gets a step's error while another of its steps runs never ends (tritonserver
+    2.51): the server then cannot stop cleanly. The step behind the LLM takes about a millisecond.
+    """
+    await asyncio.sleep(_SETTLE_SECONDS)
 
 
 def log_failure(what: str, exc: BaseException) -> None:

@@ -106,7 +106,7 @@ async def test_a_client_that_went_away_ends_the_engines_work(monkeypatch, pause)
     )
     last, is_last = responses[-1]
     assert is_last
-    assert last.error.code == pb_utils.TritonError.CANCELLED
+    assert last is None
     assert host.closed
 
 
@@ -118,7 +118,7 @@ async def test_another_process_can_cancel_by_stream_id(monkeypatch):
     assert host.streams.cancel(first["stream_id"][0].decode())
     *_, (last, is_last) = [item async for item in responses]
     assert is_last
-    assert last.has_error()
+    assert last is None
     assert not host.streams.cancel(running.stream_id)
 
 
