@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,15 +66,30 @@ def make_profile(config: CodecConfig) -> Profile:
     raise ConfigError(f"codec.profile must be one of {PROFILES}, got {config.profile!r}")
 
 
-def profile_id(config: CodecConfig, spec: KVSpec) -> str:
+def profile_id(config: CodecConfig, spec: KVSpec, *, weights: str = "") -> str:
     """Canonical text of profile and parameters; part of a chunk's identity.
 
-    Two profiles of the same text restore the same values from the same input.
+    Two profiles of the same text restore the same values from the same input, but for the last
+    place of floating-point arithmetic where the profile computes.
+
+    Args:
+        config: names the profile.
+        spec: geometry of the model that is served.
+        weights: hex SHA-256 of its weights; "" = not known, not compared.
 
     Raises:
-        ConfigError: as `make_profile`.
+        ConfigError: as `make_profile`, or its calibration was made for another model.
     """
-    return make_profile(config).identity
+    profile = make_profile(config)
+    if isinstance(profile, TransformProfile):
+        calibration = profile.calibration
+        ours = replace(calibration.spec, dtype=spec.dtype)
+        if ours != spec or (weights and weights != calibration.model):
+            raise ConfigError(
+                f"calibration {config.calibration} was made for another model than the one that"
+                " is served; run `kvfetcher calibrate` for this one"
+            )
+    return profile.identity
 
 
 def encode_chunk(

@@ -56,7 +56,7 @@ class EngineLeases:
         engine = self._client.describe()
         identity = ModelIdentity.from_dict(engine["identity"])
         codec = self._config.codec
-        profile = profile_id(codec, identity.spec)
+        profile = profile_id(codec, identity.spec, weights=identity.weights)
         return FetchFacts(
             identity_digest=identity.digest(profile=profile, chunk_tokens=codec.chunk_tokens),
             profile=profile,

@@ -76,3 +76,12 @@ def test_uncertified_calibration_is_served_only_when_allowed(tmp_path):
         make_profile(CodecConfig(profile="near", calibration=str(path)))
     config = CodecConfig(profile="near", calibration=str(path), allow_uncertified=True)
     assert make_profile(config).name == "near"
+
+
+def test_calibration_of_another_model_is_refused(calibration):
+    config = CodecConfig(profile="near", calibration=str(library.store_calibration(calibration)))
+    assert profile_id(config, SPEC, weights=calibration.model).startswith("near/1")
+    with pytest.raises(ConfigError, match="another model"):
+        profile_id(config, SPEC, weights="0" * 64)
+    with pytest.raises(ConfigError, match="another model"):
+        profile_id(config, KVSpec(4, 2, 8))
