@@ -135,7 +135,9 @@ def calibrate(
         source=source,
     )
     amount = replace(settings.certify, num_documents=settings.num_step_documents)
-    tuning = held_out_documents(model, texts[::-1], amount, progress=progress)
+    # Texts that the statistics have not seen, where there are more than they needed.
+    unseen = [*texts[settings.collect.num_documents :], *texts]
+    tuning = held_out_documents(model, unseen, amount, progress=progress)
     calibration = draft.with_steps(choose_steps(model, draft, tuning, progress=progress))
     del tuning
     documents = held_out_documents(model, held_out, settings.certify, progress=progress)
