@@ -120,6 +120,10 @@ class CodecConfig(_Section):
         ("640x360",), "frame sizes a `paper` chunk is stored in, for adaptive resolution"
     )
     paper_bits: int = _option(8, "bits of the lossy quantiser of `paper`", low=2, high=12)
+    decoder: Literal["auto", "cpu", "nvdec"] = _option(
+        "auto",
+        "what decodes units: auto = nvdec where it is usable, else cpu; nvdec must be usable",
+    )
     calibration: str = _option(
         "", "calibration artifact (file) of the model, for near, balanced, compact and tiny"
     )

@@ -2,13 +2,14 @@
 
 Inputs   unit    UINT8 [1, num_bytes]  one unit (FORMAT.md)
 Outputs  planes  UINT8 [1, num_frames, num_planes, height, width * bytes_per_sample]
-         decode_status  STRING [1, 1]  JSON: decoder, decode_ms
+         decode_status  STRING [1, 1]  JSON: decoder, decode_ms, fallback
 Errors   INVALID_ARG bad unit · UNAVAILABLE no decoder for it
 """
 
 import triton_python_backend_utils as pb_utils
 
 from kvfetcher import wire
+from kvfetcher.config import load_config
 from kvfetcher.serving import setup
 from kvfetcher.serving.coding import UnitDecoder
 from kvfetcher.serving.respond import respond_each
@@ -18,7 +19,7 @@ from kvfetcher.serving.tensors import read_bytes, text_tensor
 class TritonPythonModel:
     def initialize(self, args):
         setup.check_stub(args, pb_utils)
-        self.decoder = UnitDecoder()
+        self.decoder = UnitDecoder(load_config().codec.decoder)
 
     def execute(self, requests):
         return respond_each(requests, self._decode, pb_utils)

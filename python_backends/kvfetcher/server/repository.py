@@ -45,8 +45,19 @@ def find_repository(chosen: str | os.PathLike[str] | None = None) -> Path:
 
 
 def decode_instances(config: Config) -> int:
-    """How many kv_decode processes to run; ``server.decode_instances``, 0 = one per core, max 4."""
-    return config.server.decode_instances or min(_MAX_CPU_DECODERS, len(os.sched_getaffinity(0)))
+    """How many kv_decode processes to run.
+
+    ``server.decode_instances``; 0 = one per NVDEC engine where the configuration allows NVDEC and
+    the driver has it, else one per CPU core, at most 4.
+    """
+    if config.server.decode_instances:
+        return config.server.decode_instances
+    engines = 0
+    if config.codec.decoder != "cpu":
+        from kvfetcher.codec.nvdec import count_engines  # numpy comes with it
+
+        engines = count_engines()
+    return engines or min(_MAX_CPU_DECODERS, len(os.sched_getaffinity(0)))
 
 
 def served_repository(repository: Path, config: Config, private: Path) -> Path:

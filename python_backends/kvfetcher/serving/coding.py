@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from kvfetcher import wire
 from kvfetcher.arena import Arena, BlockTarget, storage_dtype
-from kvfetcher.codec import profiles
-from kvfetcher.codec.video import VideoDecoder
-from kvfetcher.errors import ConfigError, RequestError
+from kvfetcher.codec import nvdec, profiles
+from kvfetcher.codec.base import PlaneGeometry
+from kvfetcher.codec.video import VideoDecoder, encode_planes
+from kvfetcher.errors import CodecError, ConfigError, DecoderUnavailableError, RequestError
 from kvfetcher.spec import KVSpec
 
 if TYPE_CHECKING:
@@ -21,30 +24,97 @@ if TYPE_CHECKING:
 
     from kvfetcher.config import CodecConfig
 
+DecoderChoice = Literal["auto", "cpu", "nvdec"]
+
+_log = logging.getLogger(__name__)
+
 _NO_KEY = "00" * 32
 
 
 class UnitDecoder:
-    """Decodes units one after the other on one warm decoder. Not thread-safe."""
+    """Decodes units one after the other on warm decoders. Not thread-safe.
 
-    def __init__(self) -> None:
-        self._decoder = VideoDecoder()
+    A unit that NVDEC refuses or fails at is decoded by the CPU; its status says why.
+
+    Args:
+        choice: "cpu"; "nvdec" = NVDEC must be usable; "auto" = NVDEC where it is usable.
+
+    Raises:
+        DecoderUnavailableError: NVDEC is asked for and not usable; says what to do.
+    """
+
+    def __init__(self, choice: DecoderChoice = "auto") -> None:
+        self._cpu = VideoDecoder()
+        self._nvdec: nvdec.NvdecDecoder | None = None
+        self._fallback = ""
+        """Why every unit goes to the CPU although the machine has an NVIDIA GPU."""
+        if choice == "nvdec" or (choice == "auto" and nvdec.has_driver()):
+            try:
+                self._nvdec = _proven_nvdec()
+            except CodecError as exc:
+                if choice == "nvdec":
+                    raise
+                self._fallback = str(exc)
+                _log.warning("units are decoded by the CPU: %s", exc)
+
+    @property
+    def name(self) -> str:
+        """What decodes units here: "nvdec" or "cpu"."""
+        return "cpu" if self._nvdec is None else "nvdec"
 
     def decode(self, unit: bytes) -> tuple[NDArray[np.uint8], str]:
         """Planes [F, P, Y, X * bytes_per_sample] uint8 and the status JSON.
+
+        The status holds `decoder` ("nvdec" or "cpu"), `decode_ms` and, where NVDEC should have
+        decoded and did not, `fallback`: why.
 
         Raises:
             FormatError: not a unit.
             CodecError: the bitstream does not decode to what the unit says.
         """
         started = time.perf_counter()
-        planes = profiles.decode_unit(unit, self._decoder)
-        status = {"decoder": "cpu", "decode_ms": _ms_since(started)}
+        status: dict[str, Any] = {"decoder": self.name}
+        fallback = self._fallback
+        planes = None
+        if self._nvdec is not None:
+            try:
+                planes = profiles.decode_unit(unit, self._nvdec)
+            except CodecError as exc:
+                fallback = str(exc)
+                _log.warning("a unit is decoded by the CPU: %s", exc)
+        if planes is None:
+            planes = profiles.decode_unit(unit, self._cpu)
+            status["decoder"] = "cpu"
+        status["decode_ms"] = _ms_since(started)
+        if fallback:
+            status["fallback"] = fallback
         return planes.view(np.uint8), json.dumps(status)
 
     def close(self) -> None:
-        """Free the decoder."""
-        self._decoder.close()
+        """Free the decoders."""
+        self._cpu.close()
+        if self._nvdec is not None:
+            self._nvdec.close()
+
+
+def _proven_nvdec() -> nvdec.NvdecDecoder:
+    """NVDEC after it has decoded a picture: opening the driver takes up to half a second.
+
+    Raises:
+        CodecError: not usable, or the picture came back changed.
+    """
+    decoder = nvdec.NvdecDecoder()
+    geometry = PlaneGeometry(num_frames=1, width=256, height=160, bit_depth=10)
+    ramp = np.arange(math.prod(geometry.shape), dtype=np.uint32) * 2654435761 >> 22
+    planes = ramp.astype(np.uint16).reshape(geometry.shape)
+    decoded = decoder.decode(encode_planes(planes, bit_depth=10), geometry)
+    if not np.array_equal(decoded, planes):
+        decoder.close()
+        raise DecoderUnavailableError(
+            "NVDEC changed the values of a lossless picture at start; run the GPU tests (tests/gpu)"
+            ' on this machine, or set codec.decoder = "cpu"'
+        )
+    return decoder
 
 
 class UnitRestorer:

@@ -1,0 +1,394 @@
+"""Planes of a unit from NVDEC, the GPU's video engine, through PyNvVideoCodec.
+
+Packets go from memory straight into the driver's parser: no container, no demuxer. Decoders stay
+open from unit to unit. The planes are copied to host memory, where `kv_restore` reads them; the
+decoded surfaces themselves lie on the GPU.
+
+One process per engine is the way to use all engines: seven threads of one process reach a third of
+what seven processes do (H100, PyNvVideoCodec 2.2.4). ``python -m kvfetcher.codec.nvdec`` prints what
+the driver offers as JSON.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvfetcher.codec.base import BIT_DEPTHS
+from kvfetcher.errors import CodecError, DecoderUnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvfetcher.codec.base import Chroma, Integers, PlaneGeometry
+
+# PyNvVideoCodec loads both, the encoder's too although nothing here encodes.
+_DRIVER_LIBRARIES = ("libcuda.so.1", "libnvcuvid.so.1", "libnvidia-encode.so.1")
+_REMEDY = (
+    "install the NVIDIA driver with its video libraries; a container needs the capability `video`"
+    ' (NVIDIA_DRIVER_CAPABILITIES=compute,utility,video); or set codec.decoder = "cpu"'
+)
+_CHROMAS: tuple[Chroma, ...] = ("4:2:0", "4:4:4")
+# Asking means creating a CUDA context: a second or two on a busy host, much more on a sick one.
+_ASK_TIMEOUT_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderCaps:
+    """What the driver says about HEVC of one chroma format and bit depth."""
+
+    chroma: Chroma
+    bit_depth: int
+    num_engines: int
+    """0 = not supported."""
+    min_width: int
+    min_height: int
+    max_width: int
+    max_height: int
+
+    def refusal(self, geometry: PlaneGeometry) -> str:
+        """Why pictures of `geometry` cannot be decoded; empty = they can."""
+        width, height = geometry.width, geometry.height
+        # The driver sees the coded size, in whole coding units of at least 8x8.
+        coded_width, coded_height = -(-width // 8) * 8, -(-height // 8) * 8
+        fits = (
+            self.num_engines > 0
+            and self.min_width <= coded_width <= self.max_width
+            and self.min_height <= coded_height <= self.max_height
+        )
+        if fits:
+            return ""
+        if not self.num_engines:
+            return f"NVDEC of this GPU has no HEVC {self.chroma} of {self.bit_depth} bits"
+        return (
+            f"NVDEC of this GPU decodes HEVC {self.chroma} of {self.bit_depth} bits from"
+            f" {self.min_width}x{self.min_height} to {self.max_width}x{self.max_height}, the unit's"
+            f" pictures are {width}x{height}"
+        )
+
+
+class NvdecDecoder:
+    """The `Decoder` of codec/base.py on NVDEC. Not thread-safe: one per thread, one per process.
+
+    Args:
+        gpu: index of the GPU, as CUDA counts.
+
+    Raises:
+        DecoderUnavailableError: no GPU, no driver library, or no PyNvVideoCodec; with the remedy.
+    """
+
+    def __init__(self, gpu: int = 0) -> None:
+        self._nvc = _import_library()
+        self._gpu = gpu
+        self._cuda = _Cuda(gpu)
+        self._sessions: dict[tuple[int, Chroma], _Session] = {}
+        self._caps: dict[tuple[int, Chroma], DecoderCaps] = {}
+
+    def caps(self, bit_depth: int, chroma: Chroma) -> DecoderCaps:
+        """What the driver offers for such pictures; asked once."""
+        key = (bit_depth, chroma)
+        if key not in self._caps:
+            self._caps[key] = _ask(self._nvc, self._gpu, bit_depth, chroma)
+        return self._caps[key]
+
+    def decode(self, packets: Sequence[bytes | memoryview], geometry: PlaneGeometry) -> Integers:
+        """Decode one unit's packets.
+
+        Args:
+            packets: one access unit per picture; the first is an intra picture.
+            geometry: what the pictures must be.
+
+        Returns:
+            ``geometry.shape`` of ``geometry.dtype`` in host memory; a new array.
+
+        A damaged slice may give wrong samples without an error, as with any video decoder: the
+        unit's CRC-32 and integer digest are there for that.
+
+        Raises:
+            CodecError: the stream is damaged or its pictures are not what `geometry` says. The
+                session is dropped; the next call opens a fresh one.
+            DecoderUnavailableError: the engine refuses such pictures; quotes its limits.
+        """
+        planes = np.empty(geometry.shape, geometry.dtype)
+        for index, frame in self._frames(packets, geometry):
+            self._cuda.copy_out(frame, planes[index], shift=_shift(geometry))
+        return planes
+
+    def decode_on_gpu(self, packets: Sequence[bytes | memoryview], geometry: PlaneGeometry) -> None:
+        """Decode and leave the pictures where they are: the engine's own rate, for measuring.
+
+        Raises:
+            CodecError, DecoderUnavailableError: as `decode`.
+        """
+        for _ in self._frames(packets, geometry):
+            pass
+
+    def close(self) -> None:
+        """Free the sessions; the next `decode` opens new ones."""
+        self._sessions.clear()
+        self._cuda.close()
+
+    def _frames(self, packets: Sequence[bytes | memoryview], geometry: PlaneGeometry) -> Any:
+        """(index, address) of each picture; an address is good until the next one is asked for."""
+        key = (geometry.bit_depth, geometry.chroma)
+        if refusal := self.caps(*key).refusal(geometry):
+            raise DecoderUnavailableError(f"{refusal}; it is left to the CPU decoder")
+        count = 0
+        try:
+            session = self._session(geometry)
+            for packet in packets:
+                for frame in session.feed(packet):
+                    if count == geometry.num_frames:
+                        raise CodecError(f"video holds more than {geometry.num_frames} pictures")
+                    yield count, _checked_address(frame, geometry)
+                    count += 1
+            if count != geometry.num_frames:
+                raise CodecError(f"video holds {count} pictures, expected {geometry.num_frames}")
+        except BaseException as exc:
+            self._sessions.pop(key, None)  # an unknown state is not kept
+            if isinstance(exc, CodecError) or not isinstance(exc, Exception):
+                raise
+            # The library has errors of its own and RuntimeErrors of the driver.
+            raise CodecError(f"video of {geometry} does not decode on NVDEC: {exc}") from exc
+
+    def _session(self, geometry: PlaneGeometry) -> _Session:
+        key = (geometry.bit_depth, geometry.chroma)
+        session = self._sessions.get(key)
+        if session is None or not session.resize(geometry.width, geometry.height):
+            # One that is large enough for all sizes seen so far: memory for no more than is used.
+            width, height = geometry.width, geometry.height
+            if session is not None:
+                width, height = max(width, session.max_width), max(height, session.max_height)
+                del self._sessions[key]
+            session = _Session(self._nvc, self._gpu, geometry, max_width=width, max_height=height)
+            self._sessions[key] = session
+        return session
+
+
+class _Session:
+    """One open decoder of one bit depth and chroma format, for pictures up to a size."""
+
+    def __init__(
+        self, nvc: Any, gpu: int, geometry: PlaneGeometry, *, max_width: int, max_height: int
+    ) -> None:
+        self.max_width, self.max_height = max_width, max_height
+        self._size = (geometry.width, geometry.height)
+        self._nvc = nvc
+        # Coded sizes are whole coding units: up to 63 more each way.
+        self._decoder = nvc.CreateDecoder(
+            gpuid=gpu,
+            codec=nvc.cudaVideoCodec.HEVC,
+            cudacontext=0,
+            cudastream=0,
+            usedevicememory=True,
+            maxwidth=-(-max_width // 64) * 64,
+            maxheight=-(-max_height // 64) * 64,
+            latency=nvc.DisplayDecodeLatencyType.LOW,
+        )
+
+    def resize(self, width: int, height: int) -> bool:
+        """Prepare for pictures of this size; False = this session is too small for them."""
+        if width > self.max_width or height > self.max_height:
+            return False
+        if (width, height) != self._size:
+            self._decoder.setReconfigParams(width, height)
+            self._size = (width, height)
+        return True
+
+    def feed(self, packet: bytes | memoryview) -> list[Any]:
+        """The pictures that one access unit completes: its own, as there is no reordering."""
+        data = np.frombuffer(packet, np.uint8)
+        handed = self._nvc.PacketData()
+        handed.bsl_data = data.ctypes.data
+        handed.bsl = data.size
+        # Else the parser holds a picture back until it sees the next one begin.
+        handed.decode_flag = self._nvc.VideoPacketFlag.ENDOFPICTURE
+        frames: list[Any] = self._decoder.Decode(handed)
+        return frames
+
+
+class _Cuda:
+    """Copies of decoded pictures to the host, through the CUDA driver itself.
+
+    The context is the GPU's primary one, which PyNvVideoCodec decodes in. The copies pass through
+    pinned memory: to pageable memory the driver copies in small steps.
+    """
+
+    def __init__(self, gpu: int) -> None:
+        self._lib = ctypes.CDLL("libcuda.so.1")
+        self._device = ctypes.c_int()
+        self._context = ctypes.c_void_p()
+        self._pinned = ctypes.c_void_p()
+        self._pinned_bytes = 0
+        self._call("cuInit", ctypes.c_uint(0))
+        self._call("cuDeviceGet", ctypes.byref(self._device), ctypes.c_int(gpu))
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
+
+    def copy_out(self, address: int, target: Integers, *, shift: int) -> None:
+        """Copy a contiguous picture into `target` [P, Y, X], its values shifted to the low bits."""
+        self._call("cuCtxSetCurrent", self._context)
+        if self._pinned_bytes < target.nbytes:
+            self._free()
+            self._call("cuMemAllocHost_v2", ctypes.byref(self._pinned), _size(target.nbytes))
+            self._pinned_bytes = target.nbytes
+        # PyNvVideoCodec copies the picture off the engine's surface on a stream of its own.
+        self._call("cuCtxSynchronize")
+        self._call("cuMemcpyDtoH_v2", self._pinned, ctypes.c_uint64(address), _size(target.nbytes))
+        buffer = (ctypes.c_uint8 * target.nbytes).from_address(self._pinned.value or 0)
+        source = np.frombuffer(memoryview(buffer), target.dtype).reshape(target.shape)
+        if shift:
+            np.right_shift(source, shift, out=target)
+        else:
+            target[...] = source
+
+    def close(self) -> None:
+        """Free the pinned memory. The context stays: others in this process may use it."""
+        if self._pinned_bytes:
+            self._call("cuCtxSetCurrent", self._context)
+            self._free()
+
+    def _free(self) -> None:
+        if self._pinned_bytes:
+            self._pinned_bytes = 0
+            self._call("cuMemFreeHost", self._pinned)
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        status = getattr(self._lib, name)(*arguments)
+        if status:
+            text = ctypes.c_char_p()
+            self._lib.cuGetErrorString(status, ctypes.byref(text))
+            reason = (text.value or b"unknown").decode()
+            kind = DecoderUnavailableError if name in _SETUP_CALLS else CodecError
+            raise kind(f"CUDA call {name} failed with {status} ({reason}); {_REMEDY}")
+
+
+_SETUP_CALLS = ("cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain")
+
+
+def has_driver() -> bool:
+    """Whether an NVIDIA driver is on this machine, with or without its video libraries."""
+    return _loads("libcuda.so.1")
+
+
+@functools.cache
+def count_engines() -> int:
+    """NVDEC engines of the first GPU that decode HEVC 4:4:4; 0 where there are none.
+
+    The driver is asked in a process of its own, because asking leaves a CUDA context behind.
+    """
+    installed = importlib.util.find_spec("PyNvVideoCodec") is not None
+    if not (installed and all(map(_loads, _DRIVER_LIBRARIES))):
+        return 0
+    command = [sys.executable, "-m", "kvfetcher.codec.nvdec"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_ASK_TIMEOUT_SECONDS, check=True
+        )
+        caps = json.loads(done.stdout.splitlines()[-1])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return 0
+    return max((c["num_engines"] for c in caps if c["chroma"] == "4:4:4"), default=0)
+
+
+def all_caps(gpu: int = 0) -> list[DecoderCaps]:
+    """What the driver offers for every chroma format and bit depth of this codec.
+
+    Raises:
+        DecoderUnavailableError: as `NvdecDecoder`.
+    """
+    nvc = _import_library()
+    return [_ask(nvc, gpu, depth, chroma) for chroma in _CHROMAS for depth in BIT_DEPTHS]
+
+
+def _import_library() -> Any:
+    for library in _DRIVER_LIBRARIES:
+        if not _loads(library):
+            raise DecoderUnavailableError(f"NVDEC is not usable: no {library} here; {_REMEDY}")
+    try:
+        import PyNvVideoCodec
+    except (ImportError, RuntimeError) as exc:
+        raise DecoderUnavailableError(
+            f"NVDEC is not usable: PyNvVideoCodec cannot be imported ({exc}); pip install"
+            f" 'kvfetcher[gpu]'; {_REMEDY}"
+        ) from exc
+    return PyNvVideoCodec
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
+def _ask(nvc: Any, gpu: int, bit_depth: int, chroma: Chroma) -> DecoderCaps:
+    formats = nvc.cudaVideoChromaFormat.__members__
+    try:
+        found = nvc.GetDecoderCaps(
+            gpuid=gpu,
+            codec=nvc.cudaVideoCodec.HEVC,
+            chromaformat=formats[chroma.replace(":", "")],
+            bitdepth=bit_depth,
+        )
+    except Exception as exc:
+        raise DecoderUnavailableError(
+            f"the driver does not say what NVDEC of GPU {gpu} can do: {exc}; {_REMEDY}"
+        ) from exc
+    return DecoderCaps(
+        chroma=chroma,
+        bit_depth=bit_depth,
+        num_engines=found.get("num_decoder_engines", 0),
+        min_width=found.get("width_min", 0),
+        min_height=found.get("height_min", 0),
+        max_width=found.get("width_max", 0),
+        max_height=found.get("height_max", 0),
+    )
+
+
+def _checked_address(frame: Any, geometry: PlaneGeometry) -> int:
+    """Where a picture lies, after checking that it is one of ours and has no gaps."""
+    rows = geometry.num_planes * geometry.rows
+    shape = tuple(int(n) for n in frame.shape)
+    if shape[:2] != (rows, geometry.width):
+        raise CodecError(f"video has a picture of {shape} (rows, columns), expected {geometry}")
+    first = int(frame.GetPtrToPlane(0))
+    plane_bytes = geometry.height * geometry.width * geometry.dtype.itemsize
+    if int(frame.GetPtrToPlane(1)) - first != plane_bytes:
+        raise DecoderUnavailableError(
+            f"PyNvVideoCodec lays pictures of {geometry} out with gaps, which this build does not"
+            " read; use PyNvVideoCodec 2.2"
+        )
+    return first
+
+
+def _shift(geometry: PlaneGeometry) -> int:
+    """NVDEC gives samples of more than 8 bits in the high bits of 16."""
+    return 0 if geometry.bit_depth == 8 else 16 - geometry.bit_depth
+
+
+def _size(num_bytes: int) -> ctypes.c_size_t:
+    return ctypes.c_size_t(num_bytes)
+
+
+def main() -> int:
+    """Print the capabilities of the first GPU as JSON; exit status 1 where there are none."""
+    try:
+        caps = all_caps()
+    except DecoderUnavailableError as exc:
+        sys.stderr.write(f"{exc}\n")
+        return 1
+    sys.stdout.write(json.dumps([asdict(c) for c in caps]) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
