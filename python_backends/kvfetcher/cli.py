@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import importlib
 import json
 import logging
 import os
@@ -31,6 +32,22 @@ if TYPE_CHECKING:
 
 _NOT_A_TERMINAL_SECONDS = 10.0
 
+# Commands with a command line of their own, imported only when they run.
+_ELSEWHERE = {
+    "generate": ("kvfetcher_client.cli", "main", "Ask a running server."),
+    "calibrate": (
+        "kvfetcher.transform.commands",
+        "main_calibrate",
+        "Make a model's calibration for near, balanced, compact and tiny.",
+    ),
+    "certify": (
+        "kvfetcher.transform.commands",
+        "main_certify",
+        "Measure the quality of a calibration again.",
+    ),
+    "bench": ("kvfetcher.bench", "main", "Measure; `kvfetcher bench codec --help`."),
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -41,7 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status; see this module's head.
     """
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.run is _run_elsewhere:  # that command reads the rest of the line itself
+        arguments.rest = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="kvfetcher: %(message)s")
     try:
         status = int(arguments.run(arguments) or 0)
@@ -93,13 +115,9 @@ def _parser() -> argparse.ArgumentParser:
         ' eval "$(kvfetcher env)"; tritonserver --model-repository model_repository',
     )
 
-    generate = command(
-        "generate",
-        _generate,
-        "Ask a running server; see `kvfetcher generate --help`.",
-        add_help=False,
-    )
-    generate.add_argument("arguments", nargs=argparse.REMAINDER)
+    for name, (module, function, text) in _ELSEWHERE.items():
+        elsewhere = command(name, _run_elsewhere, text, add_help=False)
+        elsewhere.set_defaults(module=module, function=function)
 
     inspect = command("inspect", _inspect, "Check a chunk file and show what it holds.")
     inspect.add_argument("file", metavar="FILE", help="a chunk object; - for stdin")
@@ -206,10 +224,9 @@ def _env(arguments: argparse.Namespace) -> None:
         print(f"export {name}={shlex.quote(value)}")
 
 
-def _generate(arguments: argparse.Namespace) -> int:
-    from kvfetcher_client.cli import main as client_main
-
-    return client_main(arguments.arguments)
+def _run_elsewhere(arguments: argparse.Namespace) -> int:
+    run = getattr(importlib.import_module(arguments.module), arguments.function)
+    return int(run(arguments.rest))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

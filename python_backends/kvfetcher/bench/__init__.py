@@ -1,1 +1,24 @@
 """Measurements that ship with the package: `kvfetcher bench ...`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_BENCHMARKS = {"codec": "rate and quality of every codec profile and of its rivals, on real KV"}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Command line of `kvfetcher bench`; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="kvfetcher bench",
+        description="Measure.",
+        epilog="; ".join(f"{name}: {text}" for name, text in _BENCHMARKS.items()),
+    )
+    parser.add_argument("benchmark", choices=sorted(_BENCHMARKS))
+    arguments = parser.parse_args(argv[:1])
+    return int(importlib.import_module(f"{__name__}.{arguments.benchmark}").main(argv[1:]))

@@ -1,0 +1,56 @@
+"""README says what the code does: inputs, settings, metrics, commands."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from kvfetcher import cli, wire
+from kvfetcher.codec.profiles import PROFILES
+from kvfetcher.config import explain_config
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def test_it_is_short():
+    assert len(README.splitlines()) <= 200
+
+
+def test_every_setting_it_names_exists_with_that_default():
+    settings = {setting.name: setting.value for setting in explain_config(environ={})}
+    named = set(re.findall(r"`((?:server|engine|codec|store|fetch|save)\.[a-z_]+)`", README))
+    assert named, "the README names settings"
+    assert named <= set(settings)
+    table = dict(re.findall(r"^\| `([a-z]+\.[a-z_]+)` \| `([^`]+)` \|", README, re.MULTILINE))
+    for name, default in table.items():
+        if name != "store.path":  # the code's default is "", which means that folder
+            assert str(settings[name]) == default
+
+
+def test_every_client_input_and_policy_is_there():
+    text = (ROOT / "model_repository" / wire.KVFETCHER / "config.pbtxt").read_text()
+    inputs = set(re.findall(r'name: "([a-z_]+)" data_type: \w+ dims: \[ -?1 \] optional', text))
+    assert {wire.MAX_TOKENS, wire.KV_POLICY} <= inputs
+    missing = {name for name in inputs if f"`{name}`" not in README}
+    assert not missing
+    assert all(f"`{policy}`" in README for policy in wire.KV_POLICIES)
+
+
+def test_every_profile_is_there():
+    assert not {profile for profile in PROFILES if f"`{profile}`" not in README}
+
+
+def test_its_files_exist():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_its_commands_parse(capsys):
+    verbs = set(re.findall(r"(?:bin/|`)kvfetcher ([a-z]+)", README))
+    assert {"serve", "generate", "config"} <= verbs
+    for verb in verbs:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([verb, "--help"])
+        assert ended.value.code == 0
+    capsys.readouterr()
