@@ -31,8 +31,9 @@ MAX_POSITION = 1 << 40
 PREFIX_BYTES = 24
 """So many bytes of an object tell how long its header is (`header_size`)."""
 
-HEADER_READ_BYTES = 64 << 10
-"""A good first range: holds the whole header of chunks up to about 8,000 tokens."""
+HEADER_READ_BYTES = 8 << 10
+"""A good first range: the header of a 256-token chunk with up to about 80 units. Longer headers
+take a second read, and reading 64 KiB instead cost 1.6 % of all bytes of an `exact` hit."""
 
 DTYPE_CODES: dict[KVDtype, int] = {"bfloat16": 1, "float16": 2, "float8_e4m3fn": 3}
 DTYPE_NAMES: dict[int, KVDtype] = {code: name for name, code in DTYPE_CODES.items()}

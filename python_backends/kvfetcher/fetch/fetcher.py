@@ -193,12 +193,15 @@ class Fetcher:
         if len(headers) * facts.chunk_tokens < self._config.min_hit_tokens:
             report.give_up("too_short" if headers else "not_stored")
             return None
-        with _timed(report, "wait"):
-            await self._requests.acquire()
+        deadline = time.monotonic() + self._config.deadline_seconds
+        if not await self._take_place(report):
+            return None
         try:
             if is_cancelled():
                 raise RequestCancelledError("the request was cancelled while it waited to fetch")
-            claim = await self._restore(headers, keys, input_ids, facts, is_cancelled, report)
+            claim = await self._restore(
+                headers, keys, input_ids, facts, is_cancelled, report, deadline=deadline
+            )
         finally:
             self._requests.release()
         if len(headers) < usable:
@@ -206,6 +209,16 @@ class Fetcher:
         if claim:
             report.outcome = "partial" if report.reason else "hit"
         return claim
+
+    async def _take_place(self, report: FetchReport) -> bool:
+        """Wait for one of `max_inflight_requests` places, in order of arrival."""
+        try:
+            with _timed(report, "wait"):
+                await asyncio.wait_for(self._requests.acquire(), self._config.deadline_seconds)
+        except TimeoutError:
+            report.give_up("deadline", "too many other requests were fetching")
+            return False
+        return True
 
     async def _look_up(
         self,
@@ -239,7 +252,7 @@ class Fetcher:
         needed = container.header_size(prefix)
         if needed > len(prefix):
             prefix += await self._store.get_range(key.name, len(prefix), needed)
-        report.bytes_fetched += needed
+        report.bytes_fetched += len(prefix)
         return container.parse_header(prefix)
 
     async def _restore(
@@ -250,6 +263,8 @@ class Fetcher:
         facts: FetchFacts,
         is_cancelled: Callable[[], bool],
         report: FetchReport,
+        *,
+        deadline: float,
     ) -> LeaseClaim | None:
         num_tokens = len(headers) * facts.chunk_tokens
         try:
@@ -263,7 +278,7 @@ class Fetcher:
         )
         run = _Run(self, jobs, facts, report, num_chunks=len(headers))
         try:
-            chunks = await run.finish(is_cancelled, self._config.deadline_seconds)
+            chunks = await run.finish(is_cancelled, deadline)
         except BaseException:
             self._release_later(lease_id, run)
             raise
@@ -365,9 +380,13 @@ class _Run:
     def is_live(self) -> bool:
         return any(not task.done() for task in self._tasks)
 
-    async def finish(self, is_cancelled: Callable[[], bool], deadline_seconds: float) -> int:
-        """Wait for the units; the number of whole chunks from position 0 on."""
-        deadline = time.monotonic() + deadline_seconds
+    async def finish(self, is_cancelled: Callable[[], bool], deadline: float) -> int:
+        """Wait for the units; the number of whole chunks from position 0 on.
+
+        Args:
+            is_cancelled: polled meanwhile.
+            deadline: on `time.monotonic`; what is not finished then is given up.
+        """
         pending = set(self._tasks)
         while pending:
             done, pending = await asyncio.wait(
@@ -380,7 +399,7 @@ class _Run:
                 self._cancel_from(0)
                 raise RequestCancelledError("the request was cancelled while its KV was fetched")
             if pending and time.monotonic() > deadline:
-                self._report.give_up("deadline", f"not finished after {deadline_seconds} s")
+                self._report.give_up("deadline", f"{len(pending)} units were not finished in time")
                 unfinished = min(self._tasks[task].chunk_index for task in pending)
                 self._cancel_from(unfinished)
                 await asyncio.wait(pending, timeout=_DRAIN_SECONDS)

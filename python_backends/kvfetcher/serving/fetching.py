@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from kvfetcher import wire
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from kvfetcher.config import Config
     from kvfetcher.fetch.report import FetchReport
 
+_OTHER_THREADS = 32
+
 
 class FetchService:
     """The fetcher and what it borrows; made in `initialize`, used on the stub's event loop."""
@@ -32,6 +36,10 @@ class FetchService:
     async def fetch(self, *args: Any, **kwargs: Any) -> Fetched:
         """See `Fetcher.fetch`."""
         if self._fetcher is None:  # its semaphores belong to the running loop
+            # Every unit in a decoder holds a thread of the loop's executor (Triton's async_exec
+            # blocks one), and so do store and lease calls: look-ups must never wait for decoders.
+            threads = self._config.fetch.max_inflight_units + _OTHER_THREADS
+            asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(threads))
             self._fetcher = Fetcher(
                 store=open_store(self._config.store),
                 leases=self._leases,

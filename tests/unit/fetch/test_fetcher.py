@@ -311,6 +311,19 @@ async def test_at_the_deadline_nothing_live_is_promised_and_blocks_come_back_lat
     await until(lambda: world.free_blocks == free)
 
 
+async def test_waiting_for_a_place_ends_at_the_deadline_too(world):
+    await world.save(0)
+    world.units.gate.clear()
+    fetcher = world.fetcher(max_inflight_requests=1, deadline_seconds=0.5)
+    first = asyncio.create_task(world.fetch(fetcher))
+    await world.units.started.wait()
+    second = await asyncio.wait_for(world.fetch(fetcher), timeout=5)
+    assert (second.claim, second.report.reason) == (None, "deadline")
+    assert "other requests" in second.report.detail
+    world.units.gate.set()
+    assert (await first).report.outcome in ("partial", "miss")
+
+
 async def test_cancelling_waits_for_the_decoder_before_blocks_are_reused(world):
     await world.save(0, 1)
     free = world.free_blocks
