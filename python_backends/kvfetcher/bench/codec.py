@@ -144,7 +144,7 @@ class ProfileCoder:
         self._rates["restore"].append(out.size / restore_seconds)
         self._rates["both"].append(out.size / (decode_seconds + restore_seconds))
 
-    def speeds(self) -> dict[str, float]:
+    def speeds(self) -> dict[str, float | None]:
         """The last columns of `Row`."""
         median = {name: statistics.median(rates) for name, rates in self._rates.items()}
         return {
@@ -152,7 +152,9 @@ class ProfileCoder:
             "decode_elements_per_second": median["decode"],
             "restore_elements_per_second": median["restore"],
             "decode_restore_elements_per_second": median["both"],
-            "video_over_entropy": self._video_bits / self._entropy_bits,
+            "video_over_entropy": (
+                self._video_bits / self._entropy_bits if self._entropy_bits else None
+            ),
         }
 
 

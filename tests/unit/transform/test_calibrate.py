@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvfetcher.errors import ConfigError, FormatError
 from kvfetcher.transform.artifact import LADDER
@@ -19,39 +17,16 @@ from kvfetcher.transform.capture import CapturedKV, CaptureModel
 from kvfetcher.transform.certify import CertifySettings
 from kvfetcher.transform.groups import Grouping
 from kvfetcher.transform.quality import compare, prepare
-from kvfetcher.transform.texts import Text
+from support.tiny_llama import save_tiny_llama
+from support.tiny_llama import walk_text as text
 
-WORDS = [f"w{i}" for i in range(64)]
 SHORT = CertifySettings(num_documents=3, prefix_tokens=128, following_tokens=32)
 SMALL = CollectSettings(num_documents=3, prefix_tokens=96, label_tokens=24)
 
 
-def text(seed, num_words=400):
-    # A walk over the vocabulary: tokens have context, so caches are not white noise.
-    steps = np.random.default_rng(seed).integers(-2, 3, num_words).cumsum() % len(WORDS)
-    return Text(f"user/{seed}", "user", " ".join(WORDS[i] for i in steps))
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS) + 1,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    vocabulary = {word: i for i, word in enumerate([*WORDS, "<unk>"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(path)
-    return path
+    return save_tiny_llama(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")
