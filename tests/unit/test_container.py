@@ -84,9 +84,9 @@ def test_header_is_read_from_a_prefix():
         header_size(data[: PREFIX_BYTES - 1])
 
 
-def test_first_range_holds_the_header_of_a_large_chunk():
+def test_first_range_holds_the_header_of_a_default_chunk_of_a_deep_model():
     units = [UnitData(i, 1, "-", b"x") for i in range(80)]
-    data = chunk(units, spec=KVSpec(80, 8, 128), token_ids=range(8192))
+    data = chunk(units, spec=KVSpec(80, 8, 128), token_ids=range(256))
     assert parse_header(data).header_bytes <= HEADER_READ_BYTES
 
 

@@ -158,6 +158,13 @@ async def test_a_hit_holds_the_saved_values_byte_for_byte(world):
     assert fetched.report.decoders == {"cpu": 8}
 
 
+async def test_a_header_longer_than_the_first_range_takes_a_second_read(world, monkeypatch):
+    monkeypatch.setattr("kvfetcher.container.HEADER_READ_BYTES", 100)
+    await world.save(0, 1)
+    fetched = await world.fetch()
+    assert fetched.report.hit_tokens == 2 * CHUNK_TOKENS
+
+
 async def test_nothing_stored_is_a_miss_and_takes_no_blocks(world):
     free = world.free_blocks
     fetched = await world.fetch()
