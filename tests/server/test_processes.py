@@ -69,3 +69,32 @@ def test_a_killed_server_leaves_nothing_in_shared_memory(tmp_path, prompt):
         running.server.kill()
     assert shared_files() <= before
     assert not run_dir.exists()
+
+
+def test_requests_are_answered_without_decoders(tmp_path, prompt):
+    """A lost decoder process is a miss with a reason, not a failed request."""
+    question = prompt(150)
+    with start_server(tmp_path / "store") as running:
+        first = running.client.generate(question, max_tokens=4)
+        running.settle()
+        for pid in _stubs(running.server.process_id, "kv_decode"):
+            os.kill(pid, signal.SIGKILL)
+        again = running.client.generate(question, max_tokens=4)
+        assert again.output_ids == first.output_ids
+        assert (again.report.hit_tokens, again.report.reason) == (0, "decode_error")
+        running.settle()  # every lease came back
+        running.server.kill()  # tritonserver 2.51 does not stop cleanly without its stubs
+
+
+def _stubs(server_pid: int, model: str) -> list[int]:
+    pids = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes()
+            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+        except (OSError, ValueError):
+            continue
+        if parent == server_pid and f"/{model}/".encode() in command:
+            pids.append(int(folder.name))
+    assert pids, f"{model} has no process under {server_pid}"
+    return pids
