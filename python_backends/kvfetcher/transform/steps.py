@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 TARGETS: Mapping[str, float] = {
     "near": 9e-5,
-    "balanced": 6.5e-4,
+    "balanced": 6.3e-4,
     "compact": 2.5e-3,
     "tiny": 8.5e-3,
 }
