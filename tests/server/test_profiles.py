@@ -1,0 +1,72 @@
+"""Every lossy profile through the whole graph, with a tiny random model that needs no download."""
+
+from __future__ import annotations
+
+import pytest
+
+from support.engine_rig import write_model
+
+from .conftest import CHUNK_TOKENS, DOCUMENT, start_server
+
+pytestmark = [pytest.mark.triton, pytest.mark.slow]
+
+QUESTION = DOCUMENT[: 3 * CHUNK_TOKENS + 10]  # one token per byte
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(model, tmp_path_factory):
+    """Calibrations are kept in the user's cache folder; the tests' are not for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"), max_position_embeddings=4096)
+
+
+@pytest.fixture(scope="module")
+def calibration(tiny_model, tmp_path_factory):
+    """Made by the command, from a few short texts; its certificate comes with it."""
+    from kvfetcher.transform.commands import main_calibrate
+
+    folder = tmp_path_factory.mktemp("calibration")
+    texts = folder / "texts"
+    texts.mkdir()
+    for index in range(6):
+        (texts / f"{index}.txt").write_text(DOCUMENT[1200 * index : 1200 * index + 6500])
+    output = folder / "tiny.safetensors"
+    assert main_calibrate([str(tiny_model), "--texts", str(texts), "--output", str(output)]) == 0
+    return output
+
+
+@pytest.mark.parametrize("profile", ["uncalibrated", "paper", "balanced"])
+def test_a_lossy_profile_is_saved_hit_and_smaller(profile, tiny_model, tmp_path, request):
+    codec = {"profile": profile}
+    if profile == "balanced":
+        codec["calibration"] = str(request.getfixturevalue("calibration"))
+    with start_server(
+        tmp_path / "store", engine={"model": str(tiny_model)}, codec=codec
+    ) as running:
+        miss = running.client.generate(QUESTION, max_tokens=4)
+        assert len(running.settle()) == miss.report.prompt_tokens // CHUNK_TOKENS
+        hit = running.client.generate(QUESTION, max_tokens=4)
+        assert (hit.report.raw["outcome"], hit.report.hit_tokens) == ("hit", 3 * CHUNK_TOKENS)
+        assert hit.report.raw["profile"].startswith(profile)
+        assert hit.report.raw["engine"]["cached_tokens"] == hit.report.hit_tokens
+
+
+def test_a_profile_without_its_calibration_is_refused_before_any_request(tiny_model, tmp_path):
+    from kvfetcher.errors import ServerError
+
+    with (
+        pytest.raises(ServerError, match="calibration"),
+        start_server(
+            tmp_path / "store",
+            engine={"model": str(tiny_model)},
+            codec={"profile": "balanced"},
+            server={"ready_timeout_seconds": 60.0},
+        ),
+    ):
+        pass
