@@ -14,7 +14,7 @@ STAMP := $(VENV)/.setup-done
 .DEFAULT_GOAL := setup
 
 demo: $(STAMP)
-	$(VENV)/bin/python tests/demo/demo.py
+	PYTHONPATH=tests $(VENV)/bin/python tests/demo/demo.py $(DEMO_ARGS)
 
 # A missing tritonserver fails here instead of skipping.
 test: $(STAMP)
