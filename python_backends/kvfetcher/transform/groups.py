@@ -2,7 +2,10 @@
 
 A *layer group* is a run of neighbouring layers; a *head group* is a run of KV heads. Each (layer
 group, head group) has its own transform over K and V of its layers and heads jointly, so a
-tensor-parallel rank that owns some heads needs only their transforms and bitstreams.
+tensor-parallel rank that owns some heads needs only their transforms and bitstreams. That costs
+bits (SmolLM2-135M, step 3.2e-5, 2 texts): 1.61 per element with all 3 heads over 6 layers, 2.23 with
+one head over 6, 2.09 over 10, 2.00 over 15, at KL 4.1e-4, 5.7e-4, 5.5e-4, 4.6e-4. So all heads are
+the default.
 """
 
 from __future__ import annotations
