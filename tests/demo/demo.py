@@ -13,9 +13,12 @@ import asyncio
 import json
 import sys
 import tempfile
+import threading
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvfetcher.config import Config, load_config
 from kvfetcher.engines.models import prepare_model
@@ -24,6 +27,9 @@ from kvfetcher.storage import open_store
 from kvfetcher_client import Client, Generation
 from kvfetcher_client.protocol import Assembler
 from support.triton_server import server_config
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 DOCUMENT = Path(__file__).parents[1] / "data" / "documents" / "references_and_borrowing.txt"
 QUESTIONS = (
@@ -64,13 +70,36 @@ def serve(name: str, config: Config) -> TritonServer:
     return TritonServer(config, progress=progress)
 
 
+@contextmanager
+def ticking(what: str) -> Iterator[None]:
+    """Show the seconds of a wait."""
+    over, start = threading.Event(), time.monotonic()
+
+    def tick() -> None:
+        while not over.wait(0.5):
+            talk(f"\r  {what}, {time.monotonic() - start:4.1f} s ", end="")
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        talk("\r" + " " * 60, end="")
+
+
 def ask(client: Client, question: str, **options: str) -> Generation:
     """One streamed answer, shown as it comes."""
     talk(f"  question: {question}")
-    talk("  answer:   ", end="")
     start = time.monotonic()
     answer = Assembler()
-    for delta in client.stream(prompt(question), max_tokens=MAX_TOKENS, **options):
+    with ticking("waiting for the first token"):
+        deltas = client.stream(prompt(question), max_tokens=MAX_TOKENS, **options)
+        first = next(deltas)
+    talk(f"\r  answer:   {first.text}", end="")
+    answer.add(first, time.monotonic() - start)
+    for delta in deltas:
         answer.add(delta, time.monotonic() - start)
         talk(delta.text, end="")
     talk("")
