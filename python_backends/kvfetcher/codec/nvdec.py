@@ -37,6 +37,17 @@ _REMEDY = (
     ' (NVIDIA_DRIVER_CAPABILITIES=compute,utility,video); or set codec.decoder = "cpu"'
 )
 _CHROMAS: tuple[Chroma, ...] = ("4:2:0", "4:4:4")
+# At the driver's own lower limit of 144 columns, NVDEC gave wrong samples for six of eight 8-bit 4:4:4
+# pictures whose coded width is 144 too (H100, driver 580.159: golden chunks ladder_8bit,
+# uncalibrated_fp8, paper_8bit_two_sizes; the same ones each time). From 150 columns on all were
+# right. Why is not known; such small pictures are left to the CPU decoder.
+MIN_WIDTH = 150
+MAX_SESSIONS = 8
+"""Open decoders kept by one `NvdecDecoder`; the one unused for longest goes first.
+
+The layer groups of a chunk have a few different sizes, which come again with every chunk; opening a
+decoder takes 60 to 500 ms.
+"""
 # Asking means creating a CUDA context: a second or two on a busy host, much more on a sick one.
 _ASK_TIMEOUT_SECONDS = 60.0
 
@@ -58,9 +69,10 @@ class DecoderCaps:
         """Why pictures of `geometry` cannot be decoded; empty = they can."""
         width, height = geometry.width, geometry.height
         # The driver sees the coded size, in whole coding units of at least 8x8.
-        coded_width, coded_height = -(-width // 8) * 8, -(-height // 8) * 8
+        coded_width, coded_height = _round_up(width, 8), _round_up(height, 8)
         fits = (
             self.num_engines > 0
+            and width >= MIN_WIDTH
             and self.min_width <= coded_width <= self.max_width
             and self.min_height <= coded_height <= self.max_height
         )
@@ -70,7 +82,7 @@ class DecoderCaps:
             return f"NVDEC of this GPU has no HEVC {self.chroma} of {self.bit_depth} bits"
         return (
             f"NVDEC of this GPU decodes HEVC {self.chroma} of {self.bit_depth} bits from"
-            f" {self.min_width}x{self.min_height} to {self.max_width}x{self.max_height}, the unit's"
+            f" {max(self.min_width, MIN_WIDTH)}x{self.min_height} to {self.max_width}x{self.max_height}, the unit's"
             f" pictures are {width}x{height}"
         )
 
@@ -89,7 +101,7 @@ class NvdecDecoder:
         self._nvc = _import_library()
         self._gpu = gpu
         self._cuda = _Cuda(gpu)
-        self._sessions: dict[tuple[int, Chroma], _Session] = {}
+        self._sessions: dict[tuple[int, int, int, Chroma], _Session] = {}
         self._caps: dict[tuple[int, Chroma], DecoderCaps] = {}
 
     def caps(self, bit_depth: int, chroma: Chroma) -> DecoderCaps:
@@ -138,8 +150,8 @@ class NvdecDecoder:
 
     def _frames(self, packets: Sequence[bytes | memoryview], geometry: PlaneGeometry) -> Any:
         """(index, address) of each picture; an address is good until the next one is asked for."""
-        key = (geometry.bit_depth, geometry.chroma)
-        if refusal := self.caps(*key).refusal(geometry):
+        caps = self.caps(geometry.bit_depth, geometry.chroma)
+        if refusal := caps.refusal(geometry):
             raise DecoderUnavailableError(f"{refusal}; it is left to the CPU decoder")
         count = 0
         try:
@@ -153,55 +165,45 @@ class NvdecDecoder:
             if count != geometry.num_frames:
                 raise CodecError(f"video holds {count} pictures, expected {geometry.num_frames}")
         except BaseException as exc:
-            self._sessions.pop(key, None)  # an unknown state is not kept
+            self._sessions.pop(_session_key(geometry), None)  # an unknown state is not kept
             if isinstance(exc, CodecError) or not isinstance(exc, Exception):
                 raise
             # The library has errors of its own and RuntimeErrors of the driver.
             raise CodecError(f"video of {geometry} does not decode on NVDEC: {exc}") from exc
 
     def _session(self, geometry: PlaneGeometry) -> _Session:
-        key = (geometry.bit_depth, geometry.chroma)
-        session = self._sessions.get(key)
-        if session is None or not session.resize(geometry.width, geometry.height):
-            # One that is large enough for all sizes seen so far: memory for no more than is used.
-            width, height = geometry.width, geometry.height
-            if session is not None:
-                width, height = max(width, session.max_width), max(height, session.max_height)
-                del self._sessions[key]
-            session = _Session(self._nvc, self._gpu, geometry, max_width=width, max_height=height)
-            self._sessions[key] = session
+        key = _session_key(geometry)
+        session = self._sessions.pop(key, None)
+        if session is None:
+            while len(self._sessions) >= MAX_SESSIONS:
+                del self._sessions[next(iter(self._sessions))]
+            session = _Session(self._nvc, self._gpu, geometry)
+        self._sessions[key] = session  # the latest at the end
         return session
 
 
 class _Session:
-    """One open decoder of one bit depth and chroma format, for pictures up to a size."""
+    """One open decoder for pictures of one size, bit depth and chroma format.
 
-    def __init__(
-        self, nvc: Any, gpu: int, geometry: PlaneGeometry, *, max_width: int, max_height: int
-    ) -> None:
-        self.max_width, self.max_height = max_width, max_height
-        self._size = (geometry.width, geometry.height)
+    `setReconfigParams` of PyNvVideoCodec 2.2.4 does not serve for other sizes: it makes the engine
+    scale to the size that it is given, and where that size or the one before is odd, or only the
+    cropping differs, the samples change (H100; lossless streams of 4:4:4). Without a size it keeps
+    the old one.
+    """
+
+    def __init__(self, nvc: Any, gpu: int, geometry: PlaneGeometry) -> None:
         self._nvc = nvc
-        # Coded sizes are whole coding units: up to 63 more each way.
         self._decoder = nvc.CreateDecoder(
             gpuid=gpu,
             codec=nvc.cudaVideoCodec.HEVC,
             cudacontext=0,
             cudastream=0,
             usedevicememory=True,
-            maxwidth=-(-max_width // 64) * 64,
-            maxheight=-(-max_height // 64) * 64,
+            # The driver counts the size before cropping, up to 63 more each way.
+            maxwidth=_round_up(geometry.width, 64),
+            maxheight=_round_up(geometry.height, 64),
             latency=nvc.DisplayDecodeLatencyType.LOW,
         )
-
-    def resize(self, width: int, height: int) -> bool:
-        """Prepare for pictures of this size; False = this session is too small for them."""
-        if width > self.max_width or height > self.max_height:
-            return False
-        if (width, height) != self._size:
-            self._decoder.setReconfigParams(width, height)
-            self._size = (width, height)
-        return True
 
     def feed(self, packet: bytes | memoryview) -> list[Any]:
         """The pictures that one access unit completes: its own, as there is no reordering."""
@@ -218,8 +220,8 @@ class _Session:
 class _Cuda:
     """Copies of decoded pictures to the host, through the CUDA driver itself.
 
-    The context is the GPU's primary one, which PyNvVideoCodec decodes in. The copies pass through
-    pinned memory: to pageable memory the driver copies in small steps.
+    The context is the GPU's primary one, which PyNvVideoCodec decodes in. The copies pass
+    through pinned memory: to pageable memory the driver copies in small steps.
     """
 
     def __init__(self, gpu: int) -> None:
@@ -239,7 +241,7 @@ class _Cuda:
             self._free()
             self._call("cuMemAllocHost_v2", ctypes.byref(self._pinned), _size(target.nbytes))
             self._pinned_bytes = target.nbytes
-        # PyNvVideoCodec copies the picture off the engine's surface on a stream of its own.
+        # PyNvVideoCodec copies the picture off the engine's surface asynchronously.
         self._call("cuCtxSynchronize")
         self._call("cuMemcpyDtoH_v2", self._pinned, ctypes.c_uint64(address), _size(target.nbytes))
         buffer = (ctypes.c_uint8 * target.nbytes).from_address(self._pinned.value or 0)
@@ -360,19 +362,27 @@ def _checked_address(frame: Any, geometry: PlaneGeometry) -> int:
     shape = tuple(int(n) for n in frame.shape)
     if shape[:2] != (rows, geometry.width):
         raise CodecError(f"video has a picture of {shape} (rows, columns), expected {geometry}")
-    first = int(frame.GetPtrToPlane(0))
-    plane_bytes = geometry.height * geometry.width * geometry.dtype.itemsize
-    if int(frame.GetPtrToPlane(1)) - first != plane_bytes:
+    # Of all the pointers only the first is right: those of 16-bit 4:4:4 count samples, not bytes.
+    num_bytes = rows * geometry.width * geometry.dtype.itemsize
+    if tuple(frame.strides) != (geometry.width, 1) or int(frame.framesize()) != num_bytes:
         raise DecoderUnavailableError(
             f"PyNvVideoCodec lays pictures of {geometry} out with gaps, which this build does not"
             " read; use PyNvVideoCodec 2.2"
         )
-    return first
+    return int(frame.GetPtrToPlane(0))
 
 
 def _shift(geometry: PlaneGeometry) -> int:
     """NVDEC gives samples of more than 8 bits in the high bits of 16."""
     return 0 if geometry.bit_depth == 8 else 16 - geometry.bit_depth
+
+
+def _session_key(geometry: PlaneGeometry) -> tuple[int, int, int, Chroma]:
+    return geometry.width, geometry.height, geometry.bit_depth, geometry.chroma
+
+
+def _round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
 
 
 def _size(num_bytes: int) -> ctypes.c_size_t:

@@ -98,22 +98,24 @@ class UnitDecoder:
 
 
 def _proven_nvdec() -> nvdec.NvdecDecoder:
-    """NVDEC after it has decoded a picture: opening the driver takes up to half a second.
+    """NVDEC after it has decoded a picture of each usual depth: opening takes up to half a second.
 
     Raises:
-        CodecError: not usable, or the picture came back changed.
+        CodecError: not usable, or a picture came back changed.
     """
     decoder = nvdec.NvdecDecoder()
-    geometry = PlaneGeometry(num_frames=1, width=256, height=160, bit_depth=10)
-    ramp = np.arange(math.prod(geometry.shape), dtype=np.uint32) * 2654435761 >> 22
-    planes = ramp.astype(np.uint16).reshape(geometry.shape)
-    decoded = decoder.decode(encode_planes(planes, bit_depth=10), geometry)
-    if not np.array_equal(decoded, planes):
-        decoder.close()
-        raise DecoderUnavailableError(
-            "NVDEC changed the values of a lossless picture at start; run the GPU tests (tests/gpu)"
-            ' on this machine, or set codec.decoder = "cpu"'
-        )
+    for bit_depth in (8, 10):
+        geometry = PlaneGeometry(num_frames=1, width=256, height=160, bit_depth=bit_depth)
+        numbers = np.arange(math.prod(geometry.shape), dtype=np.uint32) * np.uint32(2654435761)
+        planes = (numbers >> np.uint32(32 - bit_depth)).astype(geometry.dtype)
+        planes = planes.reshape(geometry.shape)
+        decoded = decoder.decode(encode_planes(planes, bit_depth=bit_depth), geometry)
+        if not np.array_equal(decoded, planes):
+            decoder.close()
+            raise DecoderUnavailableError(
+                "NVDEC changed the values of a lossless picture at start; run the GPU tests"
+                ' (tests/gpu) on this machine, or set codec.decoder = "cpu"'
+            )
     return decoder
 
 
