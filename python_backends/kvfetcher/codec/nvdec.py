@@ -37,10 +37,10 @@ _REMEDY = (
     ' (NVIDIA_DRIVER_CAPABILITIES=compute,utility,video); or set codec.decoder = "cpu"'
 )
 _CHROMAS: tuple[Chroma, ...] = ("4:2:0", "4:4:4")
-# At the driver's own lower limit of 144 columns, NVDEC gave wrong samples for six of eight 8-bit 4:4:4
-# pictures whose coded width is 144 too (H100, driver 580.159: golden chunks ladder_8bit,
-# uncalibrated_fp8, paper_8bit_two_sizes; the same ones each time). From 150 columns on all were
-# right. Why is not known; such small pictures are left to the CPU decoder.
+# At the driver's own lower limit of 144 columns NVDEC gave wrong samples for six golden units of 8-bit
+# 4:4:4 (H100, driver 580.159; in ladder_8bit, paper_8bit_two_sizes, uncalibrated_fp8; 6 of 23 in each
+# of 100 passes), yet right ones for noise of that size. From 145 columns, coded as 152, on none was
+# wrong. The cause is not known; such small pictures are left to the CPU decoder.
 MIN_WIDTH = 150
 MAX_SESSIONS = 8
 """Open decoders kept by one `NvdecDecoder`; the one unused for longest goes first.
@@ -186,9 +186,8 @@ class _Session:
     """One open decoder for pictures of one size, bit depth and chroma format.
 
     `setReconfigParams` of PyNvVideoCodec 2.2.4 does not serve for other sizes: it makes the engine
-    scale to the size that it is given, and where that size or the one before is odd, or only the
-    cropping differs, the samples change (H100; lossless streams of 4:4:4). Without a size it keeps
-    the old one.
+    scale to the size that it is given, which changes the samples of pictures with odd sides, and
+    without a size it keeps the old one (H100).
     """
 
     def __init__(self, nvc: Any, gpu: int, geometry: PlaneGeometry) -> None:
