@@ -1,5 +1,7 @@
 """README says what the code does: inputs, settings, metrics, commands."""
 
+import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -39,6 +41,16 @@ def test_every_client_input_and_policy_is_there():
 
 def test_every_profile_is_there():
     assert not {profile for profile in PROFILES if f"`{profile}`" not in README}
+
+
+def test_its_tables_come_from_the_results():
+    spec = importlib.util.spec_from_file_location("report", ROOT / "tests/benchmarks/report.py")
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    results = sorted((ROOT / "tests/benchmarks/results").glob("codec_*.json"))
+    assert results
+    for path in results:
+        assert report.table(json.loads(path.read_text())) in README, path.name
 
 
 def test_its_files_exist():
