@@ -41,9 +41,13 @@ class KVSpec:
             if not isinstance(value, int) or not 1 <= value <= bound:
                 raise ConfigError(f"KVSpec.{name} must be 1 to {bound}, got {value!r}")
         if self.kv_factor not in (1, 2):
-            raise ConfigError(f"KVSpec.kv_factor must be 1 (MLA) or 2 (K, V), got {self.kv_factor!r}")
+            raise ConfigError(
+                f"KVSpec.kv_factor must be 1 (MLA) or 2 (K, V), got {self.kv_factor!r}"
+            )
         if self.dtype not in get_args(KVDtype):
-            raise ConfigError(f"KVSpec.dtype must be one of {get_args(KVDtype)}, got {self.dtype!r}")
+            raise ConfigError(
+                f"KVSpec.dtype must be one of {get_args(KVDtype)}, got {self.dtype!r}"
+            )
 
     @property
     def item_bytes(self) -> int:
