@@ -29,6 +29,13 @@ MAX_VALUE_BYTES = 512 << 20
 
 BIT_DEPTHS = (8, 10, 12)
 
+ONLY_VARIANT = "-"
+"""Variant name of profiles that have no choice of picture size."""
+
+# Rows of one picture, all three planes: 256x640 decodes in about 1 ms and is large enough not to be
+# bound by NVDEC's cost per picture (measured on an H100).
+_PICTURE_CHANNELS = 1920
+
 
 @dataclass(frozen=True, slots=True)
 class PlaneGeometry:
@@ -169,3 +176,13 @@ class Decoder(Protocol):
 
     def close(self) -> None:
         """Free the decoder; safe to call twice."""
+
+
+def layers_of_a_picture(spec: KVSpec) -> int:
+    """So many layers that their channels make a 4:4:4 picture of about 640 lines."""
+    return max(1, _PICTURE_CHANNELS // spec.elements_per_layer_token)
+
+
+def even_groups(num_layers: int, layers: int) -> tuple[tuple[int, int], ...]:
+    """(first layer, number of layers) of groups of `layers`, the last one perhaps smaller."""
+    return tuple((start, min(layers, num_layers - start)) for start in range(0, num_layers, layers))

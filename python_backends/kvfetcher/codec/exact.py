@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvfetcher.codec.base import MAX_SIDE, UnitSource
+from kvfetcher.codec.base import (
+    MAX_SIDE,
+    ONLY_VARIANT,
+    UnitSource,
+    even_groups,
+    layers_of_a_picture,
+)
 from kvfetcher.codec.digest import integer_digest
 from kvfetcher.codec.unit import EXACT, Unit, packed_section, video_sections, write_unit
 from kvfetcher.codec.video import encode_planes
@@ -30,15 +36,11 @@ MEDIANS = 16
 SPREADS = 17
 REMAINDERS = 18
 
-ONLY_VARIANT = "-"
 
 _BIT_DEPTH = 8
 _NEUTRAL = 128
 _PARAMS = struct.Struct("<II")  # frame_rows, frame_columns
 
-# One picture of about this many rows (all three planes) decodes in a few ms and is large enough
-# not to be bound by NVDEC's cost per picture (gpu.md: 256x640 x 3 planes).
-_UNIT_CHANNELS = 1920
 _MAX_FRAME_COLUMNS = 1024
 # Spread classes are eighths of a standard deviation: finer ones gain nothing (the sort only groups
 # channels of like statistics), coarser ones lose.
@@ -86,11 +88,7 @@ class ExactProfile:
 
     def layer_groups(self, spec: KVSpec, num_tokens: int) -> tuple[tuple[int, int], ...]:
         """Groups of `unit_layers` layers, the last one perhaps smaller."""
-        layers = self.unit_layers or max(1, _UNIT_CHANNELS // spec.elements_per_layer_token)
-        return tuple(
-            (start, min(layers, spec.num_layers - start))
-            for start in range(0, spec.num_layers, layers)
-        )
+        return even_groups(spec.num_layers, self.unit_layers or layers_of_a_picture(spec))
 
     def encode(self, source: UnitSource, variant: str) -> bytes:
         """One unit's bytes; any bit pattern is representable."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from kvfetcher.codec.base import MAX_SIDE, MIN_SIDE, UnitSource
+from kvfetcher.codec.base import MAX_SIDE, MIN_SIDE, UnitSource, even_groups
 from kvfetcher.codec.digest import integer_digest
 from kvfetcher.codec.unit import PAPER, Unit, packed_section, video_sections, write_unit
 from kvfetcher.codec.video import encode_planes
@@ -75,11 +75,7 @@ class PaperProfile:
 
     def layer_groups(self, spec: KVSpec, num_tokens: int) -> tuple[tuple[int, int], ...]:
         """Groups of `unit_layers` layers, the last one perhaps smaller."""
-        layers = self.unit_layers or NUM_PLANES
-        return tuple(
-            (start, min(layers, spec.num_layers - start))
-            for start in range(0, spec.num_layers, layers)
-        )
+        return even_groups(spec.num_layers, self.unit_layers or NUM_PLANES)
 
     def encode(self, source: UnitSource, variant: str) -> bytes:
         """One unit's bytes.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvfetcher.codec.base import ONLY_VARIANT
 from kvfetcher.codec.digest import integer_digest
 from kvfetcher.codec.raw_tokens import (
     RAW_TOKENS,
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from kvfetcher.codec.base import Integers, UnitSource
     from kvfetcher.spec import KVSpec
 
-ONLY_VARIANT = "-"
 
 _MAX_FRAME_COLUMNS = 1024
 _MAX_FRAME_ROWS = 2048

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvfetcher.codec.base import MAX_SIDE, UnitSource
+from kvfetcher.codec.base import (
+    MAX_SIDE,
+    ONLY_VARIANT,
+    UnitSource,
+    even_groups,
+    layers_of_a_picture,
+)
 from kvfetcher.codec.digest import integer_digest
 from kvfetcher.codec.raw_tokens import (
     RAW_TOKENS,
@@ -45,11 +51,9 @@ MEANS = 21
 STEPS = 22
 SPREADS = 23
 
-ONLY_VARIANT = "-"
 SINK_TOKENS = 4
 
 _PARAMS = struct.Struct("<IIII")  # frame_rows, frame_columns, num_escapes, num_raw_tokens
-_UNIT_CHANNELS = 1920
 _MAX_FRAME_COLUMNS = 1024
 _CLASSES_PER_UNIT = 8.0
 # Of the root mean square of a layer's K or V around its channel means.
@@ -72,11 +76,7 @@ class UncalibratedProfile:
 
     def layer_groups(self, spec: KVSpec, num_tokens: int) -> tuple[tuple[int, int], ...]:
         """Groups of `unit_layers` layers, the last one perhaps smaller."""
-        layers = self.unit_layers or max(1, _UNIT_CHANNELS // spec.elements_per_layer_token)
-        return tuple(
-            (start, min(layers, spec.num_layers - start))
-            for start in range(0, spec.num_layers, layers)
-        )
+        return even_groups(spec.num_layers, self.unit_layers or layers_of_a_picture(spec))
 
     def encode(self, source: UnitSource, variant: str) -> bytes:
         """One unit's bytes; any values, those that are not finite exactly."""
