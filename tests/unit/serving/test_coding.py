@@ -1,0 +1,156 @@
+"""The codec models' work without a server: encode, decode with fallback, restore into an arena."""
+
+import json
+
+import numpy as np
+import pytest
+
+from kvfetcher.arena import Arena
+from kvfetcher.codec import nvdec
+from kvfetcher.codec.base import PlaneGeometry
+from kvfetcher.config import CodecConfig
+from kvfetcher.container import parse_header
+from kvfetcher.errors import (
+    ArenaError,
+    CodecError,
+    DecoderUnavailableError,
+    FormatError,
+    LayoutError,
+    RequestError,
+)
+from kvfetcher.serving import coding
+from kvfetcher.serving.coding import ChunkEncoder, UnitDecoder, UnitRestorer
+from kvfetcher.spec import KVSpec
+
+SPEC = KVSpec(num_layers=4, num_kv_heads=1, head_dim=16)
+TOKENS = np.arange(32, dtype=np.int32)
+VALUES = np.random.default_rng(5).integers(0, 1 << 16, (4, 2, 1, 32, 16), dtype=np.uint16)
+
+
+def spec_json(**changes):
+    return json.dumps({"spec": SPEC.to_dict(), **changes})
+
+
+def encode(*, spec=None, target="", values=None, tokens=TOKENS):
+    encoder = ChunkEncoder(CodecConfig(unit_layers=2))
+    try:
+        return encoder.encode(
+            tokens,
+            spec_json=spec or spec_json(),
+            target_json=target,
+            values=VALUES.tobytes() if values is None else values,
+        )
+    finally:
+        encoder.close()
+
+
+def units(chunk):
+    return [chunk[entry.offset : entry.stop] for entry in parse_header(chunk).units]
+
+
+@pytest.fixture
+def arena(tmp_path):
+    made = Arena.create(tmp_path / "arena", spec=SPEC, tokens_per_block=16, num_bytes=1 << 16)
+    yield made
+    made.close()
+
+
+def test_values_come_back_from_a_chunk_unit_by_unit():
+    chunk, status = encode()
+    assert json.loads(status)["num_bytes"] == len(chunk)
+    decoder, restorer = UnitDecoder("cpu"), UnitRestorer()
+    restored = b""
+    for unit in units(chunk):
+        planes, decode_status = decoder.decode(unit)
+        values, status = restorer.restore(unit, planes, target_json="", decode_status=decode_status)
+        assert json.loads(status)["decoder"] == "cpu"
+        restored += values
+    assert restored == VALUES.tobytes()
+
+
+def test_an_arena_is_source_and_target(arena):
+    source, target = arena.target((2, 0), 32), arena.target((1, 3), 32)
+    arena.write(source, 0, VALUES)
+    chunk, _ = encode(target=source.to_json(), values=b"")
+    decoder, restorer = UnitDecoder("cpu"), UnitRestorer()
+    for unit in units(chunk):
+        planes, status = decoder.decode(unit)
+        values, _ = restorer.restore(
+            unit, planes, target_json=target.to_json(), decode_status=status
+        )
+        assert values == b""
+    np.testing.assert_array_equal(arena.read(target), VALUES)
+    restorer.close()
+
+
+def test_a_target_of_an_engine_that_was_restarted_is_refused(arena, tmp_path):
+    old = arena.target((0, 1), 32).to_json()
+    with pytest.raises(LayoutError, match="must be JSON"):
+        encode(target="not a target")
+    again = Arena.create(tmp_path / "arena", spec=SPEC, tokens_per_block=16, num_bytes=1 << 16)
+    with pytest.raises(ArenaError, match="restarted"):
+        encode(target=old)
+    again.close()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    ["", "[]", "{}", spec_json(colour=1), spec_json(chunk_key="00"), spec_json(first_position="x")],
+)
+def test_what_does_not_describe_a_chunk_is_refused(bad):
+    with pytest.raises(RequestError, match="kv_spec"):
+        encode(spec=bad or "nothing")
+
+
+def test_values_of_another_size_are_refused_with_both_sizes():
+    with pytest.raises(RequestError, match=r"= 8192, got 8191"):
+        encode(values=VALUES.tobytes()[:-1])
+
+
+class Broken:
+    def decode(self, packets, geometry):
+        raise CodecError("the engine was reset")
+
+    def close(self):
+        pass
+
+
+def test_a_unit_that_nvdec_fails_at_goes_to_the_cpu_with_the_reason(monkeypatch):
+    monkeypatch.setattr(coding, "_proven_nvdec", Broken)
+    decoder = UnitDecoder("nvdec")
+    assert decoder.name == "nvdec"
+    unit = units(encode()[0])[0]
+    planes, status = decoder.decode(unit)
+    expected, _ = UnitDecoder("cpu").decode(unit)
+    np.testing.assert_array_equal(planes, expected)
+    facts = json.loads(status)
+    assert (facts["decoder"], facts["fallback"]) == ("cpu", "the engine was reset")
+    with pytest.raises(FormatError):
+        decoder.decode(b"no unit")
+
+
+def test_nvdec_asked_for_where_there_is_none_is_refused_with_a_remedy(monkeypatch):
+    def unusable():
+        raise DecoderUnavailableError("no driver; install it")
+
+    monkeypatch.setattr(coding, "_proven_nvdec", unusable)
+    with pytest.raises(DecoderUnavailableError, match="install"):
+        UnitDecoder("nvdec")
+    monkeypatch.setattr(nvdec, "has_driver", lambda: True)
+    assert UnitDecoder("auto").name == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("size", "engines", "refused"),
+    [
+        ((256, 640), 7, ""),
+        ((144, 144), 7, "150x144"),  # 8-bit 4:4:4 pictures 144 wide came back wrong on an H100
+        ((8192, 8192), 7, ""),
+        ((256, 640), 0, "no HEVC"),
+    ],
+)
+def test_capabilities_refuse_by_size_and_say_the_range(size, engines, refused):
+    caps = nvdec.DecoderCaps("4:4:4", 8, engines, 144, 144, 8192, 8192)
+    geometry = PlaneGeometry(num_frames=1, width=size[0], height=size[1], bit_depth=8)
+    answer = caps.refusal(geometry)
+    assert (refused in answer) if refused else answer == ""
