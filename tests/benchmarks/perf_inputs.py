@@ -1,13 +1,13 @@
 """Input data for perf_analyzer, as JSON on stdout or in a file.
 
-    python tests/benchmarks/perf_inputs.py prompts --prompts 16 --tokens 32 --output prompts.json
+    python tests/benchmarks/perf_inputs.py prompts --prompts 16 --tokens 8 --output prompts.json
     perf_analyzer -m kvfetcher -u 127.0.0.1:8001 -i grpc --streaming --async \\
-        --input-data prompts.json --concurrency-range 1:4 \\
-        --measurement-mode count_windows --measurement-request-count 16 --stability-percentage 999
+        --input-data prompts.json --concurrency-range 1:2 \\
+        --measurement-mode count_windows --measurement-request-count 8 --max-trials 3 --stability-percentage 999
 
     python tests/benchmarks/perf_inputs.py units chunk.kvf --output units.json
-    perf_analyzer -m kv_pipeline -u 127.0.0.1:8001 -i grpc --input-data units.json
-    perf_analyzer -m kv_decode -u 127.0.0.1:8001 -i grpc --input-data units.json
+    perf_analyzer -m kv_pipeline -u 127.0.0.1:8001 -i grpc --input-data units.json --stability-percentage 50
+    perf_analyzer -m kv_decode -u 127.0.0.1:8001 -i grpc --input-data units.json --stability-percentage 50
 
 A chunk is any object of a store (`kvfetcher store ls`). `synthetic` writes one of random values.
 """
