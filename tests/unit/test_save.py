@@ -13,7 +13,6 @@ from kvfetcher.storage.local import LocalStore
 
 FACTS = FetchFacts(
     identity_digest=b"i" * 32,
-    profile="exact/1",
     chunk_tokens=4,
     tokens_per_block=2,
     spec=KVSpec(num_layers=1, num_kv_heads=1, head_dim=8),

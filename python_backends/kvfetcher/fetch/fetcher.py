@@ -72,7 +72,6 @@ class FetchFacts:
     """What the fetcher must know of the engine and the profile; constant while it runs."""
 
     identity_digest: bytes
-    profile: str
     chunk_tokens: int
     tokens_per_block: int
     spec: KVSpec

@@ -59,7 +59,6 @@ class EngineLeases:
         profile = profile_id(codec, identity.spec, weights=identity.weights)
         return FetchFacts(
             identity_digest=identity.digest(profile=profile, chunk_tokens=codec.chunk_tokens),
-            profile=profile,
             chunk_tokens=codec.chunk_tokens,
             tokens_per_block=engine["tokens_per_block"],
             spec=identity.spec,

@@ -23,7 +23,6 @@ CHUNK_TOKENS = 64
 PROFILE = profiles.make_profile(CodecConfig(profile="exact", unit_layers=2))
 FACTS = FetchFacts(
     identity_digest=b"i" * 32,
-    profile=PROFILE.identity,
     chunk_tokens=CHUNK_TOKENS,
     tokens_per_block=16,
     spec=SPEC,
