@@ -9,13 +9,17 @@
     │   ├── ChecksumError         a digest differs
     │   └── UnsupportedVersionError
     ├── CodecError                the video coder failed
-    │   └── DecoderUnavailableError
+    │   ├── DecoderUnavailableError
+    │   └── EncoderUnavailableError
     ├── StoreError                the store failed
     │   ├── ChunkNotFoundError
-    │   └── StoreTimeoutError
+    │   ├── StoreTimeoutError     no answer in time
+    │   ├── TransientStoreError   a failure that may pass: connection reset, 429, 5xx
+    │   └── StoreUnavailableError it failed too often lately and is not asked for a while
     ├── ArenaError                the KV arena refused
     │   ├── ArenaFullError        no free blocks
     │   └── LeaseError            a lease is unknown, expired, or in the wrong state
+    ├── GpuError                  a GPU refused: memory, or sharing it
     ├── EngineError               the LLM engine failed
     │   └── EngineBusyError       its queue is full
     └── ServerError               tritonserver could not be found, started or stopped
@@ -89,6 +93,12 @@ class DecoderUnavailableError(CodecError):
     triton_status: ClassVar[TritonStatus] = "UNAVAILABLE"
 
 
+class EncoderUnavailableError(CodecError):
+    """The encoder that was asked for is not on this machine, or not to be trusted."""
+
+    triton_status: ClassVar[TritonStatus] = "UNAVAILABLE"
+
+
 class StoreError(KVFetcherError):
     """The store failed."""
 
@@ -105,6 +115,17 @@ class StoreTimeoutError(StoreError):
     """The store did not answer in time."""
 
 
+class TransientStoreError(StoreError):
+    """The store failed in a way that may pass by itself: a reset connection, 429, 5xx.
+
+    Backends raise it where asking again is worth it; any other `StoreError` is final.
+    """
+
+
+class StoreUnavailableError(StoreError):
+    """The store failed too often lately; it is not asked for a while (`storage.breaker`)."""
+
+
 class ArenaError(KVFetcherError):
     """The KV arena refused."""
 
@@ -119,6 +140,12 @@ class LeaseError(ArenaError):
     """A lease is unknown, expired, or in the wrong state for the call."""
 
     triton_status: ClassVar[TritonStatus] = "NOT_FOUND"
+
+
+class GpuError(KVFetcherError):
+    """A GPU refused: no memory left, or a process that shared some is gone."""
+
+    triton_status: ClassVar[TritonStatus] = "UNAVAILABLE"
 
 
 class EngineError(KVFetcherError):

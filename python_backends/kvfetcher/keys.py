@@ -12,14 +12,25 @@ the start of the prompt to the end of the chunk.
 All integers are little-endian. The lengths keep two (identity, salt) pairs from meaning the same
 bytes, and the leading labels keep a root from being mistaken for a chunk. Two tenants with
 different salts share no key; a reader compares the token ids too (a key is a name, not a proof).
+
+Objects of a store are named so that whatever belongs to one model or one tenant can be listed (and
+purged) by the start of its name, without reading it:
+
+    name   = model "/" tenant "/" first 3 digits of the key "/" key         all lower-case hex
+    model  = first 16 digits of the identity
+    tenant = first 16 digits of SHA-256("kvfetcher tenant 1\0" || salt as UTF-8)
+
+A tenant's digits do not depend on the model. They hide a salt only as far as it is hard to guess,
+as the root of its chains does.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvfetcher.errors import ConfigError, RequestError
 
@@ -30,6 +41,13 @@ KEY_BYTES = 32
 
 _ROOT_LABEL = b"kvfetcher root 1\0"
 _CHUNK_LABEL = b"kvfetcher chunk 1\0"
+_TENANT_LABEL = b"kvfetcher tenant 1\0"
+_SCOPE_DIGITS = 16
+_FOLDER_DIGITS = 3
+_NAME = re.compile(
+    rf"(?P<model>[0-9a-f]{{{_SCOPE_DIGITS}}})/(?P<tenant>[0-9a-f]{{{_SCOPE_DIGITS}}})"
+    rf"/(?P<folder>[0-9a-f]{{{_FOLDER_DIGITS}}})/(?P<key>(?P=folder)[0-9a-f]{{{2 * KEY_BYTES - _FOLDER_DIGITS}}})"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,29 +58,79 @@ class ChunkKey:
         parent: [32 bytes] key of the chunk before, or the root of the chain for index 0.
         key: [32 bytes] this chunk's key.
         index: position in the prompt, in chunks.
+        scope: whose chunk it is, ``model/tenant``; see `scope_of`.
     """
 
     parent: bytes
     key: bytes
     index: int
+    scope: str
 
     @property
     def name(self) -> str:
         """Object name in a store; see `object_name`."""
-        return object_name(self.key)
+        return object_name(self.scope, self.key)
 
 
-def object_name(key: bytes) -> str:
-    """Name of a chunk object: ``ab/cd/abcd...`` (lower-case hex).
+class NameParts(NamedTuple):
+    """What the name of a chunk object tells."""
 
-    Two levels of folders keep every folder of a file store below a few thousand entries at
-    hundreds of millions of chunks.
+    model: str
+    tenant: str
+    key: bytes
+
+    @property
+    def scope(self) -> str:
+        return f"{self.model}/{self.tenant}"
+
+
+def model_digits(identity_digest: bytes) -> str:
+    """The first segment of the names of one model's chunks (one model, codec and chunk size).
+
+    Raises:
+        ConfigError: `identity_digest` is not 32 bytes.
+    """
+    return _checked("identity digest", identity_digest).hex()[:_SCOPE_DIGITS]
+
+
+def tenant_digits(cache_salt: str) -> str:
+    """The second segment of the names of one tenant's chunks.
+
+    Raises:
+        RequestError: `cache_salt` is not valid Unicode text.
+    """
+    return hashlib.sha256(_TENANT_LABEL + _salt_bytes(cache_salt)).hexdigest()[:_SCOPE_DIGITS]
+
+
+def scope_of(identity_digest: bytes, cache_salt: str = "") -> str:
+    """``model/tenant``: what the names of all chunks of one model and one tenant start with.
+
+    Raises:
+        ConfigError: `identity_digest` is not 32 bytes.
+        RequestError: `cache_salt` is not valid Unicode text.
+    """
+    return f"{model_digits(identity_digest)}/{tenant_digits(cache_salt)}"
+
+
+def object_name(scope: str, key: bytes) -> str:
+    """Name of a chunk object: ``model/tenant/abc/abc...``. Exact inverse: `parse_object_name`.
+
+    4096 folders per scope keep every folder of a file store below some ten thousand entries at a
+    hundred million chunks of one tenant, without a folder per chunk for small tenants.
 
     Raises:
         ConfigError: `key` is not 32 bytes.
     """
     text = _checked("chunk key", key).hex()
-    return f"{text[:2]}/{text[2:4]}/{text}"
+    return f"{scope}/{text[:_FOLDER_DIGITS]}/{text}"
+
+
+def parse_object_name(name: str) -> NameParts | None:
+    """What the name of a chunk object tells; None where it is not the name of one."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    return NameParts(match["model"], match["tenant"], bytes.fromhex(match["key"]))
 
 
 def root_key(identity_digest: bytes, cache_salt: str = "") -> bytes:
@@ -72,15 +140,8 @@ def root_key(identity_digest: bytes, cache_salt: str = "") -> bytes:
         ConfigError: `identity_digest` is not 32 bytes.
         RequestError: `cache_salt` is not valid Unicode text.
     """
-    try:
-        salt = cache_salt.encode()
-    except UnicodeEncodeError as exc:
-        raise RequestError(
-            f"cache_salt must be valid Unicode text, got {cache_salt!r}; lone surrogates have no"
-            " UTF-8 form"
-        ) from exc
     digest = hashlib.sha256(_ROOT_LABEL)
-    for part in (_checked("identity digest", identity_digest), salt):
+    for part in (_checked("identity digest", identity_digest), _salt_bytes(cache_salt)):
         digest.update(struct.pack("<Q", len(part)))
         digest.update(part)
     return digest.digest()
@@ -118,11 +179,12 @@ def chunk_keys(
     if chunk_tokens < 1:
         raise ConfigError(f"chunk_tokens must be >= 1, got {chunk_tokens}")
     parent = root_key(identity_digest, cache_salt)
+    scope = scope_of(identity_digest, cache_salt)
     keys = []
     for index in range(len(token_ids) // chunk_tokens):
         start = index * chunk_tokens
         key = next_key(parent, token_ids[start : start + chunk_tokens])
-        keys.append(ChunkKey(parent=parent, key=key, index=index))
+        keys.append(ChunkKey(parent=parent, key=key, index=index, scope=scope))
         parent = key
     return keys
 
@@ -137,6 +199,16 @@ def pack_token_ids(token_ids: Sequence[int]) -> bytes:
         return struct.pack(f"<{len(token_ids)}I", *token_ids)
     except struct.error as exc:
         raise RequestError(f"token ids must be integers from 0 to 2**32 - 1: {exc}") from exc
+
+
+def _salt_bytes(cache_salt: str) -> bytes:
+    try:
+        return cache_salt.encode()
+    except UnicodeEncodeError as exc:
+        raise RequestError(
+            f"cache_salt must be valid Unicode text, got {cache_salt!r}; lone surrogates have no"
+            " UTF-8 form"
+        ) from exc
 
 
 def _checked(what: str, data: bytes) -> bytes:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from kvfetcher.errors import ChunkNotFoundError, StoreError
-from kvfetcher.storage.base import MAX_NAME_CHARS
+from kvfetcher.storage.base import MAX_NAME_CHARS, ByteRange, get_ranges_singly
 
 NAME = "ab/cd/" + "abcd" * 16
 OTHER = "ab/ce/" + "abce" * 16
@@ -111,6 +111,36 @@ class StoreTests:
     async def test_range_of_missing_object_is_not_found(self, store):
         with pytest.raises(ChunkNotFoundError, match=NAME):
             await store.get_range(NAME, 0, 1)
+
+    async def test_ranges_of_many_objects_are_answered_in_order(self, store):
+        names = [f"aa/{i:03d}" for i in range(40)]
+        await asyncio.gather(*(self.raw_set(store, n, n.encode() * 10) for n in names))
+        wanted = [ByteRange(name, 3, 6 + i) for i, name in enumerate(names)]
+        expected = [(n.encode() * 10)[3 : 6 + i] for i, n in enumerate(names)]
+        assert await store.get_ranges(wanted) == expected
+        assert await store.get_ranges(wanted[::-1]) == expected[::-1]
+        assert await store.get_ranges([]) == []
+
+    async def test_missing_objects_among_many_cost_no_other(self, store):
+        await self.raw_set(store, NAME, b"0123456789")
+        await self.raw_set(store, OTHER, b"")
+        first, absent, past_the_end, empty = await store.get_ranges(
+            [
+                ByteRange(NAME, 0, 4),
+                ByteRange("ab/absent", 0, 4),
+                ByteRange(NAME, 10, 20),
+                ByteRange(OTHER, 0, 5),
+            ]
+        )
+        assert (first, past_the_end, empty) == (b"0123", b"", b"")
+        assert isinstance(absent, ChunkNotFoundError)
+        assert "ab/absent" in str(absent)
+
+    @pytest.mark.parametrize("bad", [ByteRange(NAME, 4, 4), ByteRange("../escape", 0, 4)])
+    async def test_a_bad_range_among_many_refuses_all(self, store, bad):
+        await self.raw_set(store, NAME, b"0123456789")
+        with pytest.raises(StoreError, match=r"empty or negative|not allowed"):
+            await store.get_ranges([ByteRange(NAME, 0, 4), bad])
 
     async def test_head_tells_size_and_time(self, store):
         before = time.time()
@@ -231,6 +261,11 @@ class WrappedStore:
 
     async def get_range(self, name, start, end):
         return await self._call("get_range", name, start, end)
+
+    async def get_ranges(self, ranges):
+        """Each range counts, waits and fails as a `get_range`; the batch counts as `get_ranges`."""
+        self.calls["get_ranges"] += 1
+        return await get_ranges_singly(self, ranges, max_concurrency=max(1, len(ranges)))
 
     async def head(self, name):
         return await self._call("head", name)

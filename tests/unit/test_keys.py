@@ -7,7 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfetcher.errors import ConfigError, RequestError
-from kvfetcher.keys import chunk_keys, next_key, object_name, pack_token_ids, root_key
+from kvfetcher.keys import (
+    chunk_keys,
+    next_key,
+    object_name,
+    pack_token_ids,
+    parse_object_name,
+    root_key,
+    scope_of,
+    tenant_digits,
+)
+from kvfetcher.storage.base import check_name
 
 IDENTITY = bytes(range(32))
 TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=40)
@@ -93,7 +103,44 @@ def test_bad_chunk_size_or_identity_is_refused():
         chunk_keys([1], 1, b"abc")
 
 
-def test_object_name_has_two_levels():
-    key = bytes([0xAB, 0xCD, *range(30)])
-    assert object_name(key) == f"ab/cd/{key.hex()}"
-    assert chunk_keys([1], 1, IDENTITY)[0].name.count("/") == 2
+def test_names_of_a_known_prompt_never_change():
+    # As above: written down from the definition in keys.py.
+    name = chunk_keys([7, 8], 2, IDENTITY, "salt")[0].name
+    tenant = hashlib.sha256(b"kvfetcher tenant 1\0salt").hexdigest()[:16]
+    key = chunk_keys([7, 8], 2, IDENTITY, "salt")[0].key.hex()
+    assert name == f"0001020304050607/{tenant}/{key[:3]}/{key}"
+    assert name == f"{scope_of(IDENTITY, 'salt')}/{key[:3]}/{key}"
+
+
+@given(st.binary(min_size=32, max_size=32), st.sampled_from(["", "a", "b"]))
+def test_a_name_tells_model_tenant_and_key(identity, salt):
+    key = chunk_keys([1], 1, identity, salt)[0]
+    parts = parse_object_name(check_name(key.name))
+    assert (parts.key, parts.scope) == (key.key, key.scope)
+    assert parts.model == identity.hex()[:16]
+    assert parts.tenant == tenant_digits(salt)
+
+
+def test_a_tenant_has_the_same_digits_with_every_model():
+    assert scope_of(IDENTITY, "t").split("/")[1] == scope_of(bytes(32), "t").split("/")[1]
+    assert len({tenant_digits(salt) for salt in ("", "t", "t\0")}) == 3
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "ab/cd/" + "abcd" * 16,
+        f"{'0' * 16}/{'1' * 16}/abc/{'abc'.ljust(63, '0')}",
+        f"{'0' * 16}/{'1' * 16}/abd/{'abc'.ljust(64, '0')}",
+        f"{'0' * 16}/{'1' * 16}/abc/{'ABC'.ljust(64, '0')}",
+        f"{'0' * 16}/{'1' * 16}/abc/{'abc'.ljust(64, '0')}\n",
+    ],
+)
+def test_other_names_are_not_taken_for_chunks(name):
+    assert parse_object_name(name) is None
+
+
+def test_object_name_needs_a_whole_key():
+    with pytest.raises(ConfigError, match="chunk key must be 32 bytes, got 3"):
+        object_name("a/b", b"abc")

@@ -15,14 +15,15 @@ Contract of every backend (``tests/support/stores.py`` holds them to it):
 
 from __future__ import annotations
 
+import asyncio
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from kvfetcher.errors import StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
 MAX_NAME_CHARS = 200
 
@@ -43,6 +44,14 @@ class ObjectInfo:
     name: str
     num_bytes: int
     modified_time_seconds: float
+
+
+class ByteRange(NamedTuple):
+    """Bytes ``[start, end)`` of the object `name`."""
+
+    name: str
+    start: int
+    end: int
 
 
 class Get(Protocol):
@@ -70,6 +79,22 @@ class GetRange(Protocol):
         Raises:
             ChunkNotFoundError: no such object.
             StoreError: ``not 0 <= start < end``, or anything else.
+        """
+        ...
+
+
+class GetRanges(Protocol):
+    """Read parts of many objects in as few round trips as the store allows."""
+
+    async def get_ranges(self, ranges: Sequence[ByteRange]) -> list[bytes | StoreError]:
+        """What `get_range` would answer for each of `ranges`, in their order.
+
+        A range that fails is an answer too, so that one lost object does not cost the others: the
+        `StoreError` that `get_range` would raise, `ChunkNotFoundError` for a missing object. Where
+        the store fails for all of them, each answer is that error.
+
+        Raises:
+            StoreError: a name or range that breaks the rules; nothing was read.
         """
         ...
 
@@ -126,12 +151,57 @@ class Quarantine(Protocol):
         ...
 
 
-class Store(Get, GetRange, Head, Put, Delete, ListPrefix, Quarantine, Protocol):
+class Near(Protocol):
+    """Tell what reading costs the network nothing; only stores with copies near by have it."""
+
+    async def near(self, ranges: Sequence[ByteRange]) -> list[bool]:
+        """For each of `ranges`, whether copies on this host hold its answer now.
+
+        No promise: a copy may go before the range is read. Costs no network.
+
+        Raises:
+            StoreError: a name or range that breaks the rules.
+        """
+        ...
+
+
+class Store(Get, GetRange, GetRanges, Head, Put, Delete, ListPrefix, Quarantine, Protocol):
     """All verbs; what `open_store` returns."""
 
     async def close(self) -> None:
         """Give connections back. No call may follow."""
         ...
+
+
+async def get_ranges_singly(
+    store: GetRange, ranges: Sequence[ByteRange], *, max_concurrency: int
+) -> list[bytes | StoreError]:
+    """`GetRanges.get_ranges` for a store that has no batched read: one call per range.
+
+    Args:
+        store: where the objects are.
+        ranges: what to read.
+        max_concurrency: calls that run at one time.
+
+    Raises:
+        StoreError: a name or range that breaks the rules; nothing was read.
+    """
+    check_ranges(ranges)
+    places = asyncio.Semaphore(max_concurrency)
+
+    async def read(part: ByteRange) -> bytes | StoreError:
+        async with places:
+            try:
+                return await store.get_range(*part)
+            except StoreError as exc:
+                return exc
+
+    return await asyncio.gather(*map(read, ranges))
+
+
+def is_name(text: str) -> bool:
+    """Whether `text` follows the rule for names of this module's head."""
+    return len(text) <= MAX_NAME_CHARS and _NAME.fullmatch(text) is not None
 
 
 def check_name(name: str) -> str:
@@ -140,7 +210,7 @@ def check_name(name: str) -> str:
     Raises:
         StoreError: it does not.
     """
-    if len(name) > MAX_NAME_CHARS or not _NAME.fullmatch(name):
+    if not is_name(name):
         raise StoreError(
             f"object name {name!r} is not allowed: segments of A-Z a-z 0-9 . _ - joined by '/',"
             f" none starting with a dot, at most {MAX_NAME_CHARS} characters"
@@ -167,3 +237,13 @@ def check_range(name: str, start: int, end: int) -> None:
     """
     if not 0 <= start < end:
         raise StoreError(f"range [{start}, {end}) of object {name} is empty or negative")
+
+
+def check_ranges(ranges: Sequence[ByteRange]) -> None:
+    """Check every name and range of a batch.
+
+    Raises:
+        StoreError: one of them breaks the rules.
+    """
+    for name, start, end in ranges:
+        check_range(check_name(name), start, end)

@@ -1,0 +1,249 @@
+"""A store behind a breaker, with retries and hedged reads.
+
+Wraps one remote store, below any local tier, so that a dead remote does not hide what lies near.
+An open breaker answers `StoreUnavailableError` at once, without I/O. Only `TransientStoreError` is
+retried. Deadlines are the caller's: cancelling a call cancels its retries and its second read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
+
+from kvfetcher.errors import (
+    ChunkNotFoundError,
+    StoreError,
+    StoreUnavailableError,
+    TransientStoreError,
+)
+from kvfetcher.storage.base import check_name, check_prefix, check_range, check_ranges
+from kvfetcher.storage.breaker import Breaker
+from kvfetcher.storage.hedging import HedgePolicy
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+
+    from kvfetcher.storage.base import ByteRange, ObjectInfo, Store
+
+Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
+
+GuardEvent = Literal["retry", "hedge", "hedge_won", "failure", "opened", "closed", "refused"]
+"""What a guard tells its observer, for metrics."""
+
+_FIRST_RETRY_SECONDS = 0.05
+_MAX_RETRY_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class GuardOptions:
+    """Knobs of `GuardedStore`; defaults are in `config.StoreConfig`."""
+
+    max_retries: int
+    hedge_fraction: float
+    min_failures: int
+    min_backoff_seconds: float
+    max_backoff_seconds: float
+    window: int = 20
+    """Calls that the breaker remembers."""
+
+
+class GuardedStore:
+    """See the module's text; verbs as in `storage.base`. One event loop.
+
+    Args:
+        inner: the remote store.
+        options: see `GuardOptions`.
+        observe: called with each event.
+        clock: seconds, monotonic.
+        uniform: random numbers in [0, 1) for jitter.
+    """
+
+    def __init__(
+        self,
+        inner: Store,
+        options: GuardOptions,
+        *,
+        observe: Callable[[GuardEvent], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
+        uniform: Callable[[], float] = random.random,
+    ) -> None:
+        self._inner = inner
+        self._options = options
+        self._observe = observe
+        self._clock = clock
+        self._uniform = uniform
+        self._hedges = HedgePolicy(fraction=options.hedge_fraction)
+        self.breaker = Breaker(
+            window=options.window,
+            min_failures=options.min_failures,
+            min_backoff_seconds=options.min_backoff_seconds,
+            max_backoff_seconds=options.max_backoff_seconds,
+            random=uniform,
+        )
+
+    async def get(self, name: str) -> bytes:
+        return await self._retried(name, lambda: self._watched(self._inner.get, name))
+
+    async def get_range(self, name: str, start: int, end: int) -> bytes:
+        check_range(name, start, end)
+        return await self._retried(
+            name, lambda: self._hedged(lambda: self._inner.get_range(name, start, end), end - start)
+        )
+
+    async def get_ranges(self, ranges: Sequence[ByteRange]) -> list[bytes | StoreError]:
+        check_ranges(ranges)
+        answers: dict[ByteRange, bytes | StoreError] = {}
+        left = list(ranges)
+        for attempt in range(self._options.max_retries + 1):
+            if attempt:
+                self._observe("retry")
+                await self._pause(attempt - 1)
+            answers.update(zip(left, await self._batch(left), strict=True))
+            left = [part for part in left if isinstance(answers[part], TransientStoreError)]
+            if not left:
+                break
+        return [answers[part] for part in ranges]
+
+    async def head(self, name: str) -> ObjectInfo | None:
+        return await self._retried(name, lambda: self._watched(self._inner.head, name))
+
+    async def put(self, name: str, data: bytes) -> bool:
+        return await self._retried(name, lambda: self._watched(self._inner.put, name, data))
+
+    async def delete(self, name: str) -> None:
+        await self._retried(name, lambda: self._watched(self._inner.delete, name))
+
+    async def quarantine(self, name: str, reason: str) -> None:
+        await self._retried(name, lambda: self._watched(self._inner.quarantine, name, reason))
+
+    async def list_prefix(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
+        check_prefix(prefix)
+        with self._verdict(0):
+            async for info in self._inner.list_prefix(prefix):
+                yield info
+
+    async def close(self) -> None:
+        await self._inner.close()
+
+    async def _retried(self, name: str, call: Callable[[], Awaitable[Result]]) -> Result:
+        check_name(name)  # not the store's fault: the breaker must not hear of it
+        for attempt in range(self._options.max_retries):
+            try:
+                return await call()
+            except TransientStoreError:
+                self._observe("retry")
+            await self._pause(attempt)
+        return await call()
+
+    async def _pause(self, attempt: int) -> None:
+        seconds = min(_FIRST_RETRY_SECONDS * 2**attempt, _MAX_RETRY_SECONDS)
+        await asyncio.sleep(seconds * (0.5 + 0.5 * self._uniform()))
+
+    async def _batch(self, ranges: Sequence[ByteRange]) -> list[bytes | StoreError]:
+        """One call for all; a batch of which nothing was answered is one failure."""
+        answers: list[bytes | StoreError] = []
+        try:
+            with self._verdict(0):
+                answers = await self._inner.get_ranges(ranges)
+                if (failure := _common_failure(answers)) is not None:
+                    raise failure
+        except StoreError as exc:
+            return answers or [exc] * len(ranges)
+        return answers
+
+    async def _watched(
+        self,
+        verb: Callable[Arguments, Awaitable[Result]],
+        *args: Arguments.args,
+        **kwargs: Arguments.kwargs,
+    ) -> Result:
+        with self._verdict(0):
+            return await verb(*args, **kwargs)
+
+    async def _hedged(self, call: Callable[[], Awaitable[Result]], num_bytes: int) -> Result:
+        with self._verdict(num_bytes):
+            started = self._clock()
+            delay = self._hedges.delay_seconds(num_bytes)
+            result = await (call() if delay is None else self._race(call, delay))
+            self._hedges.record(num_bytes, self._clock() - started)
+            return result
+
+    async def _race(self, call: Callable[[], Awaitable[Result]], delay_seconds: float) -> Result:
+        """The first answer of a read and, if that takes longer than the delay, a second one."""
+        first = asyncio.ensure_future(call())
+        reads = [first]
+        try:
+            done, _ = await asyncio.wait(reads, timeout=delay_seconds)
+            if done or not self._hedges.take():
+                return await first
+            self._observe("hedge")
+            reads.append(asyncio.ensure_future(call()))
+            pending = set(reads)
+            while pending:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for read in done:
+                    if not pending or read.exception() is None:
+                        if read is not first and read.exception() is None:
+                            self._observe("hedge_won")
+                        return read.result()
+            raise AssertionError("the last read to end was returned or raised")
+        finally:
+            for read in reads:
+                read.cancel()
+            await asyncio.gather(*reads, return_exceptions=True)
+
+    @contextmanager
+    def _verdict(self, num_bytes: int) -> Iterator[None]:
+        """Ask the breaker before, and tell it afterwards how the call went."""
+        started = self._clock()
+        ticket = self.breaker.admit(started)
+        if ticket is None:
+            self._observe("refused")
+            raise StoreUnavailableError(
+                "the store failed too often lately and is asked again in"
+                f" {self.breaker.wait_seconds(started):.1f} s; is it up and reachable?"
+            )
+        try:
+            yield
+        except ChunkNotFoundError:
+            self._note_success(ticket)
+            raise
+        except StoreError:
+            self._note_failure(ticket)
+            raise
+        except BaseException:  # cancelled: that says something only of a call that was very late
+            stalled = self._hedges.stalled_seconds(num_bytes)
+            if stalled is not None and self._clock() - started > stalled:
+                self._note_failure(ticket)
+            else:
+                self.breaker.abandoned(ticket)
+            raise
+        self._note_success(ticket)
+
+    def _note_success(self, ticket: int) -> None:
+        before = self.breaker.state
+        self.breaker.succeeded(ticket)
+        if before != "closed" and self.breaker.state == "closed":
+            self._observe("closed")
+
+    def _note_failure(self, ticket: int) -> None:
+        self._observe("failure")
+        before = self.breaker.state
+        self.breaker.failed(ticket, self._clock())
+        if before != "open" and self.breaker.state == "open":
+            self._observe("opened")
+
+
+def _common_failure(answers: Sequence[bytes | StoreError]) -> StoreError | None:
+    """The error of a batch in which nothing was answered; None where something was."""
+    failure = None
+    for answer in answers:
+        if not isinstance(answer, StoreError) or isinstance(answer, ChunkNotFoundError):
+            return None
+        failure = answer
+    return failure

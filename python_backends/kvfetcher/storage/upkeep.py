@@ -1,0 +1,246 @@
+"""Look through a store and put it in order: survey, remove, verify, warm.
+
+Each takes `tell`, called now and then with one line about how far it is. Objects are handled a
+batch at a time, so memory is bounded but for the survey's own result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from kvfetcher import container
+from kvfetcher.errors import ChunkNotFoundError, FormatError, StoreError
+from kvfetcher.keys import model_digits, next_key, parse_object_name
+from kvfetcher.storage.base import ByteRange
+from kvfetcher.storage.reach import Holding, Survey
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
+
+    from kvfetcher.container import ChunkHeader
+    from kvfetcher.keys import NameParts
+    from kvfetcher.storage.base import Delete, Get, GetRange, GetRanges, ListPrefix, ObjectInfo
+
+    Tell = Callable[[str], None]
+
+    class Surveyed(GetRange, GetRanges, ListPrefix, Protocol):
+        """What a survey asks of a store."""
+
+
+_HEADER_BATCH = 64
+_DELETE_BATCH = 64
+# Whole objects in memory at one time; a chunk is at most 1 GiB, usually a few MB.
+_READ_BATCH = 4
+
+_T = TypeVar("_T")
+
+
+@dataclass(slots=True)
+class Removal:
+    """What became of objects that were to be removed."""
+
+    removed: int = 0
+    num_bytes: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Warming:
+    """What was brought near.
+
+    Attributes:
+        objects: how many.
+        num_bytes: bytes read.
+        is_full: more would not have fitted; the rest was left.
+        failed: object name -> why it could not be read.
+    """
+
+    objects: int = 0
+    num_bytes: int = 0
+    is_full: bool = False
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Verification:
+    """What a check of whole objects found.
+
+    Attributes:
+        sound: chunks whose every digest holds.
+        num_bytes: bytes read.
+        damaged: object name -> what is wrong.
+        others: objects that are not named as chunks; not read.
+        failed: object name -> why it could not be read.
+    """
+
+    sound: int = 0
+    num_bytes: int = 0
+    damaged: dict[str, str] = field(default_factory=dict)
+    others: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+async def survey(store: Surveyed, prefix: str, *, with_tokens: bool = False, tell: Tell) -> Survey:
+    """Names and headers of all objects whose name starts with `prefix`.
+
+    Raises:
+        StoreError: the store failed. (What could not be read must not count as missing.)
+    """
+    found = Survey()
+    async for batch in _batches(store.list_prefix(prefix), _HEADER_BATCH):
+        named = [(info, parse_object_name(info.name)) for info in batch]
+        found.others += [info for info, parts in named if parts is None]
+        chunks = [(info, parts) for info, parts in named if parts is not None]
+        answers = await store.get_ranges(
+            [ByteRange(info.name, 0, container.HEADER_READ_BYTES) for info, _ in chunks]
+        )
+        for (info, parts), answer in zip(chunks, answers, strict=True):
+            try:
+                header = await _read_header(store, info.name, answer)
+                _check_name(parts, header)
+            except ChunkNotFoundError:
+                continue  # it went meanwhile
+            except FormatError as exc:
+                found.damaged.append((info, str(exc)))
+                continue
+            found.chunks.append(
+                Holding(
+                    info,
+                    parts.scope,
+                    header.chunk_key,
+                    header.parent_key,
+                    header.first_position,
+                    header.token_ids if with_tokens else (),
+                )
+            )
+        tell(f"looked at {len(found.chunks) + len(found.damaged) + len(found.others)} objects")
+    return found
+
+
+async def remove(store: Delete, objects: Sequence[ObjectInfo], *, tell: Tell) -> Removal:
+    """Delete objects, the last ones first; one that fails does not keep the others."""
+    result = Removal()
+
+    async def delete(info: ObjectInfo) -> None:
+        try:
+            await store.delete(info.name)
+        except StoreError as exc:
+            result.failed[info.name] = str(exc)
+        else:
+            result.removed += 1
+            result.num_bytes += info.num_bytes
+
+    backwards = objects[::-1]
+    for start in range(0, len(backwards), _DELETE_BATCH):
+        await asyncio.gather(*map(delete, backwards[start : start + _DELETE_BATCH]))
+        tell(f"removed {result.removed} of {len(objects)} objects")
+    return result
+
+
+async def verify(store: Get, objects: AsyncIterable[ObjectInfo], *, tell: Tell) -> Verification:
+    """Read chunks whole and check every digest in them, and that their names are theirs."""
+    result = Verification()
+
+    async def check(info: ObjectInfo) -> None:
+        parts = parse_object_name(info.name)
+        if parts is None:
+            result.others += 1
+            return
+        try:
+            data = await store.get(info.name)
+            result.num_bytes += len(data)
+            await asyncio.to_thread(_check_chunk, parts, data)
+        except ChunkNotFoundError:
+            return  # it went meanwhile
+        except StoreError as exc:
+            result.failed[info.name] = str(exc)
+        except FormatError as exc:
+            result.damaged[info.name] = str(exc)
+        else:
+            result.sound += 1
+
+    async for batch in _batches(objects, _READ_BATCH):
+        await asyncio.gather(*map(check, batch))
+        tell(
+            f"{result.sound} chunks sound, {len(result.damaged)} damaged,"
+            f" {result.num_bytes / 1e6:.0f} MB read"
+        )
+    return result
+
+
+async def warm(
+    store: Get, objects: AsyncIterable[ObjectInfo], *, max_bytes: int, tell: Tell
+) -> Warming:
+    """Read objects whole, so that the copies near by hold them, up to `max_bytes` in all."""
+    result = Warming()
+
+    async def read(info: ObjectInfo) -> None:
+        try:
+            await store.get(info.name)
+        except ChunkNotFoundError:
+            return  # it went meanwhile
+        except StoreError as exc:
+            result.failed[info.name] = str(exc)
+        else:
+            result.objects += 1
+            result.num_bytes += info.num_bytes
+
+    async for batch in _batches(objects, _READ_BATCH):
+        if result.num_bytes + sum(info.num_bytes for info in batch) > max_bytes:
+            result.is_full = True
+            break
+        await asyncio.gather(*map(read, batch))
+        tell(f"{result.objects} objects near, {result.num_bytes / 1e6:.0f} MB read")
+    return result
+
+
+def _check_chunk(parts: NameParts, data: bytes) -> None:
+    """Check a whole chunk object.
+
+    Raises:
+        FormatError: what is wrong with it.
+    """
+    header = container.parse_header(data)
+    _check_name(parts, header)
+    if len(data) != header.object_bytes:
+        raise FormatError(
+            f"the object has {len(data)} bytes, its header says {header.object_bytes}"
+        )
+    for entry in header.units:
+        container.check_unit(header, entry, data[entry.offset : entry.stop])
+
+
+def _check_name(parts: NameParts, header: ChunkHeader) -> None:
+    """Check that a chunk lies under its own name.
+
+    Raises:
+        FormatError: it does not, or its key does not follow from its tokens.
+    """
+    if header.chunk_key != parts.key:
+        raise FormatError("the chunk's key differs from the object's name")
+    if model_digits(header.identity) != parts.model:
+        raise FormatError("the chunk's identity differs from the object's name")
+    if next_key(header.parent_key, header.token_ids) != header.chunk_key:
+        raise FormatError("the chunk's key does not follow from its tokens")
+
+
+async def _read_header(store: GetRange, name: str, answer: bytes | StoreError) -> ChunkHeader:
+    if isinstance(answer, StoreError):
+        raise answer
+    needed = container.header_size(answer)
+    if needed > len(answer):
+        answer += await store.get_range(name, len(answer), needed)
+    return container.parse_header(answer)
+
+
+async def _batches(items: AsyncIterable[_T], size: int) -> AsyncIterator[list[_T]]:
+    batch: list[_T] = []
+    async for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,0 +1,257 @@
+"""The guard: the conformance suite through it, and what it does with a store that fails."""
+
+import asyncio
+from collections import Counter
+
+import pytest
+
+from kvfetcher.errors import (
+    ChunkNotFoundError,
+    StoreError,
+    StoreTimeoutError,
+    StoreUnavailableError,
+    TransientStoreError,
+)
+from kvfetcher.storage.base import ByteRange
+from kvfetcher.storage.guard import GuardedStore, GuardOptions
+from kvfetcher.storage.local import LocalStore
+from support.stores import NAME, FaultyStore, LatencyStore, StoreTests, WrappedStore
+
+OPTIONS = GuardOptions(
+    max_retries=2,
+    hedge_fraction=0.25,
+    min_failures=3,
+    min_backoff_seconds=1.0,
+    max_backoff_seconds=8.0,
+)
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+class Guard:
+    """A guarded store with its clock and what it told."""
+
+    def __init__(self, inner, **options):
+        self.inner = inner
+        self.clock = Clock()
+        self.events = Counter()
+        settings = {name: getattr(OPTIONS, name) for name in OPTIONS.__slots__} | options
+        self.store = GuardedStore(
+            inner,
+            GuardOptions(**settings),
+            observe=lambda event: self.events.update([event]),
+            clock=self.clock,
+            uniform=lambda: 1.0,
+        )
+
+
+@pytest.fixture
+def local(tmp_path):
+    return LocalStore(tmp_path / "store", timeout_seconds=5)
+
+
+class TestGuarded(StoreTests):
+    @pytest.fixture
+    def store(self, local):
+        return GuardedStore(local, OPTIONS)
+
+    async def raw_get(self, store, name):
+        return await store._inner.get(name)
+
+    async def raw_set(self, store, name, data):
+        await store._inner.put(name, data)
+
+
+async def test_a_failure_that_passes_is_retried(local):
+    await local.put(NAME, b"0123456789")
+    error = TransientStoreError("reset")
+    faulty = FaultyStore(local)
+
+    async def twice(verb, name):
+        if faulty.calls[verb] <= 2:
+            raise error
+
+    faulty.before = twice
+    guard = Guard(faulty)
+    assert await guard.store.get_range(NAME, 2, 5) == b"234"
+    assert (faulty.calls["get_range"], guard.events["retry"]) == (3, 2)
+
+
+async def test_retries_end(local):
+    guard = Guard(FaultyStore(local, errors={"get": TransientStoreError("reset")}), min_failures=9)
+    with pytest.raises(TransientStoreError):
+        await guard.store.get(NAME)
+    assert guard.inner.calls["get"] == 3
+
+
+@pytest.mark.parametrize("error", [StoreError("denied"), StoreTimeoutError("slow")])
+async def test_a_final_failure_is_not_retried(local, error):
+    guard = Guard(FaultyStore(local, errors={"get": error}))
+    with pytest.raises(type(error)):
+        await guard.store.get(NAME)
+    assert guard.inner.calls["get"] == 1
+
+
+async def test_a_dead_store_is_soon_not_asked_any_more_and_asked_again_later(local):
+    await local.put(NAME, b"data")
+    faulty = FaultyStore(local, errors={"get": StoreError("down")})
+    guard = Guard(faulty)
+    for _ in range(3):
+        with pytest.raises(StoreError, match="down"):
+            await guard.store.get(NAME)
+    for _ in range(5):
+        with pytest.raises(StoreUnavailableError, match=r"again in 1\.0 s"):
+            await guard.store.get(NAME)
+    assert faulty.calls["get"] == 3
+    faulty.errors.clear()
+    guard.clock.now += 1.0
+    assert await guard.store.get(NAME) == b"data"
+    assert guard.store.breaker.state == "closed"
+    assert guard.events == {"failure": 3, "opened": 1, "refused": 5, "closed": 1}
+
+
+async def test_every_verb_is_refused_while_the_breaker_is_open(local):
+    faulty = FaultyStore(local, errors={"get": StoreError("down")})
+    guard = Guard(faulty, min_failures=1)
+    with pytest.raises(StoreError):
+        await guard.store.get(NAME)
+    calls = [
+        guard.store.get(NAME),
+        guard.store.get_range(NAME, 0, 1),
+        guard.store.head(NAME),
+        guard.store.put(NAME, b""),
+        guard.store.delete(NAME),
+        guard.store.quarantine(NAME, "why"),
+        anext(guard.store.list_prefix("")),
+    ]
+    for call in calls:
+        with pytest.raises(StoreUnavailableError):
+            await call
+    answers = await guard.store.get_ranges([ByteRange(NAME, 0, 1)] * 2)
+    assert [type(answer) for answer in answers] == [StoreUnavailableError] * 2
+    assert faulty.calls.total() == 1
+
+
+async def test_missing_objects_and_bad_names_do_not_open_the_breaker(local):
+    guard = Guard(local)
+    for _ in range(20):
+        with pytest.raises(ChunkNotFoundError):
+            await guard.store.get(NAME)
+        with pytest.raises(StoreError, match="not allowed"):
+            await guard.store.get("../escape")
+        with pytest.raises(StoreError, match="empty or negative"):
+            await guard.store.get_range(NAME, 3, 3)
+    assert guard.store.breaker.state == "closed"
+
+
+async def test_of_a_batch_only_what_failed_in_passing_is_asked_again(local):
+    await local.put("aa/1", b"one")
+    await local.put("aa/2", b"two")
+    asked = []
+
+    class Half(WrappedStore):
+        async def get_ranges(self, ranges):
+            asked.append([part.name for part in ranges])
+            answers = await local.get_ranges(ranges)
+            if len(asked) == 1:
+                answers[1] = TransientStoreError("reset")
+            return answers
+
+    guard = Guard(Half(local))
+    ranges = [ByteRange(name, 0, 9) for name in ("aa/1", "aa/2", "aa/3")]
+    first, second, third = await guard.store.get_ranges(ranges)
+    assert (first, second) == (b"one", b"two")
+    assert isinstance(third, ChunkNotFoundError)
+    assert asked == [["aa/1", "aa/2", "aa/3"], ["aa/2"]]
+
+
+async def test_a_batch_of_which_nothing_is_answered_is_one_failure(local):
+    class Down(WrappedStore):
+        async def get_ranges(self, ranges):
+            return [StoreError("down")] * len(ranges)
+
+    guard = Guard(Down(local), min_failures=2)
+    for _ in range(2):
+        answers = await guard.store.get_ranges([ByteRange(NAME, 0, 1)] * 10)
+        assert [str(answer) for answer in answers] == ["down"] * 10
+    assert guard.events["failure"] == 2
+    assert guard.store.breaker.state == "open"
+
+
+class Straggler(WrappedStore):
+    """The reads whose number (from 1) is in `slow` never end."""
+
+    def __init__(self, inner, slow):
+        super().__init__(inner)
+        self.slow = slow
+        self.cancelled = 0
+
+    async def before(self, verb, name):
+        if self.calls["get_range"] in self.slow:
+            try:
+                await asyncio.sleep(60)
+            finally:
+                self.cancelled += 1
+
+
+def warmed(inner, seconds=0.05, **options):
+    guard = Guard(inner, **options)
+    for _ in range(20):
+        guard.store._hedges.record(4, seconds)
+    return guard
+
+
+async def test_a_stuck_read_is_overtaken_by_a_second_one(local):
+    await local.put(NAME, b"0123456789")
+    guard = warmed(Straggler(local, slow={1}))
+    data = await asyncio.wait_for(guard.store.get_range(NAME, 0, 4), timeout=5)
+    assert data == b"0123"
+    assert (guard.events["hedge"], guard.events["hedge_won"]) == (1, 1)
+    assert guard.inner.cancelled == 1
+
+
+async def test_the_second_read_failing_leaves_the_first_its_time(local):
+    await local.put(NAME, b"0123456789")
+    slow = LatencyStore(local, latency_seconds=0.4)
+    faulty = FaultyStore(
+        slow, errors={"get_range": StoreError("down")}, fail_after={"get_range": 1}
+    )
+    guard = warmed(faulty)
+    assert await guard.store.get_range(NAME, 0, 4) == b"0123"
+    assert (guard.events["hedge"], guard.events["hedge_won"]) == (1, 0)
+
+
+async def test_without_budget_there_is_no_second_read(local):
+    await local.put(NAME, b"0123456789")
+    guard = warmed(LatencyStore(local, latency_seconds=0.3))
+    while guard.store._hedges.take():
+        pass
+    assert await guard.store.get_range(NAME, 0, 4) == b"0123"
+    assert guard.inner.calls["get_range"] == 1
+
+
+async def test_cancelling_a_hedged_read_cancels_both(local):
+    await local.put(NAME, b"0123456789")
+    guard = warmed(Straggler(local, slow={1, 2}))
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(guard.store.get_range(NAME, 0, 4), timeout=0.5)
+    assert guard.inner.cancelled == 2
+    assert guard.store.breaker.state == "closed"
+
+
+async def test_a_read_given_up_long_after_its_like_was_answered_counts_as_a_failure(local):
+    guard = warmed(Straggler(local, slow={1}), min_failures=1, hedge_fraction=0.0)
+    read = asyncio.create_task(guard.store.get_range(NAME, 0, 4))
+    while not guard.inner.calls["get_range"]:
+        await asyncio.sleep(0.01)
+    guard.clock.now += 2.0
+    read.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await read
+    assert guard.store.breaker.state == "open"
