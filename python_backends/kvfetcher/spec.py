@@ -17,6 +17,9 @@ from kvfetcher.errors import ConfigError
 
 FORMAT_VERSION = 1
 
+RAW_VARIANT = "raw"
+"""Variant name of units that hold the values as they are: nothing to decode."""
+
 KVDtype = Literal["bfloat16", "float16", "float8_e4m3fn"]
 
 ITEM_BYTES: dict[str, int] = {"bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}

@@ -88,7 +88,7 @@ def read_unit(data, artifact=None):
     _, heads, dim, _, layers, tokens = struct.unpack_from("<6I", data, 28)
     num_frames, width, height, depth, chroma, codec, zero = struct.unpack_from("<IHHBBBB", data, 60)
     digest, num_sections, zero_too, params_bytes = struct.unpack_from("<QHHI", data, 72)
-    assert (codec, chroma, zero, zero_too) == (1, 3, 0, 0)
+    assert (codec, chroma, zero, zero_too) == ((0, 0, 0, 0) if profile == 5 else (1, 3, 0, 0))
     assert struct.unpack_from("<I", data, header_bytes - 4)[0] == zlib.crc32(
         data[: header_bytes - 4]
     )
@@ -107,8 +107,13 @@ def read_unit(data, artifact=None):
         sections[kind] = raw
         at += stored_bytes
     assert at == len(data)
-    planes = decode_video(sections[1], sections[2], num_frames, width, height, depth)
     shape = (layers, factor, heads, tokens, dim)
+    if profile == 5:
+        assert (num_frames, width, height, depth, params, list(sections)) == (0, 0, 0, 0, b"", [16])
+        values = np.frombuffer(sections[16], "<u2" if dtype < 3 else np.uint8).reshape(shape)
+        assert integer_digest(values) == digest
+        return values
+    planes = decode_video(sections[1], sections[2], num_frames, width, height, depth)
     if profile == 1:
         values = read_exact(sections, params, planes, shape, dtype)
         assert integer_digest(values) == digest
@@ -244,14 +249,15 @@ def read_integers_profile(data, sections, params, planes, shape, dtype, artifact
     if profile == 3:
         calibration = params[:32]
         step, group, rank, frame_rows, frame_columns, escapes, exact = struct.unpack(
-            "<fIIIIII", params[32:]
+            "<fIIIIII", params[32:60]
         )
+        ranks = [rank, *(more for (more,) in struct.iter_unpack("<I", params[60:]))]
         metadata, tensors, found = read_artifact(artifact)
         assert found == calibration
         per_group = metadata["heads_per_group"]
         ranges = [(h, min(h + per_group, heads)) for h in range(0, heads, per_group)]
-        stride = -(-rank // (3 * frame_rows)) * 3 * frame_rows
-        num_rows = (len(ranges) - 1) * stride + rank
+        stride = -(-sum(ranks) // (3 * frame_rows)) * 3 * frame_rows
+        num_rows = (len(ranges) - 1) * stride + sum(ranks)
     else:
         frame_rows, frame_columns, escapes, exact = struct.unpack("<IIII", params)
         num_rows = layers * factor * heads * dim
@@ -267,17 +273,24 @@ def read_integers_profile(data, sections, params, planes, shape, dtype, artifact
     if profile == 3:
         values = np.empty(shape, np.float64)
         for g, (first, stop) in enumerate(ranges):
-            q = integers[g * stride : g * stride + rank]
-            basis = tensors[f"basis.{group}.{g}.rows"][:rank].astype(np.float64)
-            x = np.tile(tensors[f"basis.{group}.{g}.mean"].astype(np.float64), (tokens, 1))
-            start = sum(metadata["layer_counts"][:group])
-            roots = tensors["roots"][start : start + layers, :, first:stop].astype(np.float64)
-            inverse = np.linalg.inv(roots).reshape(-1, dim, dim)
-            y = step * (q.T.astype(np.float64) @ basis)
-            y = y.reshape(tokens, -1, dim)
-            x += np.einsum("bij,tbj->tbi", inverse, y).reshape(tokens, -1)
-            x = x.reshape(tokens, layers, factor, stop - first, dim)
-            values[:, :, first:stop] = x.transpose(1, 2, 3, 0, 4)
+            row = g * stride
+            layer = 0
+            for part, part_rank in enumerate(ranks, start=group):
+                count = metadata["layer_counts"][part]
+                q = integers[row : row + part_rank]
+                basis = tensors[f"basis.{part}.{g}.rows"][:part_rank].astype(np.float64)
+                mean = tensors[f"basis.{part}.{g}.mean"].astype(np.float64)
+                first_layer = sum(metadata["layer_counts"][:part])
+                roots = tensors["roots"][first_layer : first_layer + count, :, first:stop]
+                inverse = np.linalg.inv(roots.astype(np.float64)).reshape(-1, dim, dim)
+                y = (step * (q.T.astype(np.float64) @ basis)).reshape(tokens, -1, dim)
+                x = mean + np.einsum("bij,tbj->tbi", inverse, y).reshape(tokens, -1)
+                x = x.reshape(tokens, count, factor, stop - first, dim)
+                values[layer : layer + count, :, first:stop] = x.transpose(1, 2, 3, 0, 4)
+                row += part_rank
+                layer += count
+            assert layer == layers
+        start = sum(metadata["layer_counts"][:group])
         (position,) = struct.unpack_from("<Q", data, 52)
         rope = metadata["rope"]
         for layer in range(layers):

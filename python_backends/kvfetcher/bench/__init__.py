@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_BENCHMARKS = {"codec": "rate and quality of every codec profile and of its rivals, on real KV"}
+_BENCHMARKS = {
+    "codec": "rate and quality of every codec profile and of its rivals, on real KV",
+    "sim": "picture sizes against simulated bandwidth, with the planner of the fetcher",
+}
 
 
 def main(argv: Sequence[str]) -> int:

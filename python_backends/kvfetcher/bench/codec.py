@@ -12,6 +12,7 @@ import argparse
 import functools
 import json
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -80,6 +81,7 @@ class Row:
     decode_restore_elements_per_second: float | None = None
     video_over_entropy: float | None = None
     """Bits of the H.265 streams over the order-0 entropy of their symbols, 32 rows a class."""
+    kl_by_document: Sequence[float] = ()
 
 
 class ProfileCoder:
@@ -200,6 +202,7 @@ def run(
             found.quality.perplexity_change,
             found.quality.top1_agreement,
             **(coder.speeds() if isinstance(coder, ProfileCoder) else {}),
+            kl_by_document=found.kl_by_document,
         )
         rows.append(row)
         say(format_row(row))
@@ -283,13 +286,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", action="append", default=[], help="a row; may be repeated")
     parser.add_argument("--json", action="store_true", help="JSON on stdout instead of the table")
     parser.add_argument("--plot", type=Path, help="write the rate-quality plot (SVG) here")
-    args = parser.parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(given)
+    origin = {"commit": _commit(), "command": shlex.join(["kvfetcher", "bench", "codec", *given])}
 
     def say(line: str) -> None:
         sys.stderr.write(f"{line}\n")
 
     try:
-        report = _report(args, say)
+        report = _report(args, say, **origin)
     except KVFetcherError as exc:
         say(f"kvfetcher bench codec: {exc}")
         return 1
@@ -307,7 +312,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _report(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
+def _report(
+    args: argparse.Namespace, say: Callable[[str], None], *, commit: str, command: str
+) -> dict[str, Any]:
     import torch
 
     from kvfetcher.engines.identity import weights_digest
@@ -346,9 +353,9 @@ def _report(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
             "python": platform.python_version(),
             "torch": torch.__version__,
             "kvfetcher": __version__,
-            "commit": _commit(),
+            "commit": commit,
         },
-        "command": "kvfetcher bench codec " + " ".join(sys.argv[1:]),
+        "command": command,
     }
 
 

@@ -65,8 +65,8 @@ class PlaneGeometry:
             raise FormatError(
                 f"a 4:2:0 picture has even sides, got {self.width}x{self.height} (width x height)"
             )
-        if not 1 <= self.num_frames <= MAX_FRAMES:
-            raise FormatError(f"a unit has 1 to {MAX_FRAMES} pictures, got {self.num_frames}")
+        if not 0 <= self.num_frames <= MAX_FRAMES:
+            raise FormatError(f"a unit has up to {MAX_FRAMES} pictures, got {self.num_frames}")
         if self.num_bytes > MAX_PLANE_BYTES:
             raise FormatError(
                 f"a unit's planes of {self.num_bytes} bytes are over the limit of {MAX_PLANE_BYTES}"
@@ -101,6 +101,29 @@ class PlaneGeometry:
         return base if self.bit_depth == 8 else f"{base}{self.bit_depth}le"
 
 
+NO_PICTURES = PlaneGeometry(num_frames=0, width=MIN_SIDE, height=MIN_SIDE, bit_depth=8)
+"""Geometry of units without video; their planes are an empty array."""
+
+
+class PlaneEncoder(Protocol):
+    """Turns pictures into packets without loss, as `video.encode_planes` does. Thread-safe."""
+
+    def __call__(
+        self,
+        planes: Integers,
+        *,
+        bit_depth: int,
+        chroma: Chroma = "4:4:4",
+        gop: int = 1,
+        fast: bool = False,
+    ) -> list[bytes]:
+        """One access unit per picture of `planes` [F, P, Y, X].
+
+        Raises:
+            CodecError: shape, dtype or range do not fit, or the encoder failed.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class UnitSource:
     """The values that one unit is made of, before coding."""
@@ -111,6 +134,8 @@ class UnitSource:
     """Geometry of the whole model (`spec.num_layers` counts all layers)."""
     layer_start: int
     first_position: int
+    encoder: PlaneEncoder | None = None
+    """Of its pictures; None = libx265."""
 
     @property
     def num_layers(self) -> int:
@@ -140,8 +165,10 @@ class Profile(Protocol):
     def variants(self) -> tuple[str, ...]:
         """Names under which each layer group is stored; one or more."""
 
-    def layer_groups(self, spec: KVSpec, num_tokens: int) -> tuple[tuple[int, int], ...]:
-        """(layer_start, num_layers) of each unit, covering all layers in order."""
+    def layer_groups(
+        self, spec: KVSpec, num_tokens: int, variant: str
+    ) -> tuple[tuple[int, int], ...]:
+        """(layer_start, num_layers) of each unit of a variant, covering all layers in order."""
 
     def encode(self, source: UnitSource, variant: str) -> bytes:
         """One unit's bytes. Single-threaded; units are encoded side by side.

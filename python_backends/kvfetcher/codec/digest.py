@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvfetcher.codec.base import MAX_VALUE_BYTES
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 BLOCK_WORDS = 1 << 14
 """32-bit words per block: its weights (128 KiB) stay in a core's L2 cache."""
 
+MAX_BLOCKS = (MAX_VALUE_BYTES >> 2) // BLOCK_WORDS + 1
 _MASK = (1 << 64) - 1
 
 
@@ -33,7 +36,7 @@ def integer_digest(values: Integers) -> int:
     num_bytes = data.size
     whole = num_bytes // 4
     words = data[: whole * 4].view("<u4")
-    weights = _weights()
+    weights = word_weights()
     total = num_bytes
     for index, start in enumerate(range(0, whole, BLOCK_WORDS)):
         block = words[start : start + BLOCK_WORDS]
@@ -54,7 +57,16 @@ def _odd(index: int) -> int:
 
 
 @cache
-def _weights() -> NDArray[np.uint64]:
+def word_weights() -> NDArray[np.uint64]:
+    """[BLOCK_WORDS] weight of each word within its block."""
     weights = np.array([_odd(index) for index in range(BLOCK_WORDS)], dtype=np.uint64)
+    weights.flags.writeable = False
+    return weights
+
+
+@cache
+def block_weights() -> NDArray[np.uint64]:
+    """[MAX_BLOCKS] factor of each block: as many as the largest unit has."""
+    weights = np.array([_odd(~index & _MASK) for index in range(MAX_BLOCKS)], dtype=np.uint64)
     weights.flags.writeable = False
     return weights

@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvfetcher.codec.base import (
-    MAX_SIDE,
     ONLY_VARIANT,
     UnitSource,
     even_groups,
-    layers_of_a_picture,
 )
 from kvfetcher.codec.digest import integer_digest
+from kvfetcher.codec.frame_size import check_frame_sizes, layers_of_a_unit, row_grid
 from kvfetcher.codec.unit import EXACT, Unit, packed_section, video_sections, write_unit
-from kvfetcher.codec.video import encode_planes
+from kvfetcher.codec.video import encode_for
 from kvfetcher.errors import ChecksumError, FormatError
 from kvfetcher.layout import RowGrid
 
@@ -41,7 +40,6 @@ _BIT_DEPTH = 8
 _NEUTRAL = 128
 _PARAMS = struct.Struct("<II")  # frame_rows, frame_columns
 
-_MAX_FRAME_COLUMNS = 1024
 # Spread classes are eighths of a standard deviation: finer ones gain nothing (the sort only groups
 # channels of like statistics), coarser ones lose.
 _CLASSES_PER_UNIT = 8.0
@@ -77,18 +75,26 @@ class ExactProfile:
     """Encoder of profile `exact`."""
 
     unit_layers: int = 0
-    """Layers of one unit; 0 = as many as make a picture of about 640 lines."""
+    """Layers of one unit; 0 = as many as fill the variant's picture."""
+    frame_sizes: tuple[str, ...] = ()
+    """Largest picture of each variant, ``WIDTHxHEIGHT``; none = one variant of about 640 lines."""
+
+    def __post_init__(self) -> None:
+        check_frame_sizes(self.frame_sizes)
 
     @property
     def identity(self) -> str:
         return "exact/1"
 
     def variants(self) -> tuple[str, ...]:
-        return (ONLY_VARIANT,)
+        return self.frame_sizes or (ONLY_VARIANT,)
 
-    def layer_groups(self, spec: KVSpec, num_tokens: int) -> tuple[tuple[int, int], ...]:
-        """Groups of `unit_layers` layers, the last one perhaps smaller."""
-        return even_groups(spec.num_layers, self.unit_layers or layers_of_a_picture(spec))
+    def layer_groups(
+        self, spec: KVSpec, num_tokens: int, variant: str
+    ) -> tuple[tuple[int, int], ...]:
+        """Groups of layers, the last one perhaps smaller."""
+        layers = self.unit_layers or layers_of_a_unit(spec, num_tokens, variant)
+        return even_groups(spec.num_layers, layers)
 
     def encode(self, source: UnitSource, variant: str) -> bytes:
         """One unit's bytes; any bit pattern is representable."""
@@ -107,9 +113,7 @@ class ExactProfile:
         rows += np.uint8(_NEUTRAL - half)
         spreads = np.minimum(rows.std(axis=1, dtype=np.float32) * _CLASSES_PER_UNIT, 255.0)
         spreads = spreads.astype(np.uint8)
-        grid = RowGrid.fit(
-            len(rows), tokens, max_frame_rows=MAX_SIDE, max_frame_columns=_MAX_FRAME_COLUMNS
-        )
+        grid = row_grid(len(rows), tokens, variant)
         planes = grid.place(rows[_order(spreads)], bit_depth=_BIT_DEPTH, padding=_NEUTRAL)
         unit = Unit(
             profile=EXACT,
@@ -122,13 +126,44 @@ class ExactProfile:
             params=_PARAMS.pack(grid.frame_rows, grid.frame_columns),
             integer_digest=integer_digest(values),
             sections=(
-                *video_sections(encode_planes(planes, bit_depth=_BIT_DEPTH, fast=True)),
+                *video_sections(encode_for(source, planes, bit_depth=_BIT_DEPTH, fast=True)),
                 packed_section(MEDIANS, medians.tobytes()),
                 packed_section(SPREADS, spreads.tobytes()),
                 packed_section(REMAINDERS, _pack_remainders(values, bits)),
             ),
         )
         return write_unit(unit)
+
+
+@dataclass(frozen=True, slots=True)
+class ExactPlan:
+    """What an `exact` unit needs to be restored, checked."""
+
+    bits: FloatBits
+    grid: RowGrid
+    row_of_channel: NDArray[np.int64]
+    medians: NDArray[np.uint8]
+    """[channels]"""
+    remainders: bytes | memoryview
+    """Packed: see `FloatBits.remainder_fields`."""
+
+
+def plan_exact(unit: Unit) -> ExactPlan:
+    """Read a unit's side data and check it against its pictures.
+
+    Raises:
+        FormatError: the unit breaks the profile's rules.
+    """
+    unit.require_sections(MEDIANS, SPREADS, REMAINDERS)
+    bits = FLOAT_BITS[unit.spec.dtype]
+    channels = unit.num_elements // unit.num_tokens
+    grid = _grid(unit, channels)
+    medians = np.frombuffer(unit.section(MEDIANS, num_bytes=channels), np.uint8)
+    spreads = np.frombuffer(unit.section(SPREADS, num_bytes=channels), np.uint8)
+    row_of_channel = np.empty(channels, np.int64)
+    row_of_channel[_order(spreads)] = np.arange(channels)
+    packed = unit.section(REMAINDERS, num_bytes=bits.remainder_bytes(unit.num_elements))
+    return ExactPlan(bits, grid, row_of_channel, medians, packed)
 
 
 def restore_exact(unit: Unit, planes: Integers) -> Integers:
@@ -138,20 +173,13 @@ def restore_exact(unit: Unit, planes: Integers) -> Integers:
         ChecksumError: the values differ from those that were saved.
         FormatError: the unit breaks the profile's rules.
     """
-    unit.require_sections(MEDIANS, SPREADS, REMAINDERS)
-    bits = FLOAT_BITS[unit.spec.dtype]
+    plan = plan_exact(unit)
+    bits = plan.bits
     tokens, dims = unit.num_tokens, unit.spec.head_dim
-    channels = unit.num_elements // tokens
-    grid = _grid(unit, channels)
-    medians = np.frombuffer(unit.section(MEDIANS, num_bytes=channels), np.uint8)
-    spreads = np.frombuffer(unit.section(SPREADS, num_bytes=channels), np.uint8)
-    packed = unit.section(REMAINDERS, num_bytes=bits.remainder_bytes(unit.num_elements))
-    remainders = _unpack_remainders(packed, bits, unit.num_elements).reshape(-1, tokens, dims)
-
-    row_of_channel = np.empty(channels, np.int64)
-    row_of_channel[_order(spreads)] = np.arange(channels)
-    exponents = grid.gather(planes, row_of_channel)
-    exponents += (medians - np.uint8(_NEUTRAL))[:, None]
+    remainders = _unpack_remainders(plan.remainders, bits, unit.num_elements)
+    remainders = remainders.reshape(-1, tokens, dims)
+    exponents = plan.grid.gather(planes, plan.row_of_channel)
+    exponents += (plan.medians - np.uint8(_NEUTRAL))[:, None]
     exponents = exponents.reshape(-1, dims, tokens)
 
     values = np.empty(remainders.shape, bits.item_dtype)
@@ -166,12 +194,21 @@ def restore_exact(unit: Unit, planes: Integers) -> Integers:
         sign <<= mantissa + bits.exponent_bits
         value |= sign
     result = values.reshape(unit.shape)
-    if integer_digest(result) != unit.integer_digest:
+    check_exact(unit, integer_digest(result))
+    return result
+
+
+def check_exact(unit: Unit, digest: int) -> None:
+    """Compare the digest of restored values with the one that an `exact` unit states.
+
+    Raises:
+        ChecksumError: they differ.
+    """
+    if digest != unit.integer_digest:
         raise ChecksumError(
             f"unit of layers {unit.layer_start} to {unit.layer_start + unit.num_layers - 1}: the"
             " restored values differ from those saved; the decoder or the unit is damaged"
         )
-    return result
 
 
 def _grid(unit: Unit, channels: int) -> RowGrid:

@@ -1,8 +1,7 @@
 """Planes of a unit from NVDEC, the GPU's video engine, through PyNvVideoCodec.
 
 Packets go from memory straight into the driver's parser: no container, no demuxer. Decoders stay
-open from unit to unit. The planes are copied to host memory, where `kv_restore` reads them; the
-decoded surfaces themselves lie on the GPU.
+open from unit to unit. The planes are copied to host memory, or kept on the GPU for `kv_restore`.
 
 One process per engine is the way to use all engines: seven threads of one process reach a third of
 what seven processes do (H100, PyNvVideoCodec 2.2.4). ``python -m kvfetcher.codec.nvdec`` prints what
@@ -22,20 +21,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvfetcher import cuda
 from kvfetcher.codec.base import BIT_DEPTHS
-from kvfetcher.errors import CodecError, DecoderUnavailableError
+from kvfetcher.cuda import cuda_context
+from kvfetcher.errors import CodecError, DecoderUnavailableError, GpuError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvfetcher.codec.base import Chroma, Integers, PlaneGeometry
+    from kvfetcher.cuda import CudaContext
 
 # PyNvVideoCodec loads both, the encoder's too although nothing here encodes.
-_DRIVER_LIBRARIES = ("libcuda.so.1", "libnvcuvid.so.1", "libnvidia-encode.so.1")
-_REMEDY = (
-    "install the NVIDIA driver with its video libraries; a container needs the capability `video`"
-    ' (NVIDIA_DRIVER_CAPABILITIES=compute,utility,video); or set codec.decoder = "cpu"'
-)
+DRIVER_LIBRARIES = ("libcuda.so.1", "libnvcuvid.so.1", "libnvidia-encode.so.1")
+REMEDY = f'{cuda.REMEDY}; or set codec.decoder = "cpu"'
 _CHROMAS: tuple[Chroma, ...] = ("4:2:0", "4:4:4")
 # At the driver's own lower limit of 144 columns NVDEC gave wrong samples for six golden units of 8-bit
 # 4:4:4 (H100, driver 580.159; in ladder_8bit, paper_8bit_two_sizes, uncalibrated_fp8; 6 of 23 in each
@@ -98,9 +97,10 @@ class NvdecDecoder:
     """
 
     def __init__(self, gpu: int = 0) -> None:
-        self._nvc = _import_library()
+        self._nvc = import_library()
         self._gpu = gpu
-        self._cuda = _Cuda(gpu)
+        self.context = cuda_context(gpu)
+        self._copies = _PinnedCopies(self.context)
         self._sessions: dict[tuple[int, int, int, Chroma], _Session] = {}
         self._caps: dict[tuple[int, Chroma], DecoderCaps] = {}
 
@@ -131,22 +131,38 @@ class NvdecDecoder:
         """
         planes = np.empty(geometry.shape, geometry.dtype)
         for index, frame in self._frames(packets, geometry):
-            self._cuda.copy_out(frame, planes[index], shift=_shift(geometry))
+            self._copies.copy_out(frame, planes[index], shift=sample_shift(geometry))
         return planes
 
-    def decode_on_gpu(self, packets: Sequence[bytes | memoryview], geometry: PlaneGeometry) -> None:
-        """Decode and leave the pictures where they are: the engine's own rate, for measuring.
+    def decode_on_gpu(
+        self,
+        packets: Sequence[bytes | memoryview],
+        geometry: PlaneGeometry,
+        address: int | None = None,
+    ) -> None:
+        """Decode and keep the pictures on the GPU.
+
+        Args:
+            packets: as for `decode`.
+            geometry: as for `decode`.
+            address: ``geometry.num_bytes`` of GPU memory for the planes, whose samples lie
+                `sample_shift` bits up there. The copies are given to `context`'s default stream,
+                not waited for. None = the pictures are dropped (the engine's own rate).
 
         Raises:
             CodecError, DecoderUnavailableError: as `decode`.
+            GpuError: a copy failed.
         """
-        for _ in self._frames(packets, geometry):
-            pass
+        num_bytes = geometry.num_bytes // geometry.num_frames
+        for index, frame in self._frames(packets, geometry):
+            if address is not None:
+                # On the stream that PyNvVideoCodec uses: in order, before the surface is reused.
+                self.context.copy(address + index * num_bytes, frame, num_bytes)
 
     def close(self) -> None:
         """Free the sessions; the next `decode` opens new ones."""
         self._sessions.clear()
-        self._cuda.close()
+        self._copies.free()
 
     def _frames(self, packets: Sequence[bytes | memoryview], geometry: PlaneGeometry) -> Any:
         """(index, address) of each picture; an address is good until the next one is asked for."""
@@ -166,7 +182,7 @@ class NvdecDecoder:
                 raise CodecError(f"video holds {count} pictures, expected {geometry.num_frames}")
         except BaseException as exc:
             self._sessions.pop(_session_key(geometry), None)  # an unknown state is not kept
-            if isinstance(exc, CodecError) or not isinstance(exc, Exception):
+            if isinstance(exc, CodecError | GpuError) or not isinstance(exc, Exception):
                 raise
             # The library has errors of its own and RuntimeErrors of the driver.
             raise CodecError(f"video of {geometry} does not decode on NVDEC: {exc}") from exc
@@ -216,87 +232,74 @@ class _Session:
         return frames
 
 
-class _Cuda:
-    """Copies of decoded pictures to the host, through the CUDA driver itself.
+class _PinnedCopies:
+    """Copies of decoded pictures to the host.
 
-    The context is the GPU's primary one, which PyNvVideoCodec decodes in. The copies pass
-    through pinned memory: to pageable memory the driver copies in small steps.
+    They pass through page-locked memory: to pageable memory the driver copies in small steps.
     """
 
-    def __init__(self, gpu: int) -> None:
-        self._lib = ctypes.CDLL("libcuda.so.1")
-        self._device = ctypes.c_int()
-        self._context = ctypes.c_void_p()
-        self._pinned = ctypes.c_void_p()
-        self._pinned_bytes = 0
-        self._call("cuInit", ctypes.c_uint(0))
-        self._call("cuDeviceGet", ctypes.byref(self._device), ctypes.c_int(gpu))
-        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
+    def __init__(self, context: CudaContext) -> None:
+        self._context = context
+        self._address = 0
+        self._num_bytes = 0
 
     def copy_out(self, address: int, target: Integers, *, shift: int) -> None:
         """Copy a contiguous picture into `target` [P, Y, X], its values shifted to the low bits."""
-        self._call("cuCtxSetCurrent", self._context)
-        if self._pinned_bytes < target.nbytes:
-            self._free()
-            self._call("cuMemAllocHost_v2", ctypes.byref(self._pinned), _size(target.nbytes))
-            self._pinned_bytes = target.nbytes
+        if self._num_bytes < target.nbytes:
+            self.free()
+            self._address = self._context.allocate_host(target.nbytes)
+            self._num_bytes = target.nbytes
         # PyNvVideoCodec copies the picture off the engine's surface asynchronously.
-        self._call("cuCtxSynchronize")
-        self._call("cuMemcpyDtoH_v2", self._pinned, ctypes.c_uint64(address), _size(target.nbytes))
-        buffer = (ctypes.c_uint8 * target.nbytes).from_address(self._pinned.value or 0)
+        self._context.synchronize()
+        self._context.copy_to_host(self._address, address, target.nbytes)
+        buffer = (ctypes.c_uint8 * target.nbytes).from_address(self._address)
         source = np.frombuffer(memoryview(buffer), target.dtype).reshape(target.shape)
         if shift:
             np.right_shift(source, shift, out=target)
         else:
             target[...] = source
 
-    def close(self) -> None:
-        """Free the pinned memory. The context stays: others in this process may use it."""
-        if self._pinned_bytes:
-            self._call("cuCtxSetCurrent", self._context)
-            self._free()
-
-    def _free(self) -> None:
-        if self._pinned_bytes:
-            self._pinned_bytes = 0
-            self._call("cuMemFreeHost", self._pinned)
-
-    def _call(self, name: str, *arguments: Any) -> None:
-        status = getattr(self._lib, name)(*arguments)
-        if status:
-            text = ctypes.c_char_p()
-            self._lib.cuGetErrorString(status, ctypes.byref(text))
-            reason = (text.value or b"unknown").decode()
-            kind = DecoderUnavailableError if name in _SETUP_CALLS else CodecError
-            raise kind(f"CUDA call {name} failed with {status} ({reason}); {_REMEDY}")
-
-
-_SETUP_CALLS = ("cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain")
+    def free(self) -> None:
+        if self._num_bytes:
+            self._num_bytes = 0
+            self._context.free_host(self._address)
 
 
 def has_driver() -> bool:
     """Whether an NVIDIA driver is on this machine, with or without its video libraries."""
-    return _loads("libcuda.so.1")
+    return loads_library("libcuda.so.1")
 
 
 @functools.cache
 def count_engines() -> int:
-    """NVDEC engines of the first GPU that decode HEVC 4:4:4; 0 where there are none.
-
-    The driver is asked in a process of its own, because asking leaves a CUDA context behind.
-    """
+    """NVDEC engines of the first GPU that decode HEVC 4:4:4; 0 where there are none."""
     installed = importlib.util.find_spec("PyNvVideoCodec") is not None
-    if not (installed and all(map(_loads, _DRIVER_LIBRARIES))):
+    if not (installed and all(map(loads_library, DRIVER_LIBRARIES))):
         return 0
+    try:
+        caps = ask_caps()
+    except DecoderUnavailableError:
+        return 0
+    return max((c.num_engines for c in caps if c.chroma == "4:4:4"), default=0)
+
+
+def ask_caps() -> list[DecoderCaps]:
+    """`all_caps` of the first GPU, from a process of its own: asking leaves a CUDA context behind.
+
+    Raises:
+        DecoderUnavailableError: as `all_caps`; or there was no answer.
+    """
     command = [sys.executable, "-m", "kvfetcher.codec.nvdec"]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_ASK_TIMEOUT_SECONDS, check=True
+            command, capture_output=True, text=True, timeout=_ASK_TIMEOUT_SECONDS, check=False
         )
-        caps = json.loads(done.stdout.splitlines()[-1])
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return 0
-    return max((c["num_engines"] for c in caps if c["chroma"] == "4:4:4"), default=0)
+        if done.returncode == 0:
+            return [DecoderCaps(**caps) for caps in json.loads(done.stdout.splitlines()[-1])]
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError, TypeError) as exc:
+        raise DecoderUnavailableError(f"the driver was asked what it can do: {exc}") from exc
+    reason = done.stderr.strip() or f"exit status {done.returncode}"
+    raise DecoderUnavailableError(reason.splitlines()[-1])
 
 
 def all_caps(gpu: int = 0) -> list[DecoderCaps]:
@@ -305,25 +308,31 @@ def all_caps(gpu: int = 0) -> list[DecoderCaps]:
     Raises:
         DecoderUnavailableError: as `NvdecDecoder`.
     """
-    nvc = _import_library()
+    nvc = import_library()
     return [_ask(nvc, gpu, depth, chroma) for chroma in _CHROMAS for depth in BIT_DEPTHS]
 
 
-def _import_library() -> Any:
-    for library in _DRIVER_LIBRARIES:
-        if not _loads(library):
-            raise DecoderUnavailableError(f"NVDEC is not usable: no {library} here; {_REMEDY}")
+def import_library() -> Any:
+    """PyNvVideoCodec, after making sure that the driver's libraries are there.
+
+    Raises:
+        DecoderUnavailableError: a library or the package is missing; with the remedy.
+    """
+    for library in DRIVER_LIBRARIES:
+        if not loads_library(library):
+            raise DecoderUnavailableError(f"NVDEC is not usable: no {library} here; {REMEDY}")
     try:
         import PyNvVideoCodec
     except (ImportError, RuntimeError) as exc:
         raise DecoderUnavailableError(
             f"NVDEC is not usable: PyNvVideoCodec cannot be imported ({exc}); pip install"
-            f" 'kvfetcher[gpu]'; {_REMEDY}"
+            f" 'kvfetcher[gpu]'; {REMEDY}"
         ) from exc
     return PyNvVideoCodec
 
 
-def _loads(library: str) -> bool:
+def loads_library(library: str) -> bool:
+    """Whether the dynamic linker finds and loads a shared library of this name."""
     try:
         ctypes.CDLL(library)
     except OSError:
@@ -342,7 +351,7 @@ def _ask(nvc: Any, gpu: int, bit_depth: int, chroma: Chroma) -> DecoderCaps:
         )
     except Exception as exc:
         raise DecoderUnavailableError(
-            f"the driver does not say what NVDEC of GPU {gpu} can do: {exc}; {_REMEDY}"
+            f"the driver does not say what NVDEC of GPU {gpu} can do: {exc}; {REMEDY}"
         ) from exc
     return DecoderCaps(
         chroma=chroma,
@@ -371,8 +380,8 @@ def _checked_address(frame: Any, geometry: PlaneGeometry) -> int:
     return int(frame.GetPtrToPlane(0))
 
 
-def _shift(geometry: PlaneGeometry) -> int:
-    """NVDEC gives samples of more than 8 bits in the high bits of 16."""
+def sample_shift(geometry: PlaneGeometry) -> int:
+    """NVDEC gives samples of more than 8 bits in the high bits of 16: so many bits up."""
     return 0 if geometry.bit_depth == 8 else 16 - geometry.bit_depth
 
 
@@ -382,10 +391,6 @@ def _session_key(geometry: PlaneGeometry) -> tuple[int, int, int, Chroma]:
 
 def _round_up(value: int, unit: int) -> int:
     return -(-value // unit) * unit
-
-
-def _size(num_bytes: int) -> ctypes.c_size_t:
-    return ctypes.c_size_t(num_bytes)
 
 
 def main() -> int:

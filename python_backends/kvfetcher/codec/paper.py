@@ -9,17 +9,17 @@ does not disclose its own: per channel (layer, K or V, head, dim) min-max over t
 
 from __future__ import annotations
 
-import re
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from kvfetcher.codec.base import MAX_SIDE, MIN_SIDE, UnitSource, even_groups
+from kvfetcher.codec.base import UnitSource, even_groups
 from kvfetcher.codec.digest import integer_digest
+from kvfetcher.codec.frame_size import check_frame_sizes, parse_frame_size
 from kvfetcher.codec.unit import PAPER, Unit, packed_section, video_sections, write_unit
-from kvfetcher.codec.video import encode_planes
+from kvfetcher.codec.video import encode_for
 from kvfetcher.errors import ChecksumError, ConfigError, FormatError
 from kvfetcher.layout import NUM_PLANES, TileGrid, Tiling
 from kvfetcher.quant import bits_to_float32, dequantise, float32_to_bits, quantise
@@ -36,7 +36,8 @@ MAX_BITS = 12
 
 # head_rows, head_columns, dim_rows, dim_columns, slot_rows, slot_columns, bits, inter, reserved
 _PARAMS = struct.Struct("<HHHHIIBBH")
-_FRAME_SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
+PAPER_FRAME_SIZES = ("640x360",)
+"""Where the configuration names none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +60,9 @@ class PaperProfile:
             raise ConfigError(
                 f"codec.paper_bits must be {MIN_BITS} to {MAX_BITS}, got {self.bits!r}"
             )
-        if not self.frame_sizes or len(set(self.frame_sizes)) != len(self.frame_sizes):
-            raise ConfigError(
-                f"codec.frame_sizes must name one or more sizes once each, got {self.frame_sizes}"
-            )
-        for size in self.frame_sizes:
-            _parse_size(size)
+        if not self.frame_sizes:
+            raise ConfigError("profile paper needs one or more frame sizes, got none")
+        check_frame_sizes(self.frame_sizes)
 
     @property
     def identity(self) -> str:
@@ -73,7 +71,9 @@ class PaperProfile:
     def variants(self) -> tuple[str, ...]:
         return self.frame_sizes
 
-    def layer_groups(self, spec: KVSpec, num_tokens: int) -> tuple[tuple[int, int], ...]:
+    def layer_groups(
+        self, spec: KVSpec, num_tokens: int, variant: str
+    ) -> tuple[tuple[int, int], ...]:
         """Groups of `unit_layers` layers, the last one perhaps smaller."""
         return even_groups(spec.num_layers, self.unit_layers or NUM_PLANES)
 
@@ -85,7 +85,7 @@ class PaperProfile:
             LayoutError: a token's tile is larger than the picture.
         """
         spec = source.spec
-        width, height = _parse_size(variant)
+        width, height = parse_frame_size(variant)
         tiling = self.tiling or _default_tiling(spec, width, height)
         quantised = quantise(bits_to_float32(source.values, spec.dtype), bits=self.bits)
         grid = TileGrid.fit(
@@ -98,8 +98,8 @@ class PaperProfile:
         )
         bit_depth = _bit_depth(self.bits)
         planes = grid.place(quantised.codes, bit_depth=bit_depth, padding=1 << (self.bits - 1))
-        packets = encode_planes(
-            planes, bit_depth=bit_depth, gop=grid.run_frames if self.inter else 1
+        packets = encode_for(
+            source, planes, bit_depth=bit_depth, gop=grid.run_frames if self.inter else 1
         )
         unit = Unit(
             profile=PAPER,
@@ -176,7 +176,7 @@ def search_tiling(
         bits: of the quantiser.
         inter: predict between pictures.
     """
-    width, height = _parse_size(frame_size)
+    width, height = parse_frame_size(frame_size)
     source = UnitSource(values, spec, 0, 0)
     costs = []
     for tiling in Tiling.all(spec.num_kv_heads, spec.head_dim):
@@ -218,14 +218,3 @@ def _default_tiling(spec: KVSpec, width: int, height: int) -> Tiling:
     """The most square tiling that fits; shapes differ by under 1 % of the bits."""
     tilings = Tiling.all(spec.num_kv_heads, spec.head_dim)
     return next((t for t in tilings if t.columns <= width and t.rows <= height), tilings[0])
-
-
-def _parse_size(text: str) -> tuple[int, int]:
-    """(width, height) of ``WIDTHxHEIGHT``."""
-    match = _FRAME_SIZE.fullmatch(text)
-    width, height = map(int, match.groups()) if match else (0, 0)
-    if not (MIN_SIDE <= width <= MAX_SIDE and MIN_SIDE <= height <= MAX_SIDE):
-        raise ConfigError(
-            f"codec.frame_sizes: a size is WIDTHxHEIGHT, each {MIN_SIDE} to {MAX_SIDE}, got {text!r}"
-        )
-    return width, height

@@ -8,13 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvfetcher.codec.base import Decoder, Profile, RestoredUnit, Restorer, UnitSource
+from kvfetcher.codec.base import (
+    Decoder,
+    PlaneEncoder,
+    Profile,
+    RestoredUnit,
+    Restorer,
+    UnitSource,
+)
 from kvfetcher.codec.exact import FLOAT_BITS, ExactProfile, restore_exact
-from kvfetcher.codec.paper import PaperProfile, restore_paper
+from kvfetcher.codec.paper import PAPER_FRAME_SIZES, PaperProfile, restore_paper
+from kvfetcher.codec.raw import RawProfile, WithRawCopy, restore_raw
 from kvfetcher.codec.symbols import TRANSFORM, UNCALIBRATED
 from kvfetcher.codec.transform import TransformProfile, restore_transform
 from kvfetcher.codec.uncalibrated import UncalibratedProfile, restore_uncalibrated
-from kvfetcher.codec.unit import EXACT, PAPER, parse_unit
+from kvfetcher.codec.unit import EXACT, PAPER, RAW_VALUES, parse_unit
 from kvfetcher.container import UnitData, build_chunk, check_unit, parse_header
 from kvfetcher.errors import ConfigError, FormatError, LayoutError, UnsupportedVersionError
 from kvfetcher.transform.artifact import LADDER
@@ -26,6 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kvfetcher.codec.base import Integers
+    from kvfetcher.codec.unit import Unit
     from kvfetcher.config import CodecConfig
     from kvfetcher.spec import KVSpec
 
@@ -34,14 +43,18 @@ RESTORERS: dict[int, Restorer] = {
     PAPER: restore_paper,
     TRANSFORM: restore_transform,
     UNCALIBRATED: restore_uncalibrated,
+    RAW_VALUES: restore_raw,
 }
 PROFILE_NAMES: dict[int, str] = {
     EXACT: "exact",
     PAPER: "paper",
     TRANSFORM: "transform",
     UNCALIBRATED: "uncalibrated",
+    RAW_VALUES: "raw",
 }
-PROFILES = ("exact", *LADDER, "uncalibrated", "paper")
+PROFILES = ("exact", *LADDER, "uncalibrated", "paper", "raw")
+AUTO = "auto"
+"""Left to the launcher (`server.profile`); where none decided, `exact`."""
 
 
 def make_profile(config: CodecConfig) -> Profile:
@@ -50,27 +63,37 @@ def make_profile(config: CodecConfig) -> Profile:
     Raises:
         ConfigError: there is no such profile, or a parameter does not fit it.
     """
-    if config.profile == "exact":
-        return ExactProfile(unit_layers=config.unit_layers)
+    if config.profile == "raw":
+        return RawProfile(unit_layers=config.unit_layers)
+    coded = _coded_profile(config)
+    return WithRawCopy(coded) if config.raw_copy else coded
+
+
+def _coded_profile(config: CodecConfig) -> Profile:
+    if config.profile in ("exact", AUTO):
+        return ExactProfile(unit_layers=config.unit_layers, frame_sizes=config.frame_sizes)
     if config.profile == "paper":
         return PaperProfile(
-            frame_sizes=config.frame_sizes, bits=config.paper_bits, unit_layers=config.unit_layers
+            frame_sizes=config.frame_sizes or PAPER_FRAME_SIZES,
+            bits=config.paper_bits,
+            unit_layers=config.unit_layers,
         )
     if config.profile == "uncalibrated":
-        return UncalibratedProfile(unit_layers=config.unit_layers)
+        return UncalibratedProfile(unit_layers=config.unit_layers, frame_sizes=config.frame_sizes)
     if config.profile in LADDER:
         return TransformProfile(
             config.profile,
             served_calibration(config.calibration, allow_uncertified=config.allow_uncertified),
+            frame_sizes=config.frame_sizes,
         )
-    raise ConfigError(f"codec.profile must be one of {PROFILES}, got {config.profile!r}")
+    raise ConfigError(f"codec.profile must be one of {(AUTO, *PROFILES)}, got {config.profile!r}")
 
 
 def profile_id(config: CodecConfig, spec: KVSpec, *, weights: str = "") -> str:
     """Canonical text of profile and parameters; part of a chunk's identity.
 
-    Two profiles of the same text restore the same values from the same input, but for the last
-    place of floating-point arithmetic where the profile computes.
+    Two profiles of the same text restore the same values from the same input, but for the
+    rounding that FORMAT.md leaves to the reader where the profile computes.
 
     Args:
         config: names the profile.
@@ -81,8 +104,9 @@ def profile_id(config: CodecConfig, spec: KVSpec, *, weights: str = "") -> str:
         ConfigError: as `make_profile`, or its calibration was made for another model.
     """
     profile = make_profile(config)
-    if isinstance(profile, TransformProfile):
-        calibration = profile.calibration
+    coded = profile.coded if isinstance(profile, WithRawCopy) else profile
+    if isinstance(coded, TransformProfile):
+        calibration = coded.calibration
         ours = replace(calibration.spec, dtype=spec.dtype)
         if ours != spec or (weights and weights != calibration.model):
             raise ConfigError(
@@ -103,6 +127,7 @@ def encode_chunk(
     first_position: int,
     num_threads: int,
     parent_key: bytes = bytes(32),
+    encoder: PlaneEncoder | None = None,
 ) -> bytes:
     """Encode one chunk object, ready for the store.
 
@@ -116,6 +141,7 @@ def encode_chunk(
         first_position: position of the first token in its sequence.
         num_threads: units encoded at one time.
         parent_key: key of the chunk before; zeros for the first.
+        encoder: of the pictures; None = libx265.
 
     Raises:
         LayoutError: shape or dtype of `values` differ from `spec` and `token_ids`.
@@ -138,13 +164,13 @@ def encode_chunk(
     jobs = [
         (variant, start, layers)
         for variant in profile.variants()
-        for start, layers in profile.layer_groups(spec, len(token_ids))
+        for start, layers in profile.layer_groups(spec, len(token_ids), variant)
     ]
 
     def encode(job: tuple[str, int, int]) -> UnitData:
         variant, start, layers = job
         part = np.ascontiguousarray(values[start : start + layers])
-        source = UnitSource(part, spec, start, first_position)
+        source = UnitSource(part, spec, start, first_position, encoder)
         return UnitData(start, layers, variant, profile.encode(source, variant))
 
     if num_threads == 1:
@@ -168,13 +194,15 @@ def decode_unit(data: bytes | memoryview, decoder: Decoder) -> Integers:
     """Decode the video of one unit.
 
     Returns:
-        Planes [F, P, Y, X] of `parse_unit(data).geometry`.
+        Planes [F, P, Y, X] of `parse_unit(data).geometry`; empty where there is no video.
 
     Raises:
         FormatError: `data` is not a unit.
         CodecError: the video does not decode to the pictures that the unit promises.
     """
     unit = parse_unit(data)
+    if not unit.geometry.num_frames:
+        return np.empty(unit.geometry.shape, np.uint8)
     return decoder.decode(unit.packets(), unit.geometry)
 
 
@@ -191,7 +219,17 @@ def restore_unit(data: bytes | memoryview, planes: NDArray[Any]) -> RestoredUnit
         ChecksumError: the restored integers differ from the unit's digest.
         LayoutError: `planes` is not what the unit's geometry says.
     """
-    unit = parse_unit(data)
+    # The digest says whether the planes are right; whoever decoded them checked the video.
+    unit = parse_unit(data, checks_video=False)
+    return RestoredUnit(unit.layer_start, restore_parsed(unit, planes))
+
+
+def restore_parsed(unit: Unit, planes: NDArray[Any]) -> Integers:
+    """`restore_unit` of a unit that was parsed: values [Lg, K, H, T, D].
+
+    Raises:
+        FormatError, ChecksumError, LayoutError: as `restore_unit`.
+    """
     geometry = unit.geometry
     planes = np.ascontiguousarray(planes)
     if planes.dtype == np.uint8 and geometry.dtype != np.uint8 and planes.shape[-1] % 2 == 0:
@@ -205,7 +243,7 @@ def restore_unit(data: bytes | memoryview, planes: NDArray[Any]) -> RestoredUnit
         raise UnsupportedVersionError(
             f"unit is of profile {unit.profile}, this build restores {sorted(RESTORERS)}; upgrade"
         )
-    return RestoredUnit(unit.layer_start, restorer(unit, planes))
+    return restorer(unit, planes)
 
 
 def describe_chunk(data: bytes | memoryview) -> dict[str, Any]:
@@ -235,9 +273,9 @@ def describe_chunk(data: bytes | memoryview) -> dict[str, Any]:
                 "bytes": entry.length,
                 "bits_per_element": 8 * entry.length / unit.num_elements,
                 "pictures": geometry.num_frames,
-                "picture": f"{geometry.width}x{geometry.height}",
-                "bit_depth": geometry.bit_depth,
-                "chroma": geometry.chroma,
+                "picture": f"{geometry.width}x{geometry.height}" if geometry.num_frames else "",
+                "bit_depth": geometry.bit_depth if geometry.num_frames else 0,
+                "chroma": geometry.chroma if geometry.num_frames else "",
                 "sections": {
                     str(s.kind): {"stored_bytes": len(s.stored), "raw_bytes": s.raw_bytes}
                     for s in unit.sections

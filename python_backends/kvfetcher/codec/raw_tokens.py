@@ -43,8 +43,8 @@ def raw_sections(values: Integers, tokens: NDArray[np.int64]) -> tuple[Section, 
     )
 
 
-def put_raw_tokens(unit: Unit, num_raw: int, values: Integers) -> None:
-    """Overwrite the exact tokens in restored values, in place.
+def exact_tokens(unit: Unit, num_raw: int) -> tuple[NDArray[np.int64], Integers]:
+    """Numbers of the tokens that a unit keeps exact, and their bit patterns [Lg, K, H, R, D].
 
     Raises:
         FormatError: the token numbers do not rise below the unit's number of tokens.
@@ -52,10 +52,22 @@ def put_raw_tokens(unit: Unit, num_raw: int, values: Integers) -> None:
     layers, factor, heads, num_tokens, dim = unit.shape
     if num_raw > num_tokens:
         raise FormatError(f"a unit of {num_tokens} tokens cannot keep {num_raw} of them exact")
-    tokens = np.frombuffer(unit.section(RAW_TOKENS, num_bytes=4 * num_raw), "<u4")
-    if num_raw and (np.any(np.diff(tokens.astype(np.int64)) <= 0) or tokens[-1] >= num_tokens):
+    found = np.frombuffer(unit.section(RAW_TOKENS, num_bytes=4 * num_raw), "<u4")
+    tokens = found.astype(np.int64)
+    if num_raw and (np.any(np.diff(tokens) <= 0) or tokens[-1] >= num_tokens):
         raise FormatError(f"exact tokens of the unit must rise and stay below {num_tokens}")
     shape = (layers, factor, heads, num_raw, dim)
     num_bytes = layers * factor * heads * num_raw * dim * unit.spec.item_bytes
-    raw = np.frombuffer(unit.section(RAW_VALUES, num_bytes=num_bytes), values.dtype)
-    values[:, :, :, tokens] = raw.reshape(shape)
+    dtype = "<u2" if unit.spec.item_bytes == 2 else "u1"
+    raw = np.frombuffer(unit.section(RAW_VALUES, num_bytes=num_bytes), dtype)
+    return tokens, raw.reshape(shape)
+
+
+def put_raw_tokens(unit: Unit, num_raw: int, values: Integers) -> None:
+    """Overwrite the exact tokens in restored values, in place.
+
+    Raises:
+        FormatError: as `exact_tokens`.
+    """
+    tokens, raw = exact_tokens(unit, num_raw)
+    values[:, :, :, tokens] = raw

@@ -13,6 +13,7 @@ from kvfetcher.codec.base import BIT_DEPTHS
 from kvfetcher.codec.digest import integer_digest
 from kvfetcher.codec.unit import Section, Unit, packed_section
 from kvfetcher.errors import ChecksumError, FormatError
+from kvfetcher.transform.inverse import Corrections
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -64,6 +65,27 @@ def to_symbols(integers: NDArray[np.int32]) -> Symbols:
     )
 
 
+def escapes(
+    unit: Unit, num_escapes: int, num_integers: int
+) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """Places and values of the integers that a unit's pictures do not hold.
+
+    Args:
+        unit: holds the escape sections.
+        num_escapes: as the unit's parameters say.
+        num_integers: how many there are; places count through them in C order.
+
+    Raises:
+        FormatError: an index is out of range or out of order.
+    """
+    indices = np.frombuffer(unit.section(ESCAPE_INDICES, num_bytes=4 * num_escapes), "<u4")
+    values = np.frombuffer(unit.section(ESCAPE_VALUES, num_bytes=4 * num_escapes), "<i4")
+    places = indices.astype(np.int64)
+    if num_escapes and (np.any(np.diff(places) <= 0) or int(places[-1]) >= num_integers):
+        raise FormatError(f"escape indices of the unit must rise and stay below {num_integers}")
+    return places, values
+
+
 def apply_escapes(unit: Unit, num_escapes: int, integers: NDArray[np.float32]) -> None:
     """Put a unit's escaped integers where they belong, in place.
 
@@ -73,15 +95,29 @@ def apply_escapes(unit: Unit, num_escapes: int, integers: NDArray[np.float32]) -
         integers: C-contiguous integers from the samples, as floats.
 
     Raises:
+        FormatError: as `escapes`.
+    """
+    places, values = escapes(unit, num_escapes, integers.size)
+    integers.reshape(-1)[places] = values
+
+
+def read_corrections(unit: Unit, num_escapes: int, samples: Integers, neutral: int) -> Corrections:
+    """A unit's escapes as differences from what the samples say.
+
+    Args:
+        unit: holds the escape sections.
+        num_escapes: as the unit's parameters say.
+        samples: C-contiguous.
+        neutral: the sample of integer 0.
+
+    Raises:
         FormatError: an index is out of range or out of order.
     """
-    indices = np.frombuffer(unit.section(ESCAPE_INDICES, num_bytes=4 * num_escapes), "<u4")
-    values = np.frombuffer(unit.section(ESCAPE_VALUES, num_bytes=4 * num_escapes), "<i4")
-    if not num_escapes:
-        return
-    if np.any(np.diff(indices.astype(np.int64)) <= 0) or int(indices[-1]) >= integers.size:
-        raise FormatError(f"escape indices of the unit must rise and stay below {integers.size}")
-    integers.reshape(-1)[indices] = values
+    indices, values = escapes(unit, num_escapes, samples.size)
+    amounts = values.astype(np.float32) - (
+        samples.reshape(-1)[indices].astype(np.float32) - np.float32(neutral)
+    )
+    return Corrections(indices, amounts)
 
 
 def check_integers(unit: Unit, samples: Integers) -> None:
@@ -90,15 +126,24 @@ def check_integers(unit: Unit, samples: Integers) -> None:
     Raises:
         ChecksumError: they differ.
     """
-    if integer_digest(samples) != unit.integer_digest:
+    check_digest(unit, integer_digest(samples))
+
+
+def check_digest(unit: Unit, digest: int) -> None:
+    """Compare the digest of a unit's integers with the one that the unit states.
+
+    Raises:
+        ChecksumError: they differ.
+    """
+    if digest != unit.integer_digest:
         raise ChecksumError(
             f"unit of layers {unit.layer_start} to {unit.layer_start + unit.num_layers - 1}: the"
             " decoded integers differ from those saved; the decoder or the unit is damaged"
         )
 
 
-def checked_planes(unit: Unit, grid: RowGrid, planes: Integers) -> Integers:
-    """The planes, if the unit's pictures are those of the grid.
+def check_pictures(unit: Unit, grid: RowGrid) -> None:
+    """Check that the unit's pictures are those of the grid.
 
     Raises:
         FormatError: they are not.
@@ -106,4 +151,3 @@ def checked_planes(unit: Unit, grid: RowGrid, planes: Integers) -> Integers:
     expected = grid.geometry(unit.geometry.bit_depth)
     if unit.geometry != expected:
         raise FormatError(f"pictures of the unit are {unit.geometry}, its values need {expected}")
-    return planes

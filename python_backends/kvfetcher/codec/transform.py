@@ -11,12 +11,18 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from kvfetcher.codec.base import ONLY_VARIANT
 from kvfetcher.codec.digest import integer_digest
+from kvfetcher.codec.frame_size import (
+    FrameSize,
+    check_frame_sizes,
+    max_unit_layers,
+    parse_frame_size,
+)
 from kvfetcher.codec.raw_tokens import (
     RAW_TOKENS,
     RAW_VALUES,
@@ -28,13 +34,13 @@ from kvfetcher.codec.symbols import (
     ESCAPE_INDICES,
     ESCAPE_VALUES,
     TRANSFORM,
-    apply_escapes,
     check_integers,
-    checked_planes,
+    check_pictures,
+    read_corrections,
     to_symbols,
 )
 from kvfetcher.codec.unit import Unit, video_sections, write_unit
-from kvfetcher.codec.video import encode_planes
+from kvfetcher.codec.video import encode_for
 from kvfetcher.errors import CodecError, ConfigError, FormatError, UnsupportedVersionError
 from kvfetcher.layout import NUM_PLANES, RowGrid
 from kvfetcher.quant import MAX_MAGNITUDE, bits_to_float32
@@ -45,15 +51,19 @@ from kvfetcher.transform.product import multiply, round_to_bits
 from kvfetcher.transform.rope import rotate_keys, unrotate_keys
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from kvfetcher.codec.base import Integers, UnitSource
     from kvfetcher.spec import KVSpec
+    from kvfetcher.transform.artifact import F32
 
 
-_MAX_FRAME_COLUMNS = 1024
-_MAX_FRAME_ROWS = 2048
-# digest of the calibration, step, layer group, rank, frame_rows, frame_columns, num_escapes,
-# num_raw_tokens
+# Largest picture where no frame size is asked for.
+_DEFAULT_SIZE = FrameSize(1024, 2048)
+# digest of the calibration, step, first layer group, its rank, frame_rows, frame_columns,
+# num_escapes, num_raw_tokens; then the rank of each further layer group
 _PARAMS = struct.Struct("<32sfIIIIII")
+_RANK = struct.Struct("<I")
 # |z / step| beyond this is an outlier whose token is kept exact; far inside int32 and float32.
 _MAX_INTEGER = 1 << 23
 
@@ -64,22 +74,43 @@ class TransformProfile:
 
     name: str
     calibration: Calibration
+    frame_sizes: tuple[str, ...] = ()
+    """Largest picture of each variant, ``WIDTHxHEIGHT``; a unit has as many of the calibration's
+    layer groups as fill one. None = one variant with a unit for each layer group."""
 
     def __post_init__(self) -> None:
         if self.name not in LADDER:
             raise CodecError(f"transform profile must be one of {LADDER}, got {self.name!r}")
+        check_frame_sizes(self.frame_sizes)
 
     @property
     def identity(self) -> str:
         return f"{self.name}/1 calibration={self.calibration.digest}"
 
     def variants(self) -> tuple[str, ...]:
-        return (ONLY_VARIANT,)
+        return self.frame_sizes or (ONLY_VARIANT,)
 
-    def layer_groups(self, spec: KVSpec, num_tokens: int) -> tuple[tuple[int, int], ...]:
-        """The calibration's layer groups."""
+    def layer_groups(
+        self, spec: KVSpec, num_tokens: int, variant: str
+    ) -> tuple[tuple[int, int], ...]:
+        """The calibration's layer groups, neighbours joined while they fit into one picture."""
         grouping = self.calibration.grouping
-        return tuple(zip(grouping.layer_starts, grouping.layer_counts, strict=True))
+        groups = zip(grouping.layer_starts, grouping.layer_counts, strict=True)
+        if variant == ONLY_VARIANT:
+            return tuple(groups)
+        size = parse_frame_size(variant)
+        most_layers = max_unit_layers(spec, num_tokens)
+        joined: list[tuple[int, int]] = []
+        rows_left = 0
+        for index, (start, count) in enumerate(groups):
+            rank = self.calibration.unit_rank(index, self.name)
+            rows_left -= rank
+            if joined and rows_left >= 0 and joined[-1][1] + count <= most_layers:
+                joined[-1] = (joined[-1][0], joined[-1][1] + count)
+            else:
+                joined.append((start, count))
+                rows_left = size.rows - rank
+        return tuple(joined)
 
     def encode(self, source: UnitSource, variant: str) -> bytes:
         """One unit's bytes.
@@ -91,7 +122,7 @@ class TransformProfile:
             FormatError: the values are not of the calibration's geometry or layer groups.
         """
         calibration = self.calibration
-        group = _layer_group(calibration, source.spec, source.layer_start, source.num_layers)
+        groups = _layer_groups(calibration, source.spec, source.layer_start, source.num_layers)
         step = np.float32(calibration.steps[self.name])
         values = bits_to_float32(source.values, source.spec.dtype)
         raw = raw_tokens(
@@ -100,26 +131,19 @@ class TransformProfile:
         values[:, :, :, raw] = 0
         rope = calibration.rope.slice(source.layer_start, source.num_layers)
         unrotate_keys(values[:, 0], rope, source.first_position)
-        rank = calibration.unit_rank(group, self.name)
-        parts = []
-        for head_group, heads in enumerate(calibration.grouping.head_ranges):
-            matrices = calibration.matrices((group, head_group), rank)
-            vectors = to_vectors(values, heads)
-            vectors -= matrices.mean
-            scaled = multiply(matrices.forward, vectors.T)
-            scaled *= np.float32(1) / step
-            parts.append(scaled)
+        ranks = tuple(calibration.unit_rank(group, self.name) for group in groups)
+        parts = list(_forward(calibration, values, groups, ranks, step))
         outliers = np.flatnonzero(
-            np.any([np.abs(part).max(axis=0) > _MAX_INTEGER for part in parts], axis=0)
+            np.any([np.abs(part).max(axis=0) > _MAX_INTEGER for _, part in parts], axis=0)
         )
         raw = np.union1d(raw, outliers)
         tokens = source.num_tokens
-        layout = _Layout.fit(len(parts), rank, tokens)
+        layout = Layout.fit(len(calibration.grouping.head_ranges), ranks, tokens, variant)
         integers = np.zeros((layout.grid.num_rows, tokens), np.int32)
-        for index, part in enumerate(parts):
+        for place, part in parts:
             part[:, raw] = 0
             np.rint(part, out=part)
-            integers[layout.first_row(index) : layout.first_row(index) + rank] = part
+            integers[layout.rows_of(place)] = part
         symbols = to_symbols(integers)
         grid = layout.grid
         planes = grid.place(
@@ -136,16 +160,17 @@ class TransformProfile:
             params=_PARAMS.pack(
                 bytes.fromhex(calibration.digest),
                 float(step),
-                group,
-                rank,
+                groups[0],
+                ranks[0],
                 grid.frame_rows,
                 grid.frame_columns,
                 symbols.num_escapes,
                 len(raw),
-            ),
+            )
+            + b"".join(_RANK.pack(rank) for rank in ranks[1:]),
             integer_digest=integer_digest(symbols.samples),
             sections=(
-                *video_sections(encode_planes(planes, bit_depth=symbols.bit_depth)),
+                *video_sections(encode_for(source, planes, bit_depth=symbols.bit_depth)),
                 *symbols.sections,
                 *raw_sections(source.values, raw),
             ),
@@ -153,85 +178,207 @@ class TransformProfile:
         return write_unit(unit)
 
 
+@dataclass(frozen=True, slots=True)
+class RestorePlan:
+    """What a transform unit needs to be restored, checked: where each coefficient lies."""
+
+    calibration: Calibration
+    step: float
+    num_escapes: int
+    num_raw_tokens: int
+    layout: Layout
+    places: tuple[Place, ...]
+    """Its transforms, in the order of their rows."""
+
+
+def plan_restore(unit: Unit) -> RestorePlan:
+    """Read a unit's parameters and check them against its calibration and pictures.
+
+    Raises:
+        FormatError: the unit breaks the profile's rules.
+        UnsupportedVersionError: its calibration is not on this machine.
+    """
+    params = _parse_params(unit)
+    unit.require_sections(ESCAPE_INDICES, ESCAPE_VALUES, RAW_TOKENS, RAW_VALUES)
+    try:
+        calibration = find_calibration(params.calibration)
+    except ConfigError as exc:
+        raise UnsupportedVersionError(f"transform unit: {exc}") from exc
+    groups = _layer_groups(calibration, unit.spec, unit.layer_start, unit.num_layers)
+    if groups[0] != params.group or len(groups) != len(params.ranks):
+        raise FormatError(
+            f"unit says {len(params.ranks)} layer groups from {params.group} on, its layers are"
+            f" {len(groups)} from {groups[0]} on"
+        )
+    layout = Layout.of(
+        len(calibration.grouping.head_ranges),
+        params.ranks,
+        unit.num_tokens,
+        params.frame_rows,
+        params.frame_columns,
+    )
+    check_pictures(unit, layout.grid)
+    return RestorePlan(
+        calibration,
+        params.step,
+        params.num_escapes,
+        params.num_raw_tokens,
+        layout,
+        tuple(_places(calibration, groups)),
+    )
+
+
 def restore_transform(unit: Unit, planes: Integers) -> Integers:
-    """Values [Lg, K, H, T, D] of a transform unit; takes 12 bytes of memory per element.
+    """Values [Lg, K, H, T, D] of a transform unit.
+
+    With decoding it takes 16 bytes of memory per element (tests/benchmarks/bench_memory.py).
 
     Raises:
         ChecksumError: the decoded integers differ from those that were saved.
         FormatError: the unit breaks the profile's rules.
         UnsupportedVersionError: its calibration is not on this machine.
     """
-    if len(unit.params) != _PARAMS.size:
-        raise FormatError(
-            f"a transform unit has {_PARAMS.size} parameter bytes, got {len(unit.params)}"
-        )
-    digest, step, group, rank, frame_rows, frame_columns, num_escapes, num_raw = _PARAMS.unpack(
-        unit.params
-    )
-    unit.require_sections(ESCAPE_INDICES, ESCAPE_VALUES, RAW_TOKENS, RAW_VALUES)
-    if not 1e-30 < step < 1e30:
-        raise FormatError(f"step of the unit must be a positive number, got {step}")
-    try:
-        calibration = find_calibration(digest.hex())
-    except ConfigError as exc:
-        raise UnsupportedVersionError(f"transform unit: {exc}") from exc
-    if group != _layer_group(calibration, unit.spec, unit.layer_start, unit.num_layers):
-        raise FormatError(f"unit says layer group {group}, its layers are another")
-    head_ranges = calibration.grouping.head_ranges
-    layout = _Layout.of(len(head_ranges), rank, unit.num_tokens, frame_rows, frame_columns)
-    samples = layout.grid.gather(checked_planes(unit, layout.grid, planes))
+    plan = plan_restore(unit)
+    calibration, layout = plan.calibration, plan.layout
+    samples = layout.grid.gather(planes)
     check_integers(unit, samples)
-    half = np.float32(1 << (unit.geometry.bit_depth - 1))
-    integers = np.subtract(samples, half, dtype=np.float32)
-    apply_escapes(unit, num_escapes, integers)
-    integers *= np.float32(step)
+    neutral = 1 << (unit.geometry.bit_depth - 1)
+    corrections = read_corrections(unit, plan.num_escapes, samples, neutral)
     values = np.empty(unit.shape, np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        for index, heads in enumerate(head_ranges):
-            matrices = calibration.matrices((group, index), rank)
-            first = layout.first_row(index)
-            vectors = multiply(integers[first : first + rank].T, matrices.inverse)
-            vectors += matrices.mean
-            from_vectors(vectors, values, heads)
+        for place in plan.places:
+            key, rows = (place.layer_group, place.head_group), layout.rows_of(place)
+            inverse = calibration.inverse(key, layout.ranks[place.number], plan.step)
+            vectors = inverse.restore(
+                samples[rows],
+                neutral,
+                np.float32(plan.step),
+                corrections.of_rows(rows, unit.num_tokens),
+            )
+            from_vectors(vectors, values[place.layers], place.heads)
         rope = calibration.rope.slice(unit.layer_start, unit.num_layers)
         rotate_keys(values[:, 0], rope, unit.first_position)
         result = round_to_bits(values, unit.spec.dtype)
-    put_raw_tokens(unit, num_raw, result)
+    put_raw_tokens(unit, plan.num_raw_tokens, result)
     return result
 
 
 @dataclass(frozen=True, slots=True)
-class _Layout:
-    """Where the rows of each head group lie.
+class _Params:
+    """Parameters of a transform unit, as FORMAT.md has them."""
 
-    A whole number of pictures each, so that a rank that owns some heads decodes only theirs.
+    calibration: str
+    step: float
+    group: int
+    """The first layer group."""
+    ranks: tuple[int, ...]
+    """Of each layer group of the unit."""
+    frame_rows: int
+    frame_columns: int
+    num_escapes: int
+    num_raw_tokens: int
+
+
+def _parse_params(unit: Unit) -> _Params:
+    size = len(unit.params)
+    if size < _PARAMS.size or (size - _PARAMS.size) % _RANK.size:
+        raise FormatError(
+            f"a transform unit has {_PARAMS.size} parameter bytes and {_RANK.size} for each further"
+            f" layer group, got {size}"
+        )
+    digest, step, group, rank, frame_rows, frame_columns, num_escapes, num_raw = (
+        _PARAMS.unpack_from(unit.params)
+    )
+    if not 1e-30 < step < 1e30:
+        raise FormatError(f"step of the unit must be a positive number, got {step}")
+    more = (found for (found,) in _RANK.iter_unpack(unit.params[_PARAMS.size :]))
+    return _Params(
+        digest.hex(), step, group, (rank, *more), frame_rows, frame_columns, num_escapes, num_raw
+    )
+
+
+class Place(NamedTuple):
+    """One transform of a unit: what it covers."""
+
+    number: int
+    """Of the layer group among the unit's."""
+    layer_group: int
+    head_group: int
+    layers: slice
+    """Of the unit's layers."""
+    heads: tuple[int, int]
+
+
+def _places(calibration: Calibration, groups: range) -> Iterator[Place]:
+    """The transforms of a unit, in the order of their rows."""
+    grouping = calibration.grouping
+    for head_group, heads in enumerate(grouping.head_ranges):
+        first = 0
+        for index, group in enumerate(groups):
+            layers = slice(first, first + grouping.layer_counts[group])
+            yield Place(index, group, head_group, layers, heads)
+            first = layers.stop
+
+
+def _forward(
+    calibration: Calibration, values: F32, groups: range, ranks: tuple[int, ...], step: np.float32
+) -> Iterator[tuple[Place, F32]]:
+    """Coefficients [rank, T] in steps, not rounded, of every transform of a unit."""
+    for place in _places(calibration, groups):
+        matrices = calibration.matrices((place.layer_group, place.head_group), ranks[place.number])
+        vectors = to_vectors(values[place.layers], place.heads)
+        vectors -= matrices.mean
+        scaled = multiply(matrices.forward, vectors.T)
+        scaled *= np.float32(1) / step
+        yield place, scaled
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the rows of each transform lie: head group after head group, layer groups within.
+
+    A head group has a whole number of pictures, so that a rank that owns some heads decodes only
+    theirs; its layer groups follow one another without padding.
     """
 
     grid: RowGrid
-    rows_per_group: int
+    rows_per_head_group: int
+    ranks: tuple[int, ...]
 
     @classmethod
-    def fit(cls, num_groups: int, rank: int, num_tokens: int) -> _Layout:
+    def fit(
+        cls, num_head_groups: int, ranks: tuple[int, ...], num_tokens: int, variant: str
+    ) -> Layout:
+        size = _DEFAULT_SIZE if variant == ONLY_VARIANT else parse_frame_size(variant)
         one = RowGrid.fit(
-            rank, num_tokens, max_frame_rows=_MAX_FRAME_ROWS, max_frame_columns=_MAX_FRAME_COLUMNS
+            sum(ranks), num_tokens, max_frame_rows=size.height, max_frame_columns=size.width
         )
-        return cls.of(num_groups, rank, num_tokens, one.frame_rows, one.frame_columns)
+        return cls.of(num_head_groups, ranks, num_tokens, one.frame_rows, one.frame_columns)
 
     @classmethod
     def of(
-        cls, num_groups: int, rank: int, num_tokens: int, frame_rows: int, frame_columns: int
-    ) -> _Layout:
-        one = RowGrid(rank, num_tokens, frame_rows, frame_columns)
+        cls,
+        num_head_groups: int,
+        ranks: tuple[int, ...],
+        num_tokens: int,
+        frame_rows: int,
+        frame_columns: int,
+    ) -> Layout:
+        one = RowGrid(sum(ranks), num_tokens, frame_rows, frame_columns)
         rows = one.num_blocks * NUM_PLANES * frame_rows
-        total = rows * (num_groups - 1) + rank
-        return cls(RowGrid(total, num_tokens, frame_rows, frame_columns), rows)
+        total = rows * (num_head_groups - 1) + sum(ranks)
+        return cls(RowGrid(total, num_tokens, frame_rows, frame_columns), rows, ranks)
 
-    def first_row(self, head_group: int) -> int:
-        return head_group * self.rows_per_group
+    def rows_of(self, place: Place) -> slice:
+        """The rows of one transform's coefficients."""
+        first = place.head_group * self.rows_per_head_group + sum(self.ranks[: place.number])
+        return slice(first, first + self.ranks[place.number])
 
 
-def _layer_group(calibration: Calibration, spec: KVSpec, layer_start: int, num_layers: int) -> int:
-    """Index of the calibration's layer group that a unit covers.
+def _layer_groups(
+    calibration: Calibration, spec: KVSpec, layer_start: int, num_layers: int
+) -> range:
+    """The calibration's layer groups that a unit covers.
 
     Raises:
         FormatError: geometry or layers are not the calibration's.
@@ -243,10 +390,11 @@ def _layer_group(calibration: Calibration, spec: KVSpec, layer_start: int, num_l
                 f"calibration is for {name} {getattr(ours, name)}, the values have"
                 f" {getattr(spec, name)}; calibrate this model"
             )
-    groups = list(zip(grouping.layer_starts, grouping.layer_counts, strict=True))
-    if (layer_start, num_layers) not in groups:
+    boundaries = (*grouping.layer_starts, ours.num_layers)
+    stop = layer_start + num_layers
+    if layer_start not in boundaries or stop not in boundaries or num_layers < 1:
+        groups = list(zip(grouping.layer_starts, grouping.layer_counts, strict=True))
         raise FormatError(
-            f"layers {layer_start} to {layer_start + num_layers - 1} are not a group of the"
-            f" calibration ({groups})"
+            f"layers {layer_start} to {stop - 1} are not whole groups of the calibration ({groups})"
         )
-    return groups.index((layer_start, num_layers))
+    return range(boundaries.index(layer_start), boundaries.index(stop))

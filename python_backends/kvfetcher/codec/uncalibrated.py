@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvfetcher.codec.base import (
-    MAX_SIDE,
     ONLY_VARIANT,
     UnitSource,
     even_groups,
-    layers_of_a_picture,
 )
 from kvfetcher.codec.digest import integer_digest
+from kvfetcher.codec.frame_size import check_frame_sizes, layers_of_a_unit, row_grid
 from kvfetcher.codec.raw_tokens import (
     RAW_TOKENS,
     RAW_VALUES,
@@ -34,16 +33,18 @@ from kvfetcher.codec.symbols import (
     UNCALIBRATED,
     apply_escapes,
     check_integers,
-    checked_planes,
+    check_pictures,
     to_symbols,
 )
 from kvfetcher.codec.unit import Unit, packed_section, video_sections, write_unit
-from kvfetcher.codec.video import encode_planes
+from kvfetcher.codec.video import encode_for
 from kvfetcher.errors import FormatError
 from kvfetcher.layout import RowGrid
 from kvfetcher.quant import MAX_MAGNITUDE, bits_to_float32, float32_to_bits
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from kvfetcher.codec.base import Integers
     from kvfetcher.spec import KVSpec
 
@@ -54,7 +55,6 @@ SPREADS = 23
 SINK_TOKENS = 4
 
 _PARAMS = struct.Struct("<IIII")  # frame_rows, frame_columns, num_escapes, num_raw_tokens
-_MAX_FRAME_COLUMNS = 1024
 _CLASSES_PER_UNIT = 8.0
 # Of the root mean square of a layer's K or V around its channel means.
 _STEP = 0.25
@@ -65,18 +65,26 @@ class UncalibratedProfile:
     """Encoder of profile `uncalibrated`."""
 
     unit_layers: int = 0
-    """Layers of one unit; 0 = as many as make a picture of about 640 lines."""
+    """Layers of one unit; 0 = as many as fill the variant's picture."""
+    frame_sizes: tuple[str, ...] = ()
+    """Largest picture of each variant, ``WIDTHxHEIGHT``; none = one variant of about 640 lines."""
+
+    def __post_init__(self) -> None:
+        check_frame_sizes(self.frame_sizes)
 
     @property
     def identity(self) -> str:
         return "uncalibrated/1"
 
     def variants(self) -> tuple[str, ...]:
-        return (ONLY_VARIANT,)
+        return self.frame_sizes or (ONLY_VARIANT,)
 
-    def layer_groups(self, spec: KVSpec, num_tokens: int) -> tuple[tuple[int, int], ...]:
-        """Groups of `unit_layers` layers, the last one perhaps smaller."""
-        return even_groups(spec.num_layers, self.unit_layers or layers_of_a_picture(spec))
+    def layer_groups(
+        self, spec: KVSpec, num_tokens: int, variant: str
+    ) -> tuple[tuple[int, int], ...]:
+        """Groups of layers, the last one perhaps smaller."""
+        layers = self.unit_layers or layers_of_a_unit(spec, num_tokens, variant)
+        return even_groups(spec.num_layers, layers)
 
     def encode(self, source: UnitSource, variant: str) -> bytes:
         """One unit's bytes; any values, those that are not finite exactly."""
@@ -97,9 +105,7 @@ class UncalibratedProfile:
         spreads = np.minimum(rows.std(axis=1, dtype=np.float32) * _CLASSES_PER_UNIT, 255.0)
         spreads = spreads.astype(np.uint8)
         symbols = to_symbols(rows[_order(spreads)])
-        grid = RowGrid.fit(
-            len(rows), tokens, max_frame_rows=MAX_SIDE, max_frame_columns=_MAX_FRAME_COLUMNS
-        )
+        grid = row_grid(len(rows), tokens, variant)
         depth = symbols.bit_depth
         planes = grid.place(symbols.samples, bit_depth=depth, padding=1 << (depth - 1))
         unit = Unit(
@@ -113,7 +119,7 @@ class UncalibratedProfile:
             params=_PARAMS.pack(grid.frame_rows, grid.frame_columns, symbols.num_escapes, len(raw)),
             integer_digest=integer_digest(symbols.samples),
             sections=(
-                *video_sections(encode_planes(planes, bit_depth=depth)),
+                *video_sections(encode_for(source, planes, bit_depth=depth)),
                 *symbols.sections,
                 *raw_sections(source.values, raw),
                 packed_section(MEANS, means.astype("<f4").tobytes()),
@@ -124,11 +130,25 @@ class UncalibratedProfile:
         return write_unit(unit)
 
 
-def restore_uncalibrated(unit: Unit, planes: Integers) -> Integers:
-    """Values [Lg, K, H, T, D] of an `uncalibrated` unit; the same bits on any machine.
+@dataclass(frozen=True, slots=True)
+class UncalibratedPlan:
+    """What an `uncalibrated` unit needs to be restored, checked."""
+
+    grid: RowGrid
+    num_escapes: int
+    num_raw_tokens: int
+    order: NDArray[np.int64]
+    """Channel of each row."""
+    means: NDArray[np.float32]
+    """[Lg, K, H, 1, D]"""
+    steps: NDArray[np.float32]
+    """[Lg, K, 1, 1, 1]"""
+
+
+def plan_uncalibrated(unit: Unit) -> UncalibratedPlan:
+    """Read a unit's side data and check it against its pictures.
 
     Raises:
-        ChecksumError: the decoded integers differ from those that were saved.
         FormatError: the unit breaks the profile's rules.
     """
     if len(unit.params) != _PARAMS.size:
@@ -142,28 +162,47 @@ def restore_uncalibrated(unit: Unit, planes: Integers) -> Integers:
     layers, factor, heads, tokens, dims = unit.shape
     channels = unit.num_elements // tokens
     grid = RowGrid(channels, tokens, frame_rows, frame_columns)
-    samples = grid.gather(checked_planes(unit, grid, planes))
-    check_integers(unit, samples)
+    check_pictures(unit, grid)
     means = np.frombuffer(unit.section(MEANS, num_bytes=4 * channels), "<f4")
     steps = np.frombuffer(unit.section(STEPS, num_bytes=4 * layers * factor), "<f4")
     spreads = np.frombuffer(unit.section(SPREADS, num_bytes=channels), np.uint8)
     if not (np.isfinite(means).all() and np.isfinite(steps).all()):
         raise FormatError("means and steps of the unit must be finite")
+    return UncalibratedPlan(
+        grid,
+        num_escapes,
+        num_raw,
+        _order(spreads),
+        means.reshape(layers, factor, heads, 1, dims),
+        steps.reshape(layers, factor, 1, 1, 1),
+    )
+
+
+def restore_uncalibrated(unit: Unit, planes: Integers) -> Integers:
+    """Values [Lg, K, H, T, D] of an `uncalibrated` unit; the same bits on any machine.
+
+    Raises:
+        ChecksumError: the decoded integers differ from those that were saved.
+        FormatError: the unit breaks the profile's rules.
+    """
+    plan = plan_uncalibrated(unit)
+    samples = plan.grid.gather(planes)
+    check_integers(unit, samples)
     integers = samples.astype(np.float32)
     integers -= np.float32(1 << (unit.geometry.bit_depth - 1))
-    apply_escapes(unit, num_escapes, integers)
+    apply_escapes(unit, plan.num_escapes, integers)
     rows = np.empty_like(integers)
-    rows[_order(spreads)] = integers
-    shape = (layers, factor, heads, dims, tokens)
-    values = np.ascontiguousarray(rows.reshape(shape).swapaxes(3, 4))
+    rows[plan.order] = integers
+    layers, factor, heads, tokens, dims = unit.shape
+    values = np.ascontiguousarray(rows.reshape(layers, factor, heads, dims, tokens).swapaxes(3, 4))
     with np.errstate(over="ignore", invalid="ignore"):
-        values *= steps.reshape(layers, factor, 1, 1, 1)
-        values += means.reshape(layers, factor, heads, 1, dims)
+        values *= plan.steps
+        values += plan.means
         result = float32_to_bits(values, unit.spec.dtype)
-    put_raw_tokens(unit, num_raw, result)
+    put_raw_tokens(unit, plan.num_raw_tokens, result)
     return result
 
 
-def _order(spreads: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> np.ndarray:  # type: ignore[type-arg]
+def _order(spreads: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Channel of each row: by spread class, then by channel."""
     return np.argsort(spreads, kind="stable")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import zstandard
 
-from kvfetcher.codec.base import MAX_VALUE_BYTES, PlaneGeometry
+from kvfetcher.codec.base import MAX_FRAMES, MAX_VALUE_BYTES, NO_PICTURES, PlaneGeometry
 from kvfetcher.container import (
     DTYPE_CODES,
     MAX_CHUNK_BYTES,
@@ -36,9 +36,10 @@ MAX_UNIT_BYTES = MAX_CHUNK_BYTES
 MAX_SECTIONS = 64
 MAX_PARAMS_BYTES = 1 << 16
 
-# Profile codes. 3 and up: transform profiles.
+# Profile codes. 3 and 4: transform profiles.
 EXACT = 1
 PAPER = 2
+RAW_VALUES = 5
 
 # Section kinds. 16 and up belong to the profile.
 PACKET_LENGTHS = 1
@@ -52,6 +53,7 @@ ZSTD = 1
 _ZSTD_MUST_SAVE = 0.02
 _ZSTD_LEVEL = 3
 
+_NO_VIDEO = 0
 _CODEC_HEVC = 1
 _CHROMA_CODES: dict[Chroma, int] = {"4:2:0": 1, "4:4:4": 3}
 _CHROMA_NAMES: dict[int, Chroma] = {code: name for name, code in _CHROMA_CODES.items()}
@@ -124,23 +126,26 @@ class Unit:
         return _inflate(section)
 
     def require_sections(self, *kinds: int) -> None:
-        """Check that the unit has the video and exactly these sections of its profile.
+        """Check that the unit has its video and exactly these sections of its profile.
 
         Raises:
             FormatError: one is missing, or there is one that the profile does not name.
         """
-        expected = (PACKET_LENGTHS, BITSTREAM, *kinds)
+        video = (PACKET_LENGTHS, BITSTREAM) if self.geometry.num_frames else ()
+        expected = (*video, *kinds)
         got = tuple(section.kind for section in self.sections)
         if got != expected:
             raise FormatError(f"a unit of profile {self.profile} has sections {expected}: {got}")
 
     def packets(self) -> list[memoryview]:
-        """The access units of the video, one per picture, in order.
+        """The access units of the video, one per picture, in order; none where there is no video.
 
         Raises:
             FormatError: the packet lengths do not add up to the bitstream.
         """
         frames = self.geometry.num_frames
+        if not frames:
+            return []
         lengths = np.frombuffer(self.section(PACKET_LENGTHS, num_bytes=4 * frames), "<u4")
         total = int(lengths.sum(dtype=np.uint64))
         stream = memoryview(self.section(BITSTREAM, num_bytes=total))
@@ -172,7 +177,7 @@ def packed_section(kind: int, data: bytes) -> Section:
 
 def write_unit(unit: Unit) -> bytes:
     """Serialise a unit. Exact inverse: `parse_unit`."""
-    geometry, spec = unit.geometry, unit.spec
+    spec = unit.spec
     header_bytes = _FIXED.size + len(unit.params) + _SECTION.size * len(unit.sections) + _CRC.size
     fixed = _FIXED.pack(
         UNIT_MAGIC,
@@ -190,12 +195,7 @@ def write_unit(unit: Unit) -> bytes:
         unit.num_layers,
         unit.num_tokens,
         unit.first_position,
-        geometry.num_frames,
-        geometry.width,
-        geometry.height,
-        geometry.bit_depth,
-        _CHROMA_CODES[geometry.chroma],
-        _CODEC_HEVC,
+        *_video_fields(unit.geometry),
         0,
         unit.integer_digest,
         len(unit.sections),
@@ -220,8 +220,12 @@ def write_unit(unit: Unit) -> bytes:
     return data
 
 
-def parse_unit(data: bytes | memoryview) -> Unit:
+def parse_unit(data: bytes | memoryview, *, checks_video: bool = True) -> Unit:
     """Read and check one unit; sections are views of `data`, not copies.
+
+    Args:
+        data: the unit's bytes.
+        checks_video: False = leave out the CRC-32 of the video, for who does not decode it.
 
     Raises:
         ChecksumError: the header's or a section's CRC-32 differs.
@@ -265,10 +269,9 @@ def parse_unit(data: bytes | memoryview) -> Unit:
         raise UnsupportedVersionError(
             f"unit is of format version {version}, this build reads {FORMAT_VERSION}"
         )
-    if flags or reserved_a or reserved_b or codec != _CODEC_HEVC or chroma not in _CHROMA_NAMES:
+    if flags or reserved_a or reserved_b:
         raise UnsupportedVersionError(
-            "unit has a flag, reserved field, codec or chroma format that this build does not know;"
-            " upgrade kvfetcher"
+            "unit has a flag or reserved field that this build does not know; upgrade kvfetcher"
         )
     if params_bytes > MAX_PARAMS_BYTES or not 1 <= num_sections <= MAX_SECTIONS:
         raise FormatError(
@@ -299,7 +302,7 @@ def parse_unit(data: bytes | memoryview) -> Unit:
         raise FormatError(
             f"unit restores to {value_bytes} bytes, over the limit of {MAX_VALUE_BYTES}"
         )
-    geometry = PlaneGeometry(num_frames, width, height, bit_depth, _CHROMA_NAMES[chroma])
+    geometry = _parse_geometry(num_frames, width, height, bit_depth, chroma, codec)
     params_at = _FIXED.size
     table_at = params_at + params_bytes
     return Unit(
@@ -312,12 +315,45 @@ def parse_unit(data: bytes | memoryview) -> Unit:
         geometry=geometry,
         params=bytes(view[params_at:table_at]),
         integer_digest=integer_digest,
-        sections=_parse_sections(view, table_at, num_sections, header_bytes),
+        sections=_parse_sections(
+            view, table_at, num_sections, header_bytes, checks_video=checks_video
+        ),
     )
 
 
+def _video_fields(geometry: PlaneGeometry) -> tuple[int, int, int, int, int, int]:
+    """Pictures, width, height, bit depth, chroma and codec, as the header has them."""
+    if geometry == NO_PICTURES:
+        return 0, 0, 0, 0, 0, _NO_VIDEO
+    return (
+        geometry.num_frames,
+        geometry.width,
+        geometry.height,
+        geometry.bit_depth,
+        _CHROMA_CODES[geometry.chroma],
+        _CODEC_HEVC,
+    )
+
+
+def _parse_geometry(
+    num_frames: int, width: int, height: int, bit_depth: int, chroma: int, codec: int
+) -> PlaneGeometry:
+    """Inverse of `_video_fields`."""
+    if codec == _NO_VIDEO:
+        if num_frames or width or height or bit_depth or chroma:
+            raise FormatError("a unit without video describes no pictures")
+        return NO_PICTURES
+    if codec != _CODEC_HEVC or chroma not in _CHROMA_NAMES:
+        raise UnsupportedVersionError(
+            "unit has a codec or chroma format that this build does not know; upgrade kvfetcher"
+        )
+    if not num_frames:
+        raise FormatError(f"a unit with video has 1 to {MAX_FRAMES} pictures, got 0")
+    return PlaneGeometry(num_frames, width, height, bit_depth, _CHROMA_NAMES[chroma])
+
+
 def _parse_sections(
-    view: memoryview, table_at: int, num_sections: int, first_byte: int
+    view: memoryview, table_at: int, num_sections: int, first_byte: int, *, checks_video: bool
 ) -> tuple[Section, ...]:
     sections: list[Section] = []
     at = first_byte
@@ -337,7 +373,8 @@ def _parse_sections(
         if encoding == RAW and raw_bytes != stored_bytes:
             raise FormatError(f"raw section {kind} has {stored_bytes} bytes but says {raw_bytes}")
         stored = view[at : at + stored_bytes]
-        if zlib.crc32(stored) != crc:
+        is_checked = checks_video or kind != BITSTREAM
+        if is_checked and zlib.crc32(stored) != crc:
             raise ChecksumError(f"section {kind} of the unit differs from its CRC-32")
         sections.append(Section(kind, encoding, raw_bytes, stored))
         at += stored_bytes

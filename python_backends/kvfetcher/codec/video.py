@@ -18,7 +18,7 @@ from kvfetcher.errors import CodecError, DecoderUnavailableError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kvfetcher.codec.base import Chroma, Integers
+    from kvfetcher.codec.base import Chroma, Integers, PlaneEncoder, UnitSource
 
 # All work in the calling thread (units are the parallelism), so no pool and no wavefront, whose
 # entry points also cost bits. Presets slower than ultrafast gain 0.2 % (reference: KLT symbols).
@@ -27,6 +27,8 @@ _X265 = (
     "lossless=1:info=0:repeat-headers=1:log-level=none:pools=none:frame-threads=1:wpp=0"
     ":deblock=0:sao=0:bframes=0:scenecut=0:rc-lookahead=0:open-gop=0"
 )
+
+_FAST_UNIT = 32
 
 
 def encode_planes(
@@ -44,7 +46,8 @@ def encode_planes(
         bit_depth: 8, 10 or 12; samples are below ``2**bit_depth``.
         chroma: "4:4:4" (P = 3) or "4:2:0" (P = 1, NV12 order).
         gop: pictures from one intra picture to the next; 1 = every packet decodes alone.
-        fast: coding units of 32x32 only: about 1.7 times the speed for 0.6 to 1 % more bits.
+        fast: coding units of 32x32 only, where both sides are multiples of 32: about 1.7 times the
+            speed for 0.6 to 1 % more bits.
 
     Returns:
         One access unit (Annex B, with parameter sets) per picture.
@@ -52,16 +55,13 @@ def encode_planes(
     Raises:
         CodecError: shape, dtype or range do not fit, or the encoder failed.
     """
-    height = planes.shape[2] if chroma == "4:4:4" else planes.shape[2] * 2 // 3
-    geometry = PlaneGeometry(planes.shape[0], planes.shape[3], height, bit_depth, chroma)
-    if planes.shape != geometry.shape or planes.dtype != geometry.dtype:
-        raise CodecError(
-            f"planes must be {geometry.shape} {geometry.dtype} for {bit_depth} bit {chroma}, got"
-            f" {planes.shape} {planes.dtype}"
-        )
-    if bit_depth > 8 and int(planes.max()) >> bit_depth:
-        raise CodecError(f"planes hold {int(planes.max())}, which is not below 2**{bit_depth}")
+    geometry = checked_geometry(planes, bit_depth=bit_depth, chroma=chroma)
     packets: list[bytes] = []
+    # Other sizes x265 would fill up to whole coding units with memory that nobody wrote: streams
+    # that differ from run to run, and at times do not decode to the picture (x265 in PyAV 18.1,
+    # 144x200 at 12 bits: up to a third of them).
+    whole = geometry.width % _FAST_UNIT == 0 and geometry.height % _FAST_UNIT == 0
+    smallest = f":min-cu-size={_FAST_UNIT}" if fast and whole else ""
     try:
         context = av.CodecContext.create("libx265", "w")
         context.width, context.height = geometry.width, geometry.height
@@ -69,7 +69,7 @@ def encode_planes(
         context.time_base, context.framerate = Fraction(1, 25), Fraction(25)
         context.options = {
             "preset": "ultrafast",
-            "x265-params": f"{_X265}:keyint={gop}:min-keyint={gop}{':min-cu-size=32' * fast}",
+            "x265-params": f"{_X265}:keyint={gop}:min-keyint={gop}{smallest}",
         }
         for index, picture in enumerate(planes):
             frame = av.VideoFrame(geometry.width, geometry.height, geometry.pix_fmt)
@@ -84,6 +84,32 @@ def encode_planes(
             f"libx265 gave {len(packets)} packets for {geometry.num_frames} pictures of {geometry}"
         )
     return packets
+
+
+def encode_for(
+    source: UnitSource, planes: Integers, *, bit_depth: int, gop: int = 1, fast: bool = False
+) -> list[bytes]:
+    """`encode_planes` of 4:4:4 pictures, with the encoder that `source` was given."""
+    encode: PlaneEncoder = source.encoder or encode_planes
+    return encode(planes, bit_depth=bit_depth, gop=gop, fast=fast)
+
+
+def checked_geometry(planes: Integers, *, bit_depth: int, chroma: Chroma) -> PlaneGeometry:
+    """What pictures `planes` [F, P, Y, X] are.
+
+    Raises:
+        CodecError: shape, dtype or range do not fit.
+    """
+    height = planes.shape[2] if chroma == "4:4:4" else planes.shape[2] * 2 // 3
+    geometry = PlaneGeometry(planes.shape[0], planes.shape[3], height, bit_depth, chroma)
+    if planes.shape != geometry.shape or planes.dtype != geometry.dtype:
+        raise CodecError(
+            f"planes must be {geometry.shape} {geometry.dtype} for {bit_depth} bit {chroma}, got"
+            f" {planes.shape} {planes.dtype}"
+        )
+    if bit_depth > 8 and int(planes.max()) >> bit_depth:
+        raise CodecError(f"planes hold {int(planes.max())}, which is not below 2**{bit_depth}")
+    return geometry
 
 
 class VideoDecoder:

@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 from kvfetcher.errors import ConfigError, FormatError, UnsupportedVersionError
 from kvfetcher.spec import KVSpec
 from kvfetcher.transform.groups import Grouping
+from kvfetcher.transform.inverse import LEADING_STEPS, MIN_TRAILING, SplitInverse
 from kvfetcher.transform.klt import block_multiply
+from kvfetcher.transform.product import has_int8_product
 from kvfetcher.transform.rope import Rope
 
 if TYPE_CHECKING:
@@ -32,6 +34,9 @@ F16 = NDArray[np.float16]
 
 ARTIFACT_VERSION = 1
 MAX_ARTIFACT_BYTES = 16 << 30
+
+# One per transform and profile; units say the rank, and a hostile one may say any.
+_MAX_INVERSES = 128
 
 LADDER = ("near", "balanced", "compact", "tiny")
 
@@ -84,6 +89,9 @@ class Calibration:
     _cache: dict[tuple[int, int, int], Matrices] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+    _inverses: dict[tuple[int, int, int, int], SplitInverse] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
     _lock: threading.Lock = field(
         default_factory=threading.Lock, init=False, repr=False, compare=False
     )
@@ -122,6 +130,25 @@ class Calibration:
             found = self._cache.get((*key, rank))
             if found is None:
                 found = self._cache[(*key, rank)] = self._make(key, rank)
+            return found
+
+    def inverse(self, key: tuple[int, int], rank: int, step: float) -> SplitInverse:
+        """The first ``rank`` components of one transform, ready to restore integers of a step.
+
+        Raises:
+            FormatError: it has fewer components.
+        """
+        leading = int(np.count_nonzero(self.bases[key].sigma[:rank] > LEADING_STEPS * step))
+        if rank - leading < MIN_TRAILING or not has_int8_product():
+            leading = rank
+        with self._lock:
+            found = self._inverses.get((*key, rank, leading))
+            if found is None:
+                matrices = self._make(key, rank)
+                found = SplitInverse.split(matrices.inverse, matrices.mean, num_leading=leading)
+                if len(self._inverses) == _MAX_INVERSES:
+                    self._inverses.pop(next(iter(self._inverses)))
+                self._inverses[*key, rank, leading] = found
             return found
 
     def _make(self, key: tuple[int, int], rank: int) -> Matrices:

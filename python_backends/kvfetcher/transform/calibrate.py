@@ -67,8 +67,9 @@ class CollectSettings:
 class CalibrateSettings:
     """How a model is calibrated."""
 
-    layers_per_group: int = 6
-    """Neighbouring layers of one transform; more layers are fewer bits and more arithmetic."""
+    layers_per_group: int = 0
+    """Neighbouring layers of one transform; more layers are fewer bits and more arithmetic. 0 = as
+    many as `groups.DEFAULT_DIMENSION` allows."""
     heads_per_group: int = 0
     """KV heads of one transform; 0 = all. A tensor-parallel rank's heads, so that it decodes only
     its own."""
@@ -79,8 +80,8 @@ class CalibrateSettings:
     4e-4 instead of 1e-2); a third and fourth change nothing (SmolLM2-135M, `balanced`)."""
     floor: float = 0.25
     """Components with a deviation below so many steps are not coded."""
-    num_step_documents: int = 3
-    """Texts that the steps are chosen on."""
+    num_step_documents: int = 5
+    """Texts that the steps are chosen on; the KL of single texts differs by 20 % and more."""
     collect: CollectSettings = field(default_factory=CollectSettings)
     certify: CertifySettings = field(default_factory=CertifySettings)
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 F32 = NDArray[np.float32]
 
 MAX_DIMENSION = 16384
+DEFAULT_DIMENSION = 4096
+"""Values of one transform where nobody chooses: 10 layers of SmolLM2-135M, 2 of Llama-3-8B."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +63,21 @@ class Grouping:
 
     @classmethod
     def even(cls, spec: KVSpec, *, layers: int, heads: int = 0) -> Grouping:
-        """Groups of ``layers`` layers (sizes differ by at most one), ``heads`` heads; 0 = all."""
-        if layers < 1:
-            raise ConfigError(f"layers per group must be at least 1, got {layers}")
+        """Groups of ``layers`` layers (sizes differ by at most one) and ``heads`` KV heads.
+
+        Args:
+            spec: geometry of the model.
+            layers: 0 = as many as keep a transform within `DEFAULT_DIMENSION` values.
+            heads: 0 = all.
+
+        Raises:
+            ConfigError: a transform would be too large, or a number is out of range.
+        """
+        if layers < 0:
+            raise ConfigError(f"layers per group must be at least 0, got {layers}")
+        if not layers:
+            values = spec.kv_factor * (heads or spec.num_kv_heads) * spec.head_dim
+            layers = max(1, DEFAULT_DIMENSION // values)
         count = -(-spec.num_layers // layers)
         base, more = divmod(spec.num_layers, count)
         return cls(

@@ -66,8 +66,9 @@ def served_calibration(path: str, *, allow_uncertified: bool) -> Calibration:
     """
     if not path:
         raise ConfigError(
-            "codec.profile needs a calibration of the model and codec.calibration names none; run"
-            " `kvfetcher calibrate`, or take the profile `exact` or `uncalibrated`"
+            "codec.profile needs a calibration of the model and there is none; run `kvfetcher"
+            " calibrate` (or name one in codec.calibration), or take the profile `exact` or"
+            " `uncalibrated`"
         )
     file = Path(path).expanduser()
     try:

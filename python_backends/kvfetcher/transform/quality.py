@@ -105,6 +105,7 @@ class Measured:
     quality: Quality
     worst_kl: float
     bits_per_element: float
+    kl_by_document: tuple[float, ...]
 
 
 def measure(model: CaptureModel, documents: list[Document], coder: Coder) -> Measured:
@@ -115,4 +116,5 @@ def measure(model: CaptureModel, documents: list[Document], coder: Coder) -> Mea
         qualities.append(compare(model, document, values))
         bits += size
         elements += document.values.size
-    return Measured(average(qualities), max(q.kl for q in qualities), bits / elements)
+    divergences = tuple(q.kl for q in qualities)
+    return Measured(average(qualities), max(divergences), bits / elements, divergences)

@@ -17,6 +17,7 @@ from kvfetcher.codec.base import Profile
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.paper import PaperProfile
 from kvfetcher.codec.profiles import encode_chunk
+from kvfetcher.codec.raw import WithRawCopy
 from kvfetcher.codec.transform import TransformProfile
 from kvfetcher.codec.uncalibrated import UncalibratedProfile
 from kvfetcher.quant import float32_to_bits
@@ -30,6 +31,7 @@ CASES = {
     "exact_bf16": (KVSpec(3, 2, 16), 37, ExactProfile(unit_layers=2)),
     "exact_fp16": (KVSpec(2, 2, 12, dtype="float16"), 33, ExactProfile()),
     "exact_fp8": (KVSpec(2, 1, 17, dtype="float8_e4m3fn"), 21, ExactProfile()),
+    "exact_raw_copy": (KVSpec(2, 1, 16), 19, WithRawCopy(ExactProfile())),
     "exact_mla": (KVSpec(2, 1, 72, kv_factor=1), 8, ExactProfile(unit_layers=1)),
     "paper_8bit_two_sizes": (KVSpec(4, 2, 16), 90, PaperProfile(TWO, bits=5)),
     "paper_10bit_intra": (KVSpec(2, 2, 8), 20, PaperProfile(TWO[:1], bits=10, inter=False)),
@@ -38,12 +40,13 @@ CASES = {
 
 
 # Restored through floats: their integers are pinned, their values to one unit in the last place.
-# name: geometry, heads per group, tokens, profile, factor on the values (escapes at 20)
+# name: geometry, heads per group, tokens, profile, factor on the values (escapes at 20), sizes
 LADDER_CASES = {
-    "ladder_8bit": (KVSpec(5, 2, 8), 0, 40, "tiny", 1),
-    "ladder_10bit_head_groups": (KVSpec(4, 2, 8, dtype="float16"), 1, 33, "balanced", 1),
-    "ladder_12bit_escapes": (KVSpec(3, 1, 16), 0, 24, "near", 20),
-    "ladder_mla_fp8": (KVSpec(3, 1, 24, 1, "float8_e4m3fn"), 0, 150, "compact", 1),
+    "ladder_8bit": (KVSpec(5, 2, 8), 0, 40, "tiny", 1, ()),
+    "ladder_10bit_head_groups": (KVSpec(4, 2, 8, dtype="float16"), 1, 33, "balanced", 1, ()),
+    "ladder_12bit_escapes": (KVSpec(3, 1, 16), 0, 24, "near", 20, ()),
+    "ladder_mla_fp8": (KVSpec(3, 1, 24, 1, "float8_e4m3fn"), 0, 150, "compact", 1, ()),
+    "ladder_joined_groups": (KVSpec(5, 2, 8), 1, 36, "balanced", 1, ("144x144",)),
 }
 UNCALIBRATED_CASES = {
     "uncalibrated_bf16": KVSpec(3, 2, 8),
@@ -87,12 +90,12 @@ def main(folder: Path) -> None:
         if name not in expected:
             data = write(folder, name, special_values(spec, 50), spec, UncalibratedProfile())
             expected[name] = describe(data)
-    for name, (spec, heads, tokens, rung, factor) in LADDER_CASES.items():
+    for name, (spec, heads, tokens, rung, factor, sizes) in LADDER_CASES.items():
         if name not in expected:
             calibration = make_calibration(spec, heads=heads)
             artifact = folder / f"{name}.safetensors"
             calibration.save(artifact)
-            profile = TransformProfile(rung, calibration)
+            profile = TransformProfile(rung, calibration, frame_sizes=sizes)
             data = write(folder, name, ladder_values(spec, tokens, factor), spec, profile)
             _, values = reference_reader.read_chunk(data, artifact=artifact)
             (folder / f"{name}.values").write_bytes(values.tobytes())

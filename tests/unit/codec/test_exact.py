@@ -72,9 +72,9 @@ def test_long_and_wide_units_take_several_pictures():
 
 
 def test_units_hold_as_many_layers_as_make_a_good_picture():
-    assert ExactProfile().layer_groups(KVSpec(7, 3, 64), 256) == ((0, 5), (5, 2))
-    assert ExactProfile().layer_groups(KVSpec(2, 8, 128), 256) == ((0, 1), (1, 1))
-    assert ExactProfile(unit_layers=3).layer_groups(KVSpec(4, 8, 128), 256) == ((0, 3), (3, 1))
+    assert ExactProfile().layer_groups(KVSpec(7, 3, 64), 256, "-") == ((0, 5), (5, 2))
+    assert ExactProfile().layer_groups(KVSpec(2, 8, 128), 256, "-") == ((0, 1), (1, 1))
+    assert ExactProfile(unit_layers=3).layer_groups(KVSpec(4, 8, 128), 256, "-") == ((0, 3), (3, 1))
 
 
 def test_wrong_samples_are_reported_not_restored():

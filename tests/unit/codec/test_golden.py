@@ -95,6 +95,11 @@ def test_ladder_chunk_keeps_sinks_and_what_is_not_finite(name):
         np.testing.assert_array_equal(values[:2, :, :, token], other[:2, :, :, token])
 
 
+def test_ladder_covers_units_of_several_layer_groups():
+    (entry,) = parse_header((GOLDEN / "ladder_joined_groups.kvf").read_bytes()).units
+    assert (entry.layer_start, entry.num_layers, entry.variant) == (0, 5, "144x144")
+
+
 def test_ladder_covers_every_bit_depth_escapes_and_head_groups():
     units = {
         name: [parse_unit(data[entry.offset : entry.stop]) for entry in parse_header(data).units]

@@ -98,8 +98,8 @@ def test_token_larger_than_the_picture_is_refused():
     [
         ({"bits": 1}, "codec.paper_bits must be 2 to 12, got 1"),
         ({"bits": 13}, "codec.paper_bits"),
-        ({"frame_sizes": ()}, "one or more sizes"),
-        ({"frame_sizes": ("144x144", "144x144")}, "once each"),
+        ({"frame_sizes": ()}, "one or more frame sizes"),
+        ({"frame_sizes": ("144x144", "144x144")}, "each size once"),
         ({"frame_sizes": ("640*360",)}, "a size is WIDTHxHEIGHT"),
         ({"frame_sizes": ("640x143",)}, "each 144 to 8192"),
         ({"frame_sizes": ("8193x144",)}, "each 144 to 8192"),

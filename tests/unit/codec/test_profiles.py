@@ -76,6 +76,32 @@ def test_paper_chunk_holds_all_its_frame_sizes():
     np.testing.assert_array_equal(restore_all(data, sizes[0]), restore_all(data, sizes[1]))
 
 
+@pytest.mark.parametrize("profile", ["exact", "uncalibrated"])
+def test_larger_pictures_hold_more_layers_of_the_same_values(profile):
+    spec = KVSpec(5, 2, 64)  # 256 channels a layer
+    sizes = ("144x144", "64x144", "144x300")
+    with pytest.raises(ConfigError, match="each 144 to 8192"):
+        encode(spec=spec, profile=profile, frame_sizes=sizes)
+    sizes = ("144x144", "144x300")
+    data = encode(spec=spec, profile=profile, frame_sizes=sizes)
+    header = parse_header(data)
+    layers = {s: [u.num_layers for u in header.units_of(s)] for s in sizes}
+    assert layers == {"144x144": [1, 1, 1, 1, 1], "144x300": [3, 2]}
+    np.testing.assert_array_equal(restore_all(data, sizes[0]), restore_all(data, sizes[1]))
+    for unit in describe_chunk(data)["units"]:
+        width, height = map(int, unit["picture"].split("x"))
+        limit_width, limit_height = map(int, unit["variant"].split("x"))
+        assert unit["pictures"] == 1
+        assert (width <= limit_width, height <= limit_height) == (True, True)
+
+
+def test_a_picture_narrower_than_the_chunk_is_repeated():
+    values = finite_values(SPEC, 200)
+    data = encode(values, frame_sizes=("144x144",))
+    assert {u["pictures"] for u in describe_chunk(data)["units"]} == {2}
+    np.testing.assert_array_equal(restore_all(data, "144x144"), values)
+
+
 def test_bytes_do_not_depend_on_the_number_of_threads():
     assert encode(num_threads=1, unit_layers=1) == encode(num_threads=3, unit_layers=1)
 

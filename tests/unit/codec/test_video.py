@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 
 import av
@@ -95,6 +97,52 @@ def test_larger_pictures_than_promised_are_not_even_allocated():
         VideoDecoder().decode(packets, PlaneGeometry(1, 144, 144, 8))
 
 
+HOSTILE = """
+import sys, time
+from kvfetcher.codec.base import PlaneGeometry
+from kvfetcher.codec.video import VideoDecoder
+from kvfetcher.errors import CodecError
+
+def peak_kib():
+    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))
+
+small, *packets = [open(path, "rb").read() for path in sys.argv[1:]]
+geometry = PlaneGeometry(1 + len(packets), 144, 144, 8)
+decoder = VideoDecoder()
+decoder.decode([small], PlaneGeometry(1, 144, 144, 8))  # what a good unit takes
+before, started = peak_kib(), time.monotonic()
+for _ in range(5):
+    try:
+        decoder.decode([small, *packets], geometry)
+        sys.exit("decoded")
+    except CodecError as exc:
+        print(exc)
+grown = (peak_kib() - before) >> 10
+print("grown by", grown, "MiB in", time.monotonic() - started, "s")
+sys.exit(grown > 24 or time.monotonic() - started > 10)
+"""
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["a later picture", "in one packet"])
+def test_a_stream_that_turns_into_a_huge_one_takes_neither_memory_nor_time(tmp_path, joined):
+    """A decoded picture of the huge size alone would be 48 MiB."""
+    small_geometry, huge_geometry = PlaneGeometry(1, 144, 144, 8), PlaneGeometry(1, 4096, 4096, 8)
+    (small,) = encode(noise(small_geometry), small_geometry)
+    (huge,) = encode(np.full(huge_geometry.shape, 128, np.uint8), huge_geometry)
+    packets = [small, small + huge] if joined else [small, huge]
+    files = [tmp_path / f"{index}" for index in range(len(packets))]
+    for file, packet in zip(files, packets, strict=True):
+        file.write_bytes(packet)
+    done = subprocess.run(
+        [sys.executable, "-c", HOSTILE, *map(str, files)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_decoder_works_again_after_a_damaged_stream():
     geometry = PlaneGeometry(2, 144, 144, 8)
     planes = noise(geometry)
@@ -136,7 +184,7 @@ def test_encoder_that_does_not_open_is_a_codec_error(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ((0, 144, 144, 8), "1 to 65536 pictures"),
+        ((65537, 144, 144, 8), "up to 65536 pictures"),
         ((1, 143, 144, 8), "width must be 144"),
         ((1, 144, 8193, 8), "height must be 144 to 8192"),
         ((1, 144, 144, 9), "bit depth"),
@@ -183,3 +231,16 @@ def test_machine_without_a_decoder_is_named(monkeypatch):
     monkeypatch.setattr(av.CodecContext, "create", no_codec)
     with pytest.raises(DecoderUnavailableError, match="no HEVC decoder"):
         VideoDecoder().decode([b"x"], PlaneGeometry(1, 144, 144, 8))
+
+
+@pytest.mark.parametrize("depth", [8, 10, 12])
+def test_equal_pictures_give_equal_streams_that_decode_to_them(depth):
+    # Sides that are no multiples of the largest coding unit, in part filled as few bits.
+    geometry = PlaneGeometry(2, 144, 200, depth)
+    planes = np.random.default_rng(2).integers(0, 1 << (depth - 2), geometry.shape)
+    planes = planes.astype(geometry.dtype)
+    streams = [encode_planes(planes, bit_depth=depth, fast=True) for _ in range(6)]
+    assert all(stream == streams[0] for stream in streams)
+    decoder = VideoDecoder()
+    np.testing.assert_array_equal(decoder.decode(streams[0], geometry), planes)
+    decoder.close()

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -25,12 +27,12 @@ def cache_values(calibration, spec, num_tokens, first_position, seed=3):
     return float32_to_bits(values, spec.dtype)
 
 
-def code(profile, bits, spec, first_position):
+def code(profile, bits, spec, first_position, variant="-"):
     """Every unit of a chunk, and the restored values."""
     units, parts = [], []
-    for start, count in profile.layer_groups(spec, bits.shape[3]):
+    for start, count in profile.layer_groups(spec, bits.shape[3], variant):
         part = np.ascontiguousarray(bits[start : start + count])
-        data = profile.encode(UnitSource(part, spec, start, first_position), "-")
+        data = profile.encode(UnitSource(part, spec, start, first_position), variant)
         units.append(data)
         parts.append(restore(data))
     return units, np.concatenate(parts)
@@ -104,6 +106,42 @@ def test_head_groups_restore_each_head(calibrated):
     assert np.sqrt(np.mean(error**2)) < 0.05
 
 
+@pytest.mark.parametrize("heads", [0, 1])
+def test_a_picture_of_several_layer_groups_holds_the_same_values(heads):
+    spec = KVSpec(10, 2, 32)
+    calibration = make_calibration(spec, heads=heads)
+    register_calibration(calibration)
+    bits = cache_values(calibration, spec, 64, 2)
+    sizes = ("144x144", "144x400")
+    profile = TransformProfile("balanced", calibration, frame_sizes=sizes)
+    apart, expected = code(TransformProfile("balanced", calibration), bits, spec, 2)
+    small, restored = code(profile, bits, spec, 2, sizes[0])
+    np.testing.assert_array_equal(restored, expected)
+    large, restored = code(profile, bits, spec, 2, sizes[1])
+    np.testing.assert_array_equal(restored, expected)
+    assert len(apart) == 5
+    assert len(large) < len(small) < 6
+    pictures = {parse_unit(data).geometry.num_frames for data in large}
+    assert pictures == {2 if heads else 1}
+
+
+def test_unit_whose_layer_groups_are_not_its_layers_is_refused(calibrated):
+    spec, calibration = calibrated
+    bits = cache_values(calibration, spec, 32, 64)
+    profile = TransformProfile("balanced", calibration, frame_sizes=("144x144",))
+    (data,), _ = code(profile, bits, spec, 64, "144x144")
+    unit = parse_unit(data)
+    planes = VideoDecoder().decode(unit.packets(), unit.geometry)
+    fewer = dataclasses.replace(unit, params=unit.params[:-4])
+    with pytest.raises(FormatError, match="2 layer groups from 0 on, its layers are 3 from 0"):
+        restore_transform(fewer, planes)
+    with pytest.raises(FormatError, match="4 for each further layer group, got 67"):
+        restore_transform(dataclasses.replace(unit, params=unit.params[:-1]), planes)
+    part = np.ascontiguousarray(bits[1:4])
+    with pytest.raises(FormatError, match="layers 1 to 3 are not whole groups"):
+        profile.encode(UnitSource(part, spec, 1, 64), "144x144")
+
+
 def test_latent_attention_is_coded_with_one_tensor():
     spec = KVSpec(3, 1, 16, kv_factor=1)
     calibration = make_calibration(spec)
@@ -159,7 +197,7 @@ def test_any_values_restore_to_the_same_bits_twice_and_specials_exactly(
     units, restored = code(coder, bits, spec, position)
     assert restored.shape == bits.shape
     assert restored.dtype == bits.dtype
-    for (start, count), data in zip(coder.layer_groups(spec, tokens), units, strict=True):
+    for (start, count), data in zip(coder.layer_groups(spec, tokens, "-"), units, strict=True):
         np.testing.assert_array_equal(restore(data), restored[start : start + count])
         part = bits[start : start + count]
         values = bits_to_float32(part, dtype)

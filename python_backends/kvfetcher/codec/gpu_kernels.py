@@ -1,0 +1,220 @@
+"""Kernels that turn decoded planes into KV values on a GPU, in the Triton language.
+
+Three of them: samples out of pictures with their digest, coefficients into values (matrix product,
+dequantisation, rotation, rounding, scatter into blocks in one), and profile `exact`. Which element
+goes where is in tables that `gpu_restore` makes once per geometry; nothing here knows a model.
+
+A 64-bit sum with wrap-around is the integer digest of `codec.digest`, term by term.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kvfetcher.codec.digest import BLOCK_WORDS
+
+_WORD_MASK = tl.constexpr(BLOCK_WORDS - 1)
+_WORD_BITS = tl.constexpr(BLOCK_WORDS.bit_length() - 1)
+
+
+@triton.jit
+def _digest_terms(value, byte, weights, block_weights, mask):  # type: ignore[no-untyped-def]
+    """What integers that begin at these bytes add to the digest."""
+    word = byte // 4
+    shifted = value.to(tl.int64) << ((byte % 4) * 8).to(tl.int64)
+    weight = tl.load(weights + (word & _WORD_MASK), mask=mask, other=0)
+    block = tl.load(block_weights + (word >> _WORD_BITS), mask=mask, other=0)
+    return tl.where(mask, shifted * weight * block, 0)
+
+
+# Arguments that say nothing about alignment, so that new values need no new compilation.
+@triton.jit(
+    do_not_specialize=["num_samples", "frame_rows", "num_blocks", "height", "half", "shift"]
+)
+def unpack_rows(  # type: ignore[no-untyped-def]
+    planes,
+    out,
+    digest,
+    weights,
+    block_weights,
+    num_samples,
+    num_tokens,
+    frame_rows,
+    frame_columns,
+    num_blocks,
+    height,
+    width,
+    half,
+    shift,
+    ITEM_BYTES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Samples of a `RowGrid` -> centred float16 [rows, T]; adds their digest to ``digest[0]``."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < num_samples
+    row = index // num_tokens
+    token = index % num_tokens
+    line = row // 3
+    picture = (token // frame_columns) * num_blocks + line // frame_rows
+    at = ((picture * 3 + row % 3) * height + line % frame_rows) * width + token % frame_columns
+    sample = tl.load(planes + at, mask=mask, other=0).to(tl.int32)
+    if ITEM_BYTES == 2:
+        sample = (sample & 0xFFFF) >> shift
+    tl.store(out + index, (sample - half).to(tl.float16), mask=mask)
+    terms = _digest_terms(sample, index * ITEM_BYTES, weights, block_weights, mask)
+    tl.atomic_add(digest, tl.sum(terms, axis=0))
+
+
+@triton.jit(do_not_specialize=["num_columns", "rank"])
+def restore_columns(  # type: ignore[no-untyped-def]
+    samples,
+    matrix,
+    means,
+    bias,
+    pair_tables,
+    cosines,
+    sines,
+    column_offsets,
+    out,
+    block_ids,
+    scale,
+    num_tokens,
+    num_columns,
+    rank,
+    matrix_stride,
+    num_pairs,
+    base_offset,
+    block_stride,
+    tokens_per_block,
+    head_dim,
+    HAS_BIAS: tl.constexpr,
+    CLAMP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RANK: tl.constexpr,
+):
+    """Coefficients [rank, T] x matrix [columns, rank] -> values in blocks.
+
+    Columns come in pairs that are rotated together, `num_pairs` of them for each head:
+    ``pair_tables`` says which table of ``cosines`` and ``sines`` [tables, T, num_pairs] a pair
+    uses, or -1 = not rotated; ``column_offsets`` the place of a column within a block.
+    """
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    steps = tl.arange(0, RANK)
+    token_mask = tokens < num_tokens
+    column_mask = columns < num_columns
+    sample_at = samples + steps[:, None] * num_tokens + tokens[None, :]
+    matrix_at = matrix + columns[None, :].to(tl.int64) * matrix_stride + steps[:, None]
+    total = tl.zeros((TOKENS, COLUMNS), dtype=tl.float32)
+    for start in range(0, rank, RANK):
+        left = steps < rank - start
+        a = tl.load(sample_at, mask=left[:, None] & token_mask[None, :], other=0.0)
+        b = tl.load(matrix_at, mask=left[:, None] & column_mask[None, :], other=0.0)
+        total = tl.dot(tl.trans(a), b, total)
+        sample_at += RANK * num_tokens
+        matrix_at += RANK
+    if HAS_BIAS:
+        bias_at = bias + tokens[:, None].to(tl.int64) * num_columns + columns[None, :]
+        total += tl.load(bias_at, mask=token_mask[:, None] & column_mask[None, :], other=0.0)
+    mean = tl.load(means + columns, mask=column_mask, other=0.0)
+    values = total * scale + mean[None, :]
+
+    first, second = tl.split(tl.reshape(values, (TOKENS, COLUMNS // 2, 2)))
+    pairs = tl.program_id(1) * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
+    pair_mask = pairs * 2 < num_columns
+    table = tl.load(pair_tables + pairs, mask=pair_mask, other=-1)
+    angle = (table[None, :] * num_tokens + tokens[:, None]) * num_pairs + (pairs % num_pairs)[
+        None, :
+    ]
+    rotated = (table >= 0)[None, :] & token_mask[:, None]
+    cosine = tl.load(cosines + angle, mask=rotated, other=1.0)
+    sine = tl.load(sines + angle, mask=rotated, other=0.0)
+    turned_first = first * cosine - second * sine
+    turned_second = second * cosine + first * sine
+    if CLAMP:  # float16: beyond its range the CPU gives its largest value, not infinity
+        turned_first = tl.minimum(tl.maximum(turned_first, -65504.0), 65504.0)
+        turned_second = tl.minimum(tl.maximum(turned_second, -65504.0), 65504.0)
+
+    block = tl.load(block_ids + tokens // tokens_per_block, mask=token_mask, other=0)
+    within = (tokens % tokens_per_block) * head_dim
+    row = out + block.to(tl.int64) * block_stride + base_offset + within
+    store = token_mask[:, None] & pair_mask[None, :]
+    to_first = tl.load(column_offsets + pairs * 2, mask=pair_mask, other=0)
+    to_second = tl.load(column_offsets + pairs * 2 + 1, mask=pair_mask, other=0)
+    kind = out.dtype.element_ty
+    tl.store(row[:, None] + to_first[None, :], turned_first.to(kind), mask=store)
+    tl.store(row[:, None] + to_second[None, :], turned_second.to(kind), mask=store)
+
+
+@triton.jit(do_not_specialize=["num_elements", "tile_lines"])
+def restore_bits(  # type: ignore[no-untyped-def]
+    planes,
+    channel_lines,
+    medians,
+    remainders,
+    out,
+    digest,
+    weights,
+    block_weights,
+    block_ids,
+    num_tokens,
+    frame_columns,
+    tile_lines,
+    width,
+    num_elements,
+    base_offset,
+    group_stride,
+    block_stride,
+    tokens_per_block,
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ITEM_BYTES: tl.constexpr,
+    EXPONENT_BITS: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,
+):
+    """Exponents from pictures and remainders -> bit patterns in blocks, with their digest.
+
+    One program: some tokens of one group (layer, K or V, head). ``channel_lines`` has the line of
+    each channel (group, dim) among the `tile_lines` lines of one tile's pictures.
+    """
+    group = tl.program_id(0)
+    tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    dims = tl.arange(0, DIMS)
+    token_mask = tokens < num_tokens
+    dim_mask = dims < HEAD_DIM
+    mask = token_mask[:, None] & dim_mask[None, :]
+    channels = group * HEAD_DIM + dims
+    lines = tl.load(channel_lines + channels, mask=dim_mask, other=0)
+    median = tl.load(medians + channels, mask=dim_mask, other=0).to(tl.int32)
+    tile = tokens // frame_columns
+    at = (tile * tile_lines)[:, None] + lines[None, :]
+    at = at * width + (tokens % frame_columns)[:, None]
+    exponent = tl.load(planes + at, mask=mask, other=0).to(tl.int32)
+    exponent = (exponent + median[None, :] - 128) & ((1 << EXPONENT_BITS) - 1)
+
+    index = (group * num_tokens + tokens)[:, None] * HEAD_DIM + dims[None, :]
+    if MANTISSA_BITS == 7:  # bfloat16: whole bytes
+        remainder = tl.load(remainders + index, mask=mask, other=0).to(tl.int32)
+    elif MANTISSA_BITS == 10:  # float16: fields of 8, 2 and 1 bits, one after the other
+        pairs = remainders + num_elements
+        bits = pairs + (num_elements + 3) // 4
+        low = tl.load(remainders + index, mask=mask, other=0).to(tl.int32)
+        middle = tl.load(pairs + index // 4, mask=mask, other=0).to(tl.int32)
+        high = tl.load(bits + index // 8, mask=mask, other=0).to(tl.int32)
+        remainder = low | ((middle >> (index % 4 * 2)) & 3) << 8
+        remainder = remainder | ((high >> (index % 8)) & 1) << 10
+    else:  # float8_e4m3fn: 4 bits
+        packed = tl.load(remainders + index // 2, mask=mask, other=0).to(tl.int32)
+        remainder = (packed >> (index % 2 * 4)) & 15
+    value = (exponent << MANTISSA_BITS) | (remainder & ((1 << MANTISSA_BITS) - 1))
+    value = value | (remainder >> MANTISSA_BITS) << (MANTISSA_BITS + EXPONENT_BITS)
+
+    block = tl.load(block_ids + tokens // tokens_per_block, mask=token_mask, other=0)
+    row = block.to(tl.int64) * block_stride + base_offset + group.to(tl.int64) * group_stride
+    row += (tokens % tokens_per_block) * HEAD_DIM
+    tl.store(out + row[:, None] + dims[None, :], value.to(out.dtype.element_ty), mask=mask)
+    terms = _digest_terms(value, index * ITEM_BYTES, weights, block_weights, mask)
+    tl.atomic_add(digest, tl.sum(tl.sum(terms, axis=1), axis=0))

@@ -1,0 +1,245 @@
+"""Restoring on the GPU against restoring on the CPU, profile by profile, into arena blocks.
+
+With ``TRITON_INTERPRET=1`` the kernels are interpreted on the CPU (slow; for work on them without a GPU:
+``KVFETCHER_REQUIRE_GPU=1 TRITON_INTERPRET=1 pytest tests/gpu/test_gpu_restore.py``).
+"""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kvfetcher.codec.base import PlaneGeometry
+from kvfetcher.codec.exact import ExactProfile
+from kvfetcher.codec.profiles import decode_unit, encode_chunk, restore_parsed
+from kvfetcher.codec.transform import TransformProfile
+from kvfetcher.codec.uncalibrated import UncalibratedProfile
+from kvfetcher.codec.unit import parse_unit
+from kvfetcher.codec.video import VideoDecoder
+from kvfetcher.container import parse_header
+from kvfetcher.errors import ChecksumError, LayoutError
+from kvfetcher.quant import bits_to_float32, float32_to_bits
+from kvfetcher.spec import KVSpec
+from kvfetcher.transform.artifact import LADDER, Calibration
+from kvfetcher.transform.library import register_calibration
+from support.calibrations import correlated_values, make_calibration
+from support.kv_values import special_values
+
+pytestmark = pytest.mark.gpu
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if IS_INTERPRETED else "cuda:0"
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+DTYPES = ("bfloat16", "float16", "float8_e4m3fn")
+TOKENS = 48 if IS_INTERPRETED else 256
+BLOCK = 16
+
+
+@pytest.fixture(scope="module")
+def restorer():
+    from kvfetcher.codec.gpu_restore import GpuRestorer  # the Triton language comes with it
+
+    return GpuRestorer(DEVICE)
+
+
+def spec_of(dtype="bfloat16", **changes):
+    return replace(
+        KVSpec(num_layers=4, num_kv_heads=2, head_dim=16 if IS_INTERPRETED else 64, dtype=dtype),
+        **changes,
+    )
+
+
+def units_of(profile, spec, values, first_position=0):
+    chunk = encode_chunk(
+        values,
+        spec=spec,
+        profile=profile,
+        identity=bytes(32),
+        chunk_key=bytes(32),
+        token_ids=range(values.shape[3]),
+        first_position=first_position,
+        num_threads=2,
+    )
+    return [chunk[e.offset : e.stop] for e in parse_header(chunk).units]
+
+
+def on_gpu(planes, *, high_bits):
+    """Planes as NVDEC leaves them (`high_bits`) or as a host decoder gives them."""
+    from kvfetcher.codec.gpu_restore import GpuPlanes
+
+    shift = 0
+    if planes.dtype == np.uint16:
+        if high_bits:
+            shift = 16 - int(planes.max()).bit_length() if planes.max() > 1023 else 6
+            planes = planes << np.uint16(shift)
+        planes = planes.view(np.int16)
+    return GpuPlanes(torch.from_numpy(planes.copy()).to(DEVICE), shift)
+
+
+def restore_both(restorer, data, *, high_bits=True, planes=None):
+    """Values [Lg, K, H, T, D] of the CPU, and of the GPU through scattered blocks."""
+    from kvfetcher.codec.gpu_restore import Destination
+
+    unit = parse_unit(data)
+    decoded = decode_unit(data, VideoDecoder()) if planes is None else planes
+    expected = restore_parsed(unit, decoded)
+    assert restorer.can_restore(unit)
+    spec, tokens = unit.spec, unit.num_tokens
+    count = -(-tokens // BLOCK)
+    kind = torch.int16 if spec.item_bytes == 2 else torch.uint8
+    shape = (count + 3, spec.num_layers, spec.kv_factor, spec.num_kv_heads, BLOCK, spec.head_dim)
+    blocks = torch.full(shape, 77, dtype=kind, device=DEVICE)
+    ids = np.random.default_rng(3).permutation(count + 3)[:count].astype(np.int32)
+    to = Destination(blocks, torch.from_numpy(ids).to(DEVICE), unit.layer_start)
+    pending = restorer.begin(unit, on_gpu(decoded, high_bits=high_bits), to)
+    errors = restorer.finish([pending])
+    bits = blocks.cpu().numpy()
+    layers = slice(unit.layer_start, unit.layer_start + unit.num_layers)
+    parts = [bits[i, layers] for i in ids]
+    got = np.concatenate(parts, axis=3)[:, :, :, :tokens].view(expected.dtype)
+    untouched = np.delete(bits, ids, axis=0)
+    assert (untouched == 77).all()
+    outside = [layer for layer in range(spec.num_layers) if layer not in range(*layers.indices(99))]
+    assert (bits[:, outside] == 77).all()
+    if tokens % BLOCK:
+        assert (bits[ids[-1], layers, :, :, tokens % BLOCK :] == 77).all()
+    return expected, got, errors
+
+
+def assert_same_rounding(got, expected, dtype):
+    """At most one step of the dtype apart, and that seldom, but near zero (sums that cancel)."""
+    differs = got != expected  # tokens kept exact may hold NaN
+    a, b = (np.where(differs, bits_to_float32(x, dtype), 0) for x in (got, expected))
+    mantissa = {"bfloat16": 7, "float16": 10, "float8_e4m3fn": 3}[dtype]
+    step = 2.0 ** (np.floor(np.log2(np.maximum(np.abs(b), 1e-9))) - mantissa)
+    if IS_INTERPRETED and dtype == "bfloat16":  # the interpreter cuts instead of rounding
+        step = step * 2
+    # The inverse transform has 11 bits: a sum that cancels is right to its terms, not to its result.
+    values = np.nan_to_num(bits_to_float32(expected, dtype))
+    channel = np.sqrt(np.square(values, dtype=np.float64).mean(axis=3, keepdims=True)) + 1e-6
+    worst = np.abs(a.astype(np.float64) - b) - (step * 1.01 + channel * 2.0**-8)
+    assert worst.max() <= 0, f"{(worst > 0).sum()} of {worst.size} values, {worst.max()}"
+    if not (IS_INTERPRETED and dtype == "bfloat16"):
+        assert differs.mean() < (0.6 if dtype == "float16" else 0.2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [TOKENS, TOKENS - 5])
+def test_exact_gives_the_same_bits(restorer, dtype, num_tokens):
+    spec = spec_of(dtype)
+    for unit in units_of(ExactProfile(unit_layers=2), spec, special_values(spec, num_tokens)):
+        expected, got, errors = restore_both(restorer, unit)
+        assert errors == [None]
+        np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_uncalibrated_gives_the_same_bits(restorer, dtype):
+    spec = spec_of(dtype)
+    values = float32_to_bits(correlated_values(spec, TOKENS), dtype)
+    values[1, 0, 1, 9, 3] = 0x7F if spec.item_bytes == 1 else 0x7FC1  # NaN: a token kept exact
+    for high_bits in (False, True):
+        for unit in units_of(UncalibratedProfile(unit_layers=2), spec, values):
+            expected, got, errors = restore_both(restorer, unit, high_bits=high_bits)
+            assert errors == [None]
+            np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("name", LADDER)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ladder_gives_the_same_values_within_rounding(restorer, name, dtype):
+    spec = spec_of(dtype)
+    calibration = make_calibration(spec_of(), layers=2)
+    register_calibration(calibration)
+    values = float32_to_bits(correlated_values(spec, TOKENS), dtype)
+    for first_position in (0, 4096):
+        for unit in units_of(TransformProfile(name, calibration), spec, values, first_position):
+            expected, got, errors = restore_both(restorer, unit)
+            assert errors == [None]
+            assert_same_rounding(got, expected, dtype)
+
+
+@pytest.mark.parametrize("heads", [0, 1])
+def test_joined_layer_groups_head_groups_and_partial_blocks(restorer, heads):
+    spec = spec_of()
+    calibration = make_calibration(spec, layers=1, heads=heads)
+    register_calibration(calibration)
+    values = float32_to_bits(correlated_values(spec, TOKENS - 3), spec.dtype)
+    profile = TransformProfile("near", calibration, frame_sizes=("160x144", "1024x1040"))
+    units = units_of(profile, spec, values)
+    for unit in units:
+        expected, got, errors = restore_both(restorer, unit)
+        assert errors == [None]
+        assert_same_rounding(got, expected, spec.dtype)
+
+
+def test_outliers_beyond_half_precision_are_right(restorer):
+    """A step so small that some integers pass 2048: they are added in float32."""
+    spec = spec_of()
+    calibration = make_calibration(spec, layers=2)
+    fine = calibration.with_steps({name: step / 60 for name, step in calibration.steps.items()})
+    register_calibration(fine)
+    values = float32_to_bits(correlated_values(spec, TOKENS), spec.dtype)
+    for unit in units_of(TransformProfile("near", fine), spec, values):
+        expected, got, errors = restore_both(restorer, unit)
+        assert errors == [None]
+        assert_same_rounding(got, expected, spec.dtype)
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in GOLDEN.glob("*.kvf")))
+def test_golden_chunks(restorer, name):
+    artifact = GOLDEN / f"{name}.safetensors"
+    if artifact.is_file():
+        register_calibration(Calibration.load(artifact))
+    chunk = (GOLDEN / f"{name}.kvf").read_bytes()
+    for entry in parse_header(chunk).units:
+        data = chunk[entry.offset : entry.stop]
+        unit = parse_unit(data)
+        if name.startswith("paper") or not unit.geometry.num_frames:  # raw copies
+            assert not restorer.can_restore(unit)
+            continue
+        expected, got, errors = restore_both(restorer, data)
+        assert errors == [None]
+        if artifact.is_file():
+            assert_same_rounding(got, expected, unit.spec.dtype)
+        else:
+            np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("profile", [ExactProfile(), UncalibratedProfile()])
+def test_one_wrong_sample_is_found(restorer, profile):
+    from kvfetcher.codec.gpu_restore import Destination
+
+    spec = spec_of()
+    values = float32_to_bits(correlated_values(spec, TOKENS), spec.dtype)
+    data = units_of(profile, spec, values)[0]
+    unit = parse_unit(data)
+    planes = decode_unit(data, VideoDecoder())
+    good = restorer.begin(unit, on_gpu(planes, high_bits=False), Destination.fresh(unit, DEVICE))
+    planes[0, 1, 3, 7] ^= 1
+    bad = restorer.begin(unit, on_gpu(planes, high_bits=False), Destination.fresh(unit, DEVICE))
+    first, second = restorer.finish([good, bad])
+    assert first is None
+    assert isinstance(second, ChecksumError)
+    assert "damaged" in str(second)
+
+
+def test_what_does_not_fit_is_refused(restorer):
+    from kvfetcher.codec.gpu_restore import Destination, GpuPlanes
+
+    spec = spec_of()
+    values = float32_to_bits(correlated_values(spec, TOKENS), spec.dtype)
+    data = units_of(ExactProfile(), spec, values)[0]
+    unit = parse_unit(data)
+    planes = on_gpu(decode_unit(data, VideoDecoder()), high_bits=False)
+    with pytest.raises(LayoutError, match="planes must be"):
+        restorer.begin(unit, GpuPlanes(planes.data[:, :, 1:], 0), Destination.fresh(unit, DEVICE))
+    blocks = torch.zeros((1, 4, 2, 2, BLOCK, spec.head_dim), dtype=torch.int16, device=DEVICE)
+    ids = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(LayoutError, match="does not fit 1 blocks"):
+        restorer.begin(unit, planes, Destination(blocks, ids, 0))
+    huge = replace(unit, geometry=PlaneGeometry(3, 4096, 4096, 8))
+    assert not restorer.can_restore(huge)
