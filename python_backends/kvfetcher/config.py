@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tomllib
 import typing
+import urllib.parse
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from kvfetcher.errors import ConfigError
 
@@ -69,7 +71,24 @@ class ServerConfig(_Section):
         low=0,
         high=64,
     )
+    restore_instances: int = _option(1, "kv_restore processes", low=1, high=16)
+    plane_bytes: int = _option(
+        224 << 20,
+        "GPU memory for decoded planes on their way to a GPU's arena, over all kv_decode processes",
+        low=0,
+        high=1 << 34,
+    )
     log_verbose: int = _option(0, "tritonserver --log-verbose", low=0, high=4)
+    max_repairs: int = _option(
+        8,
+        "model reloads and server restarts within ten minutes before `serve` gives up; 0 = end at"
+        " the first failure",
+        low=0,
+        high=1000,
+    )
+    probe_seconds: float = _option(
+        15.0, "`serve` sends a tiny unit through kv_pipeline so often; 0 = never", low=0, high=3600
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +97,11 @@ class EngineConfig(_Section):
 
     NAME: typing.ClassVar[str] = "engine"
 
-    kind: Literal["torch"] = _option("torch", "which engine serves `tensorrt_llm`")
+    kind: Literal["torch", "paged", "tensorrt_llm"] = _option(
+        "torch",
+        "which engine serves `tensorrt_llm`: Hugging Face's models; the same on paged KV behind the KV"
+        " connector; TensorRT-LLM",
+    )
     model: str = _option(
         "smollm2-135m-instruct", "a built-in model's name, or a local Hugging Face model folder"
     )
@@ -89,6 +112,11 @@ class EngineConfig(_Section):
     tokens_per_block: int = _option(32, "tokens of one paged KV block", low=1, high=1024)
     arena_bytes: int = _option(
         1 << 30, "size of the shared KV arena (fetched and to-be-saved KV)", low=1 << 20
+    )
+    # Not `auto` yet: no engine has read its KV from a GPU's arena on real hardware.
+    arena: Literal["auto", "host", "gpu"] = _option(
+        "host",
+        "where the arena lies; auto = on the GPU that the model runs on, else in host memory",
     )
     prefill_slice_tokens: int = _option(
         256,
@@ -103,6 +131,30 @@ class EngineConfig(_Section):
     )
     max_output_tokens: int = _option(1024, "largest max_tokens of a request", low=1)
     num_threads: int = _option(0, "CPU threads of the engine; 0 = all cores", low=0, high=1024)
+    llm_args: str = _option(
+        "", "YAML file of arguments to TensorRT-LLM's LLM() (as Triton's model.yaml)"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectorConfig(_Section):
+    """The KV connector, for the engines `paged` and `tensorrt_llm`."""
+
+    NAME: typing.ClassVar[str] = "connector"
+
+    kv_layout: Literal["auto", "HND", "NHD"] = _option(
+        "auto", "order inside the engine's KV blocks; auto = found by a probe at start"
+    )
+    async_load_tokens: int = _option(
+        0, "loads of so many tokens or more run beside the batch; 0 = all run before it", low=0
+    )
+    save_timeout_seconds: float = _option(
+        5.0, "a finished request's KV blocks wait so long to be saved", low=0.01, high=600
+    )
+    pool_bytes: int = _option(1 << 30, "size of the `paged` engine's KV pool", low=1 << 16)
+    device_reuse: bool = _option(
+        True, "`paged`: requests share blocks of equal prefixes in the engine's own pool"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,25 +163,66 @@ class CodecConfig(_Section):
 
     NAME: typing.ClassVar[str] = "codec"
 
-    profile: str = _option("exact", "profile that new chunks are saved with")
+    profile: str = _option(
+        "auto",
+        "profile that new chunks are saved with; auto = `serve` takes balanced where a"
+        " certified calibration of the model is kept, else exact; a tritonserver started otherwise: exact",
+    )
     chunk_tokens: int = _option(256, "tokens of one chunk (whole engine blocks)", low=16, high=8192)
     unit_layers: int = _option(
         0, "layers of one unit for `exact` and `paper`; 0 = chosen by the profile", low=0, high=1024
     )
     frame_sizes: tuple[str, ...] = _option(
-        ("640x360",), "frame sizes a `paper` chunk is stored in, for adaptive resolution"
+        (),
+        "picture sizes (WIDTHxHEIGHT) that a chunk is stored in, each costs its bytes again;"
+        " none = one, chosen by the profile",
+    )
+    raw_copy: bool = _option(
+        False,
+        "chunks hold their values uncompressed, too: fetched where the link is faster than decoding",
     )
     paper_bits: int = _option(8, "bits of the lossy quantiser of `paper`", low=2, high=12)
     decoder: Literal["auto", "cpu", "nvdec"] = _option(
         "auto",
         "what decodes units: auto = nvdec where it is usable, else cpu; nvdec must be usable",
     )
+    encoder: Literal["auto", "x265", "nvenc"] = _option(
+        "auto",
+        "what encodes chunks: auto = the GPU's NVENC where it has one that codes without loss (H100"
+        " and H200 have none), else libx265 on all cores; nvenc must be usable",
+    )
     calibration: str = _option(
-        "", "calibration artifact (file) of the model, for near, balanced, compact and tiny"
+        "",
+        "calibration artifact (file) of the model, for near, balanced, compact and tiny; empty ="
+        " with profile auto, the one that `kvfetcher calibrate` keeps",
     )
     allow_uncertified: bool = _option(
         False, "serve with a calibration that carries no certificate of its quality"
     )
+
+
+class RedisAddress(NamedTuple):
+    """Where a Redis server listens."""
+
+    host: str
+    port: int
+    database: int
+    tls: bool
+
+
+class BucketAddress(NamedTuple):
+    """Where objects lie in an S3 store; `prefix` without slashes at its ends, "" for none."""
+
+    name: str
+    prefix: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoreCredentials:
+    """Who we are to a Redis server. From the environment only, and in no output."""
+
+    username: str = field(default="", repr=False)
+    password: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,13 +231,131 @@ class StoreConfig(_Section):
 
     NAME: typing.ClassVar[str] = "store"
 
-    kind: Literal["file"] = _option("file", "where chunks live")
+    kind: Literal["file", "redis", "s3"] = _option(
+        "file", "where chunks live: a folder, Redis or Valkey, or an S3-compatible store"
+    )
     path: str = _option("", "folder of the file store; empty = <cache>/kvfetcher/store")
+    url: str = _option(
+        "", "redis://HOST:PORT/DB (rediss:// = TLS), or s3://BUCKET/PREFIX; never with a password"
+    )
+    endpoint: str = _option("", "URL of the S3-compatible server; empty = AWS")
+    region: str = _option("us-east-1", "region of the S3 bucket")
+    ca_file: str = _option("", "PEM file of certificates to trust for TLS besides the system's")
     timeout_seconds: float = _option(10.0, "longest wait for one store call", low=0.01, high=3600)
+    connect_timeout_seconds: float = _option(
+        2.0, "longest wait for a connection to redis or s3", low=0.01, high=3600
+    )
+    max_connections: int = _option(
+        32, "connections of one process to redis or s3; more calls wait", low=1, high=1024
+    )
+    ttl_seconds: float = _option(
+        0.0,
+        "chunks not read for so long are dropped by redis; for file and s3, chunks written so long"
+        " ago are removed by `kvfetcher store gc`; 0 = never",
+        low=0,
+    )
+    max_retries: int = _option(2, "of a call that failed in a way that may pass", low=0, high=10)
+    hedge_fraction: float = _option(
+        0.03, "reads sent twice because the first was late, per read; 0 = none", low=0, high=0.5
+    )
+    breaker_failures: int = _option(
+        5, "failures among the last 20 calls after which the store is left alone", low=1, high=20
+    )
+    breaker_backoff_seconds: float = _option(
+        1.0, "it is asked again after so long, then twice as long, ...", low=0.01, high=3600
+    )
+    breaker_max_backoff_seconds: float = _option(
+        30.0, "but at the latest after this", low=0.01, high=3600
+    )
+    gc_grace_seconds: float = _option(
+        3600.0, "`kvfetcher store gc` leaves unreachable chunks younger than this", low=0
+    )
+    tier_memory_bytes: int = _option(
+        0, "memory of each process for copies of what it fetched; 0 = none", low=0
+    )
+    tier_disk_bytes: int = _option(
+        0, "local disk for copies of what this host fetched or saved; 0 = none", low=0
+    )
+    tier_path: str = _option("", "folder of those copies; empty = <cache>/kvfetcher/tier")
+    tier_max_age_seconds: float = _option(
+        86400.0, "older copies are fetched again: the delay of a purge on other hosts", low=1
+    )
+
+    def __post_init__(self) -> None:
+        _Section.__post_init__(self)  # no super(): slots=True makes the class anew
+        if self.kind == "redis":
+            _ = self.redis_address
+        elif self.kind == "s3":
+            _ = self.bucket
+            if self.endpoint:
+                _plain_url("store.endpoint", self.endpoint, ("http", "https"))
 
     @property
     def folder(self) -> Path:
         return Path(self.path).expanduser() if self.path else cache_home() / "store"
+
+    @property
+    def tier_folder(self) -> Path:
+        return Path(self.tier_path).expanduser() if self.tier_path else cache_home() / "tier"
+
+    @property
+    def redis_address(self) -> RedisAddress:
+        """What `url` says, for kind `redis`.
+
+        Raises:
+            ConfigError: it is no such URL.
+        """
+        parts = _plain_url("store.url", self.url, ("redis", "rediss"))
+        database = parts.path.strip("/") or "0"
+        if not database.isdecimal():
+            raise ConfigError(
+                f"store.url: {database!r} is no database number; write redis://HOST:PORT/0"
+            )
+        return RedisAddress(
+            parts.hostname or "", parts.port or 6379, int(database), parts.scheme == "rediss"
+        )
+
+    @property
+    def bucket(self) -> BucketAddress:
+        """What `url` says, for kind `s3`.
+
+        Raises:
+            ConfigError: it is no such URL.
+        """
+        parts = _plain_url("store.url", self.url, ("s3",))
+        prefix = parts.path.strip("/")
+        if not re.fullmatch(r"[A-Za-z0-9._/-]*", prefix) or "//" in prefix:
+            raise ConfigError(
+                f"store.url: prefix {prefix!r} must be made of A-Z a-z 0-9 . _ - joined by '/'"
+            )
+        return BucketAddress(parts.netloc, prefix)
+
+
+def _plain_url(name: str, url: str, schemes: tuple[str, ...]) -> urllib.parse.SplitResult:
+    """Parse a URL that holds an address and nothing secret.
+
+    Raises:
+        ConfigError: another scheme, no host, a port that is none, credentials, query or fragment.
+            The message never shows what stands before an ``@``.
+    """
+    parts = urllib.parse.urlsplit(url)
+    if "@" in url:
+        raise ConfigError(
+            f"{name} must not hold credentials; set $KVFETCHER_STORE_USERNAME and"
+            " $KVFETCHER_STORE_PASSWORD for redis, $AWS_ACCESS_KEY_ID and $AWS_SECRET_ACCESS_KEY"
+            " for s3"
+        )
+    try:
+        port_is_valid = parts.port is None or parts.port > 0
+    except ValueError:
+        port_is_valid = False
+    if parts.scheme not in schemes or not parts.hostname or not port_is_valid:
+        raise ConfigError(
+            f"{name} must be {' or '.join(f'{s}://' for s in schemes)} with a host, got {url!r}"
+        )
+    if parts.query or parts.fragment:
+        raise ConfigError(f"{name} takes no options after '?' or '#', got {url!r}")
+    return parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,17 +366,57 @@ class FetchConfig(_Section):
 
     enabled: bool = _option(True, "fetch at all; off = every request computes its prefix")
     min_hit_tokens: int = _option(256, "shorter hits are computed instead", low=1)
+    max_inflight_reads: int = _option(
+        8, "reads of the store at one time, over all requests", low=1, high=1024
+    )
+    max_inflight_bytes: int = _option(
+        64 << 20, "bytes asked for and not restored yet, over all requests", low=1 << 16
+    )
     max_inflight_units: int = _option(
-        8, "units in transfer, decode or restore at one time, over all requests", low=1, high=1024
+        8, "units in decode or restore at one time, over all requests", low=1, high=1024
     )
     max_inflight_requests: int = _option(
-        4, "requests that fetch at one time; others wait in order of arrival", low=1, high=1024
+        4, "prefixes fetched at one time; others wait in line", low=1, high=1024
+    )
+    max_read_bytes: int = _option(
+        4 << 20, "neighbouring units of a chunk are read together up to this", low=1
+    )
+    gate_margin: float = _option(
+        0.05, "fetching must be predicted faster than computing by this part", low=0, high=0.9
+    )
+    ageing: float = _option(
+        1.0,
+        "seconds of a fetch's length that a second in line makes up for, among one tenant's",
+        low=0.001,
+        high=1000,
+    )
+    variant_hysteresis: float = _option(
+        0.1,
+        "another picture size must gain more than this part of the time that a unit takes",
+        low=0,
+        high=0.9,
+    )
+    expected_gbit_per_second: float = _option(
+        1.0, "the store's link, until transfers were measured", low=0.0001, high=10_000
+    )
+    expected_rtt_seconds: float = _option(
+        0.002, "round trip to the store, until reads were measured", low=0, high=60
+    )
+    link_half_life_seconds: float = _option(
+        5.0, "a transfer counts half once a newer one is so much younger", low=0.01, high=3600
     )
     deadline_seconds: float = _option(
         30.0, "a fetch is given up after this and the rest computed", low=0.1, high=3600
     )
     lease_ttl_seconds: float = _option(
         120.0, "arena blocks of a vanished fetch come back after this", low=1, high=86400
+    )
+    nice: int = _option(
+        5,
+        "niceness of kv_decode and kv_restore where they work on the CPU: prefill and generation go"
+        " first",
+        low=0,
+        high=19,
     )
 
 
@@ -187,6 +438,7 @@ class Config:
 
     server: ServerConfig = field(default_factory=ServerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
     fetch: FetchConfig = field(default_factory=FetchConfig)
@@ -209,7 +461,15 @@ class Config:
 
 SECTIONS: dict[str, type[_Section]] = {
     c.NAME: c
-    for c in (ServerConfig, EngineConfig, CodecConfig, StoreConfig, FetchConfig, SaveConfig)
+    for c in (
+        ServerConfig,
+        EngineConfig,
+        ConnectorConfig,
+        CodecConfig,
+        StoreConfig,
+        FetchConfig,
+        SaveConfig,
+    )
 }
 
 
@@ -264,6 +524,17 @@ def dump_config(config: Config) -> str:
             for f in fields(cls)  # type: ignore[arg-type]
         )
         for name, cls in SECTIONS.items()
+    )
+
+
+def store_credentials(*, environ: Mapping[str, str] | None = None) -> StoreCredentials:
+    """$KVFETCHER_STORE_USERNAME and $KVFETCHER_STORE_PASSWORD; empty where unset.
+
+    (The S3 library reads the usual AWS variables and roles by itself.)
+    """
+    environ = os.environ if environ is None else environ
+    return StoreCredentials(
+        environ.get(f"{_PREFIX}STORE_USERNAME", ""), environ.get(f"{_PREFIX}STORE_PASSWORD", "")
     )
 
 

@@ -2,7 +2,8 @@
 
 Request ``{"op": name, "args": {...}}``, answer ``{"ok": true, "result": {...}}`` or
 ``{"ok": false, "error": class of errors.py, "message": text}``. Operations: ``describe``,
-``lease``, ``seal``, ``renew``, ``release``, ``abandon``, ``cancel``, ``stats``. All are quick table
+``lease``, ``seal``, ``share``, ``renew``, ``release``, ``abandon``, ``cancel``,
+``was_cancelled``, ``stats``. All are quick table
 look-ups, so one thread serves every peer. The socket's folder is 0700 and the socket 0600: whoever
 may connect is the same user, and the lines are still checked.
 """
@@ -38,7 +39,7 @@ MAX_LINE_BYTES = 1 << 20
 _SUN_PATH_BYTES = 107  # sizeof(sockaddr_un.sun_path) - 1 on Linux
 _WRITE_TIMEOUT_SECONDS = 5.0
 _EXPIRE_EVERY_SECONDS = 1.0
-_IDEMPOTENT = frozenset({"describe", "stats", "renew"})
+_IDEMPOTENT = frozenset({"describe", "stats", "renew", "was_cancelled"})
 
 _log = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ class ControlServer:
         describe: JSON-serialisable facts of the engine; called per request, must be quick.
         stats: JSON-serialisable counters; the server adds leases and arena usage.
         cancel: ends the answer of that stream id; False where there is none (`Streams.cancel`).
+        was_cancelled: whether that was called for an id of another process.
         clock: seconds, monotonic; the one that the engine claims with.
 
     Raises:
@@ -113,6 +115,7 @@ class ControlServer:
         describe: Callable[[], dict[str, Any]],
         stats: Callable[[], dict[str, Any]],
         cancel: Callable[[str], bool] = lambda _: False,
+        was_cancelled: Callable[[str], bool] = lambda _: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.path = path
@@ -121,6 +124,7 @@ class ControlServer:
         self._describe = describe
         self._stats = stats
         self._cancel = cancel
+        self._was_cancelled = was_cancelled
         self._clock = clock
         self._loop = asyncio.new_event_loop()
         self._writers: set[asyncio.StreamWriter] = set()
@@ -218,12 +222,18 @@ class ControlServer:
             }
         if op == "cancel":
             return {"cancelled": self._cancel(_take(op, args, {"stream_id": str})["stream_id"])}
+        if op == "was_cancelled":
+            stream_id = _take(op, args, {"stream_id": str})["stream_id"]
+            return {"cancelled": self._was_cancelled(stream_id)}
         if op == "lease":
             values = _take(op, args, {"num_tokens": int, "ttl_seconds": float})
             return self._grant(self._leases.lease(**values, now=now))
         if op == "seal":
-            values = _take(op, args, {"lease_id": str, "num_tokens": int, "digest": str})
-            return self._grant(self._leases.seal(**values, now=now))
+            types = {"lease_id": str, "num_tokens": int, "digest": str}
+            types |= {"num_holders": int, "tail_is_live": bool}
+            return self._grant(self._leases.seal(**_take(op, args, types), now=now))
+        if op == "share":
+            return self._grant(self._leases.share(**_take(op, args, {"lease_id": str}), now=now))
         if op == "renew":
             return self._grant(self._leases.renew(**_take(op, args, {"lease_id": str}), now=now))
         if op == "release":
@@ -276,6 +286,10 @@ class ControlClient:
         """End a running answer; False where it was over already."""
         return bool(self._call("cancel", stream_id=stream_id)["cancelled"])
 
+    def was_cancelled(self, stream_id: str) -> bool:
+        """Whether somebody saw that the client of this fetch went away."""
+        return bool(self._call("was_cancelled", stream_id=stream_id)["cancelled"])
+
     def lease(self, num_tokens: int, *, ttl_seconds: float) -> tuple[str, BlockTarget]:
         """Lease blocks for `num_tokens` tokens.
 
@@ -287,15 +301,45 @@ class ControlClient:
         """
         return _granted(self._call("lease", num_tokens=num_tokens, ttl_seconds=float(ttl_seconds)))
 
-    def seal(self, lease_id: str, *, num_tokens: int, digest: str) -> BlockTarget:
+    def seal(
+        self,
+        lease_id: str,
+        *,
+        num_tokens: int,
+        digest: str,
+        num_holders: int = 1,
+        tail_is_live: bool = False,
+    ) -> BlockTarget:
         """Say that the first `num_tokens` tokens are filled (`leases.tokens_digest` of their ids).
+
+        Args:
+            lease_id: an open one.
+            num_tokens: filled tokens; the blocks behind go back.
+            digest: of these tokens.
+            num_holders: so many will claim it.
+            tail_is_live: somebody may still write behind `num_tokens`.
 
         Raises:
             LeaseError: unknown, expired, or not open.
         """
         return _granted(
-            self._call("seal", lease_id=lease_id, num_tokens=num_tokens, digest=digest)
+            self._call(
+                "seal",
+                lease_id=lease_id,
+                num_tokens=num_tokens,
+                digest=digest,
+                num_holders=num_holders,
+                tail_is_live=tail_is_live,
+            )
         )[1]
+
+    def share(self, lease_id: str) -> BlockTarget:
+        """One more holder of a sealed lease.
+
+        Raises:
+            LeaseError: unknown, already gone, or still open.
+        """
+        return _granted(self._call("share", lease_id=lease_id))[1]
 
     def renew(self, lease_id: str) -> BlockTarget:
         """Start the lease's time again; success proves that it was alive until now.

@@ -5,6 +5,9 @@ tokens) -> ``claimed`` (the engine copies them) -> gone. `release` ends it. One 
 open or sealed ends by itself when its time is over; a claimed one does not, because the process that
 claimed it owns the table too.
 
+Several requests may hold one sealed lease, because its blocks are only read: `seal` and `share` say
+how many, each claims and releases for itself, and the last one out frees the blocks.
+
 The writer of an open lease sits in another process and cannot be stopped. Blocks of an open lease
 that expired or was abandoned are therefore *resting* for as long again as the lease was meant to
 live before anybody else gets them: a restore that comes late writes into memory nobody reads. A
@@ -104,8 +107,18 @@ class _Entry:
     num_tokens: int
     ttl_seconds: float
     expires_at: float
-    state: LeaseState = "open"
+    is_open: bool = True
     digest: str = ""
+    unclaimed: int = 1
+    """Holders that have not claimed it."""
+    claims: int = 0
+    """Holders that read it now."""
+
+    @property
+    def state(self) -> LeaseState:
+        if self.is_open:
+            return "open"
+        return "sealed" if self.unclaimed else "claimed"
 
 
 @dataclass(slots=True)
@@ -172,14 +185,31 @@ class LeaseTable:
             self.counts.leased += 1
             return _view(lease_id, entry)
 
-    def seal(self, lease_id: str, num_tokens: int, digest: str, *, now: float) -> Lease:
+    def seal(
+        self,
+        lease_id: str,
+        num_tokens: int,
+        digest: str,
+        *,
+        now: float,
+        num_holders: int = 1,
+        tail_is_live: bool = False,
+    ) -> Lease:
         """Say that the first `num_tokens` tokens are filled, and of which tokens they are.
 
         A lease may be sealed with fewer tokens than leased: the blocks behind are given back.
         The time to live starts again.
 
+        Args:
+            lease_id: an open one.
+            num_tokens: filled from the start on.
+            digest: `tokens_digest` of them.
+            now: seconds.
+            num_holders: so many will claim it (or release it unclaimed), >= 1.
+            tail_is_live: somebody may still write to the blocks behind: they rest before reuse.
+
         Raises:
-            LeaseError: unknown, expired, not open, or `num_tokens` not within the lease.
+            LeaseError: unknown, expired, not open, or a number is out of its range.
         """
         with self._lock:
             self._expire(now)
@@ -189,16 +219,38 @@ class LeaseTable:
                     f"lease {lease_id} is for 1 to {entry.num_tokens} tokens, sealed with"
                     f" {num_tokens}"
                 )
+            if num_holders < 1:
+                raise LeaseError(f"lease {lease_id} needs at least 1 holder, got {num_holders}")
             used = -(-num_tokens // self.tokens_per_block)
-            self._free.extend(entry.block_ids[used:])
+            tail = entry.block_ids[used:]
+            if tail_is_live and tail:
+                self._resting.append(_Resting(tail, now + entry.ttl_seconds))
+            else:
+                self._free.extend(tail)
             entry.block_ids, entry.num_tokens = entry.block_ids[:used], num_tokens
-            entry.state, entry.digest = "sealed", digest
+            entry.is_open, entry.digest = False, digest
+            entry.unclaimed = num_holders
             entry.expires_at = now + entry.ttl_seconds
             self.counts.sealed += 1
             return _view(lease_id, entry)
 
+    def share(self, lease_id: str, *, now: float) -> Lease:
+        """One more holder of a lease that is sealed or being read. Its time starts again.
+
+        Raises:
+            LeaseError: unknown, already gone, or still open.
+        """
+        with self._lock:
+            self._expire(now)
+            entry = self._get(lease_id, None, "share")
+            if entry.is_open:
+                raise LeaseError(f"cannot share lease {lease_id}: it is open, not sealed")
+            entry.unclaimed += 1
+            entry.expires_at = now + entry.ttl_seconds
+            return _view(lease_id, entry)
+
     def claim(self, lease_id: str, *, now: float) -> Lease:
-        """Take a sealed lease for reading; from now on it does not expire.
+        """Take a sealed lease for reading, as one of its holders; a claim does not expire.
 
         Raises:
             LeaseError: unknown, expired, or not sealed.
@@ -206,7 +258,8 @@ class LeaseTable:
         with self._lock:
             self._expire(now)
             entry = self._get(lease_id, "sealed", "claim")
-            entry.state = "claimed"
+            entry.unclaimed -= 1
+            entry.claims += 1
             self.counts.claimed += 1
             return _view(lease_id, entry)
 
@@ -226,28 +279,37 @@ class LeaseTable:
             return _view(lease_id, entry)
 
     def release(self, lease_id: str, *, now: float, is_claimer: bool = False) -> None:
-        """Give the blocks back at once. The caller vouches that nobody writes them any more.
+        """End one holder's part; the last one gives the blocks back at once.
+
+        The holder of an open lease vouches that nobody writes its blocks any more.
 
         Args:
-            lease_id: in any state; a claimed one only with `is_claimer`, since its blocks are
-                being read.
+            lease_id: in any state; one whose holders have all claimed only with `is_claimer`, since
+                its blocks are being read.
             now: seconds.
             is_claimer: the caller is the engine, which claimed it.
 
         Raises:
-            LeaseError: unknown, already gone, or claimed by another.
+            LeaseError: unknown, already gone, or claimed by others.
         """
         with self._lock:
             self._expire(now)
             entry = self._get(lease_id, None, "release")
-            if entry.state == "claimed" and not is_claimer:
+            if is_claimer and entry.claims:
+                entry.claims -= 1
+            elif entry.unclaimed:
+                entry.unclaimed -= 1
+            else:
                 raise LeaseError(f"lease {lease_id} is claimed; only its claimer releases it")
-            del self._entries[lease_id]
-            self._free.extend(reversed(entry.block_ids))
             self.counts.released += 1
+            if not entry.unclaimed and not entry.claims:
+                del self._entries[lease_id]
+                self._free.extend(reversed(entry.block_ids))
 
     def abandon(self, lease_id: str, *, now: float) -> None:
         """Give up an open lease whose writers may still run: its blocks rest before reuse.
+
+        Of a sealed lease, which nobody writes, this is `release`.
 
         Raises:
             LeaseError: unknown, already gone, or claimed.
@@ -255,10 +317,12 @@ class LeaseTable:
         with self._lock:
             self._expire(now)
             entry = self._get(lease_id, None, "abandon")
-            if entry.state == "claimed":
+            if not entry.unclaimed:
                 raise LeaseError(f"lease {lease_id} is claimed; only its claimer releases it")
-            self._end(lease_id, entry, now)
             self.counts.abandoned += 1
+            entry.unclaimed -= 1
+            if not entry.unclaimed and not entry.claims:
+                self._end(lease_id, entry, now)
 
     def expire(self, now: float) -> int:
         """End what is over. Every other method does so first; this one is for a timer.
@@ -294,11 +358,13 @@ class LeaseTable:
         over = [
             (lease_id, entry)
             for lease_id, entry in self._entries.items()
-            if entry.state != "claimed" and entry.expires_at <= now
+            if entry.unclaimed and entry.expires_at <= now
         ]
         for lease_id, entry in over:
-            # The rest counts from when it ended, not from when somebody noticed.
-            self._end(lease_id, entry, entry.expires_at)
+            entry.unclaimed = 0
+            if not entry.claims:  # else it is still being read
+                # The rest counts from when it ended, not from when somebody noticed.
+                self._end(lease_id, entry, entry.expires_at)
         self.counts.expired += len(over)
         rested = [r for r in self._resting if r.until <= now]
         if rested:
@@ -309,7 +375,7 @@ class LeaseTable:
 
     def _end(self, lease_id: str, entry: _Entry, ended_at: float) -> None:
         del self._entries[lease_id]
-        if entry.state == "open":
+        if entry.is_open:
             self._resting.append(_Resting(entry.block_ids, ended_at + entry.ttl_seconds))
         else:
             self._free.extend(entry.block_ids)

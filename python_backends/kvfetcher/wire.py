@@ -36,7 +36,7 @@ OUTPUT_IDS = "output_ids"
 FINISH_REASON = "finish_reason"
 KV_REPORT = "kv_report"
 
-KV_POLICIES = ("auto", "fetch", "recompute", "no_store")
+KV_POLICIES = ("auto", "fetch", "recompute", "no_store", "warm")
 
 # Between the models
 INPUT_IDS = "input_ids"  # INT32 [num_tokens]
@@ -47,6 +47,7 @@ KV_LEASE = "kv_lease"  # STRING [1], JSON; "" = no lease
 # Codec models
 UNIT = "unit"  # UINT8 [num_bytes], one unit (FORMAT.md)
 PLANES = "planes"  # UINT8 [num_frames, num_planes, height, width * bytes_per_sample]
+PLANES_AT = "planes_at"  # STRING [1], JSON PlaneTicket (plane_ring.py); "" = planes holds them
 KV_TARGET = "kv_target"  # STRING [1], JSON BlockTarget (arena.py); "" = return the values
 KV_VALUES = "kv_values"  # UINT8 [num_bytes], canonical [L, K, H, T, D], little-endian
 DECODE_STATUS = "decode_status"  # STRING [1], JSON: decoder, decode_ms

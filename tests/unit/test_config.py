@@ -10,6 +10,7 @@ from kvfetcher.config import (
     explain_config,
     is_setting_variable,
     load_config,
+    store_credentials,
 )
 from kvfetcher.errors import ConfigError
 
@@ -62,6 +63,21 @@ def test_environment_values_are_parsed_by_type():
         ('[fetch]\nenabled = "yes"\n', "fetch.enabled must be bool"),
         ('[store]\nkind = "tape"\n', "store.kind must be one of"),
         ("[codec]\nframe_sizes = [1]\n", "codec.frame_sizes must be a list of strings"),
+        (
+            '[store]\nkind = "redis"\n',
+            "store.url must be redis:// or rediss:// with a host, got ''",
+        ),
+        ('[store]\nkind = "redis"\nurl = "s3://b"\n', "store.url must be redis://"),
+        ('[store]\nkind = "redis"\nurl = "redis://h:0"\n', "store.url must be redis://"),
+        ('[store]\nkind = "redis"\nurl = "redis://h:x"\n', "store.url must be redis://"),
+        ('[store]\nkind = "redis"\nurl = "redis://h/db"\n', "'db' is no database number"),
+        ('[store]\nkind = "redis"\nurl = "redis://h/0?timeout=1"\n', "takes no options after"),
+        ('[store]\nkind = "s3"\nurl = "s3://"\n', "store.url must be s3:// with a host"),
+        ('[store]\nkind = "s3"\nurl = "s3://b/a b"\n', "prefix 'a b' must be made of"),
+        (
+            '[store]\nkind = "s3"\nurl = "s3://b"\nendpoint = "host:1"\n',
+            "store.endpoint must be http:// or https://",
+        ),
         ("[codec]\nchunk_tokens = 100\n", "not a multiple of engine.tokens_per_block"),
         ("[server\n", "is not TOML"),
     ],
@@ -107,6 +123,34 @@ def test_explanation_names_every_setting_its_source_and_meaning(tmp_path):
 def test_dumped_configuration_loads_as_it_was(tmp_path, path):
     config = replace(load_config(environ={}), store=StoreConfig(path=path, timeout_seconds=0.25))
     assert _load(tmp_path, dump_config(config)) == config
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://u:s3cret@host/0", "redis://:s3cret@host", "rediss://u:s3cr@et@host:1/2"]
+)
+def test_credentials_in_a_url_are_refused_and_not_shown(url):
+    with pytest.raises(ConfigError, match=r"\$KVFETCHER_STORE_PASSWORD") as caught:
+        StoreConfig(kind="redis", url=url)
+    assert "s3cr" not in str(caught.value)
+
+
+def test_store_addresses():
+    redis = StoreConfig(kind="redis", url="rediss://cache.example:7000/3")
+    assert redis.redis_address == ("cache.example", 7000, 3, True)
+    assert StoreConfig(kind="redis", url="redis://[::1]").redis_address == ("::1", 6379, 0, False)
+    assert StoreConfig(kind="s3", url="s3://kv/team-a/chunks/").bucket == ("kv", "team-a/chunks")
+    assert StoreConfig(kind="s3", url="s3://kv").bucket == ("kv", "")
+
+
+def test_store_credentials_are_in_no_output():
+    environ = {"KVFETCHER_STORE_USERNAME": "kv-user", "KVFETCHER_STORE_PASSWORD": "s3cret"}
+    credentials = store_credentials(environ=environ)
+    assert (credentials.username, credentials.password) == ("kv-user", "s3cret")
+    told = f"{credentials} {explain_config(environ=environ)} {dump_config(load_config(environ=environ))}"
+    assert "kv-user" not in told
+    assert "s3cret" not in told
+    # Servers hand settings down in a file, but these by the environment.
+    assert not any(map(is_setting_variable, environ))
 
 
 def test_setting_variables_are_told_from_others():

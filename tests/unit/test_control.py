@@ -77,6 +77,17 @@ def test_lease_seal_renew_release(client, arena, table):
     assert table.usage()["resting"] == 1
 
 
+def test_a_shared_lease_and_a_live_tail_over_the_socket(client, table):
+    lease_id, _ = client.lease(16, ttl_seconds=30)
+    client.seal(lease_id, num_tokens=4, digest="d", num_holders=2, tail_is_live=True)
+    assert client.share(lease_id).num_tokens == 4
+    assert table.usage()["resting"] > 0
+    for _ in range(3):
+        assert table.usage()["sealed"] == 1
+        client.release(lease_id)
+    assert table.usage()["sealed"] == 0
+
+
 def test_blocks_that_the_engine_reads_cannot_be_released_under_it(client, table):
     lease_id, _ = client.lease(4, ttl_seconds=30)
     client.seal(lease_id, num_tokens=4, digest="d")

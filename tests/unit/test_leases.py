@@ -91,7 +91,7 @@ def test_renew_keeps_a_lease_and_tells_that_it_lives(table):
         table.renew(lease.id, now=13.0)
 
 
-@pytest.mark.parametrize("verb", ["seal", "claim", "release", "renew", "abandon"])
+@pytest.mark.parametrize("verb", ["seal", "share", "claim", "release", "renew", "abandon"])
 def test_unknown_lease_is_refused(table, verb):
     args = ("nope", 1, "d") if verb == "seal" else ("nope",)
     with pytest.raises(LeaseError, match=f"cannot {verb}"):
@@ -166,6 +166,81 @@ def test_no_block_is_ever_held_twice_and_none_is_lost(actions):
     table.expire(now + 5.0)
     table.expire(now + 10.0)
     assert table.usage()["free"] == 6 - table.usage()["claimed"]
+
+
+def test_the_last_of_several_holders_frees_the_blocks(table):
+    lease = table.lease(8, 5.0, now=0.0)
+    table.seal(lease.id, 8, "d", now=0.0, num_holders=2)
+    assert table.share(lease.id, now=0.0).state == "sealed"
+    assert table.claim(lease.id, now=0.0).state == "sealed"
+    assert table.claim(lease.id, now=0.0).state == "sealed"
+    table.release(lease.id, now=0.0)  # the third holder goes without claiming
+    with pytest.raises(LeaseError, match="only its claimer"):
+        table.release(lease.id, now=0.0)
+    table.release(lease.id, now=0.0, is_claimer=True)
+    assert table.usage()["claimed"] == 2
+    assert table.share(lease.id, now=0.0).state == "sealed"  # late, but the blocks are still there
+    table.abandon(lease.id, now=0.0)
+    table.release(lease.id, now=0.0, is_claimer=True)
+    assert table.usage()["free"] == 8
+
+
+def test_holders_that_never_claim_expire_and_readers_go_on(table):
+    lease = table.lease(8, 5.0, now=0.0)
+    table.seal(lease.id, 8, "d", now=0.0, num_holders=3)
+    table.claim(lease.id, now=1.0)
+    assert table.expire(5.0) == 1
+    assert (table.usage()["claimed"], table.usage()["free"]) == (2, 6)
+    with pytest.raises(LeaseError, match="is claimed, not sealed"):
+        table.claim(lease.id, now=6.0)
+    table.release(lease.id, now=9.0, is_claimer=True)
+    assert table.usage()["free"] == 8
+
+
+def test_an_open_lease_is_not_shared_and_needs_a_holder(table):
+    lease = table.lease(8, 5.0, now=0.0)
+    with pytest.raises(LeaseError, match="is open, not sealed"):
+        table.share(lease.id, now=0.0)
+    with pytest.raises(LeaseError, match="at least 1 holder"):
+        table.seal(lease.id, 8, "d", now=0.0, num_holders=0)
+
+
+def test_a_live_tail_rests_before_anybody_gets_it(table):
+    lease = table.lease(32, 5.0, now=0.0)
+    table.seal(lease.id, 8, "d", now=1.0, tail_is_live=True)
+    assert table.usage() == {
+        "total": 8, "free": 0, "open": 0, "sealed": 2, "claimed": 0, "resting": 6
+    }  # fmt: skip
+    with pytest.raises(ArenaFullError):
+        table.lease(4, 5.0, now=5.9)
+    table.lease(4, 5.0, now=6.0)
+
+
+@given(st.lists(st.sampled_from(["share", "claim", "release", "claimer"]), max_size=40))
+def test_a_shared_lease_lives_exactly_as_long_as_its_holders(actions):
+    table = LeaseTable(num_blocks=4, tokens_per_block=4)
+    lease = table.lease(8, 5.0, now=0.0)
+    table.seal(lease.id, 8, "d", now=0.0)
+    unclaimed, claims = 1, 0
+    for action in actions:
+        try:
+            if action == "share":
+                table.share(lease.id, now=0.0)
+                unclaimed += 1
+            elif action == "claim":
+                table.claim(lease.id, now=0.0)
+                unclaimed, claims = unclaimed - 1, claims + 1
+            else:
+                table.release(lease.id, now=0.0, is_claimer=action == "claimer")
+                if action == "claimer" and claims:
+                    claims -= 1
+                else:
+                    unclaimed -= 1
+        except LeaseError:
+            assert not unclaimed
+        assert table.usage()["free"] == (2 if unclaimed or claims else 4)
+        if not unclaimed and not claims:
+            return
 
 
 def test_claim_text_round_trips_and_is_checked():

@@ -1,9 +1,11 @@
 """kv_decode: one unit's H.265 bitstream -> integer planes.
 
 Inputs   unit    UINT8 [1, num_bytes]  one unit (FORMAT.md)
+         kv_target  STRING [1, 1]  JSON BlockTarget; on a GPU, the planes stay there; optional
 Outputs  planes  UINT8 [1, num_frames, num_planes, height, width * bytes_per_sample]
+         planes_at  STRING [1, 1]  JSON PlaneTicket of planes on a GPU (planes is then one zero), or ""
          decode_status  STRING [1, 1]  JSON: decoder, decode_ms, fallback
-Errors   INVALID_ARG bad unit · UNAVAILABLE no decoder for it
+Errors   INVALID_ARG bad unit or target · UNAVAILABLE no decoder for it
 """
 
 import triton_python_backend_utils as pb_utils
@@ -13,22 +15,32 @@ from kvfetcher.config import load_config
 from kvfetcher.serving import setup
 from kvfetcher.serving.coding import UnitDecoder
 from kvfetcher.serving.respond import respond_each
-from kvfetcher.serving.tensors import read_bytes, text_tensor
+from kvfetcher.serving.tensors import read_text, read_view, text_tensor
 
 
 class TritonPythonModel:
     def initialize(self, args):
         setup.check_stub(args, pb_utils)
-        self.decoder = UnitDecoder(load_config().codec.decoder)
+        config = load_config()
+        self.decoder = UnitDecoder(
+            config.codec.decoder,
+            ring_bytes=config.server.plane_bytes // setup.num_instances(args),
+        )
+        if self.decoder.name == "cpu":
+            setup.lower_priority(config.fetch.nice)
 
     def execute(self, requests):
         return respond_each(requests, self._decode, pb_utils)
 
     def _decode(self, request):
-        planes, status = self.decoder.decode(read_bytes(request, wire.UNIT, pb_utils))
+        decoded = self.decoder.decode_for(
+            read_view(request, wire.UNIT, pb_utils),
+            read_text(request, wire.KV_TARGET, pb_utils, default=""),
+        )
         return [
-            pb_utils.Tensor(wire.PLANES, planes[None]),
-            text_tensor(wire.DECODE_STATUS, status, pb_utils, batched=True),
+            pb_utils.Tensor(wire.PLANES, decoded.planes[None]),
+            text_tensor(wire.PLANES_AT, decoded.planes_at, pb_utils, batched=True),
+            text_tensor(wire.DECODE_STATUS, decoded.status, pb_utils, batched=True),
         ]
 
     def finalize(self):

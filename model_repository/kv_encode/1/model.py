@@ -5,7 +5,7 @@ Inputs   input_ids  INT32  [num_tokens]  the chunk's token ids
          kv_target  STRING [1]  JSON BlockTarget to read the values from, or
          kv_values  UINT8  [num_bytes]  the values, canonical [L, K, H, T, D]
 Outputs  chunk      UINT8  [num_bytes]
-         kv_status  STRING [1]  JSON: bytes, ratio, encode_ms
+         kv_status  STRING [1]  JSON: encoder, num_bytes, ratio, encode_ms
 Errors   INVALID_ARG values, spec or profile do not fit
 """
 

@@ -1,7 +1,8 @@
 """kv_fetch: token ids -> a lease on restored KV of the longest stored prefix, and the report.
 
 Inputs   input_ids INT32 [num_tokens] and the sampling inputs of the client
-Outputs  input_ids, sampling (JSON), kv_lease (JSON or ""), kv_report (JSON)
+Outputs  input_ids, sampling (JSON), kv_lease (JSON or ""), kv_report (JSON); inside an ensemble
+         signs of life before them (serving/watching.py)
 Errors   INVALID_ARG bad request. A store, chunk or decoder that fails is a miss with a reason.
 One process owns the fetcher; requests run concurrently on the stub's event loop.
 """
@@ -15,8 +16,9 @@ from kvfetcher.config import load_config
 from kvfetcher.serving import setup
 from kvfetcher.serving.fetching import build_fetcher
 from kvfetcher.serving.params import read_client_request
-from kvfetcher.serving.respond import send, send_error
+from kvfetcher.serving.respond import send
 from kvfetcher.serving.tensors import ids_tensor, text_tensor
+from kvfetcher.serving.watching import end_fetch
 
 
 class TritonPythonModel:
@@ -30,16 +32,18 @@ class TritonPythonModel:
 
     async def _serve(self, request):
         sender = request.get_response_sender()
+        watch = self.fetcher.watch(request, sender)
         try:
             asked = read_client_request(request, self.config.engine, pb_utils)
-            fetched = await self.fetcher.fetch(
-                asked.input_ids,
-                cache_salt=asked.options.cache_salt,
-                policy=asked.kv_policy,
-                is_cancelled=sender.is_cancelled,
-            )
+            async with watch:
+                fetched = await self.fetcher.fetch(
+                    asked.input_ids,
+                    cache_salt=asked.options.cache_salt,
+                    policy=asked.kv_policy,
+                    is_cancelled=watch.is_gone,
+                )
         except Exception as exc:  # noqa: BLE001 - the boundary
-            send_error(sender, exc, pb_utils)
+            await end_fetch(watch, sender, exc, pb_utils)
             return
         tensors = [
             ids_tensor(wire.INPUT_IDS, asked.input_ids, pb_utils),

@@ -2,6 +2,7 @@
 
 Inputs   unit       UINT8  [1, num_bytes]  one unit (FORMAT.md)
          planes     UINT8  [1, num_frames, num_planes, height, width * bytes_per_sample]
+         planes_at  STRING [1, 1]  JSON PlaneTicket of planes on a GPU; optional
          decode_status  STRING [1, 1]  JSON of kv_decode, passed on; optional
          kv_target  STRING [1, 1]  JSON BlockTarget; absent or "" = return the values
 Outputs  kv_values  UINT8  [1, num_bytes]  canonical [L, K, H, T, D]; empty where a target is given
@@ -12,27 +13,40 @@ Errors   INVALID_ARG bad unit or target · NOT_FOUND the arena is gone
 import triton_python_backend_utils as pb_utils
 
 from kvfetcher import wire
+from kvfetcher.codec.nvdec import has_driver
+from kvfetcher.config import load_config
 from kvfetcher.serving import setup
 from kvfetcher.serving.coding import UnitRestorer
-from kvfetcher.serving.respond import respond_each
-from kvfetcher.serving.tensors import bytes_tensor, read_array, read_bytes, read_text, text_tensor
+from kvfetcher.serving.respond import respond_together
+from kvfetcher.serving.tensors import bytes_tensor, read_array, read_text, read_view, text_tensor
 
 
 class TritonPythonModel:
     def initialize(self, args):
         setup.check_stub(args, pb_utils)
         self.restorer = UnitRestorer()
+        if not has_driver():
+            setup.lower_priority(load_config().fetch.nice)
 
     def execute(self, requests):
-        return respond_each(requests, self._restore, pb_utils)
+        return respond_together(requests, self._start, self._finish, pb_utils)
 
-    def _restore(self, request):
-        values, status = self.restorer.restore(
-            read_bytes(request, wire.UNIT, pb_utils),
+    def _start(self, request):
+        return self.restorer.start(
+            read_view(request, wire.UNIT, pb_utils),
             read_array(request, wire.PLANES, pb_utils)[0],
+            planes_at=read_text(request, wire.PLANES_AT, pb_utils, default=""),
             target_json=read_text(request, wire.KV_TARGET, pb_utils, default=""),
             decode_status=read_text(request, wire.DECODE_STATUS, pb_utils, default=""),
         )
+
+    def _finish(self, jobs):
+        return [
+            found if isinstance(found, Exception) else self._tensors(*found)
+            for found in self.restorer.finish(jobs)
+        ]
+
+    def _tensors(self, values, status):
         return [
             bytes_tensor(wire.KV_VALUES, values, pb_utils, batched=True),
             text_tensor(wire.KV_STATUS, status, pb_utils, batched=True),

@@ -1,8 +1,9 @@
 """Get a stored prefix into leased arena blocks, or say why not.
 
-The executor of `fetch/plan.py`: it owns the semaphores, the deadline and the cancellation, and is
-handed the store, the engine's lease service and a callable that decodes and restores one unit, so
-it knows no store, no codec and no Triton. It runs on one event loop.
+Per request: look the prompt's chunks up, ask the gate how many are worth fetching (`gate.py`), join
+the fetch of that prefix or start it, and wait for it until the deadline. A fetch (`shared.py`) waits
+for its place in line, leases blocks, runs its units, and seals what is whole (`work.py`). The fetcher is handed the store, the engine's lease service and a callable
+that decodes and restores one unit, so it knows no backend, no codec and no Triton.
 
 Promise: `fetch` returns a sealed lease only after every byte was fetched, checked, decoded,
 restored and checked again. Whatever fails before that makes the hit shorter, with a reason.
@@ -11,85 +12,76 @@ restored and checked again. Whatever fails before that makes the hit shorter, wi
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
-
-import numpy as np
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from kvfetcher import container
-from kvfetcher.arena import BlockTarget
 from kvfetcher.errors import (
-    ArenaError,
-    ArenaFullError,
-    ChunkNotFoundError,
     EngineError,
-    FormatError,
-    KVFetcherError,
     RequestCancelledError,
     RequestError,
-    StoreError,
-    StoreTimeoutError,
 )
-from kvfetcher.fetch.plan import UnitJob, plan_units, probe_batches, usable_chunks
-from kvfetcher.fetch.report import FetchReport, Reason
+from kvfetcher.fetch.bandwidth import LinkEstimator
+from kvfetcher.fetch.engine_side import EnginePace, FetchFacts, LeaseService
+from kvfetcher.fetch.failures import note_failure
+from kvfetcher.fetch.gate import Decision, Prompt, decide, regret
+from kvfetcher.fetch.line import Line
+from kvfetcher.fetch.lookup import Found, look_up
+from kvfetcher.fetch.pipeline import ChunkCost, finish_times
+from kvfetcher.fetch.plan import usable_chunks
+from kvfetcher.fetch.probe import LinkProbe
+from kvfetcher.fetch.reads import SharedReads, Tally
+from kvfetcher.fetch.report import FetchReport, GateReport
+from kvfetcher.fetch.shared import FetchKey, Outcome, SharedFetch, SharedFetches, Waiter
+from kvfetcher.fetch.stages import RunUnit, Stages, UnitStatus
+from kvfetcher.fetch.variants import UnitWalk, chunk_options
+from kvfetcher.fetch.work import FetchOrder, FetchWork
 from kvfetcher.keys import ChunkKey, chunk_keys
-from kvfetcher.leases import LeaseClaim, tokens_digest
+from kvfetcher.storage.base import ByteRange
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    import numpy as np
     from numpy.typing import NDArray
 
     from kvfetcher.config import FetchConfig
     from kvfetcher.container import ChunkHeader
-    from kvfetcher.spec import KVSpec
-    from kvfetcher.storage.base import Store
+    from kvfetcher.fetch.bandwidth import LinkEstimate
+    from kvfetcher.fetch.decode_times import DecodeTable
+    from kvfetcher.fetch.pipeline import Machine
+    from kvfetcher.fetch.run import StoredChunk
+    from kvfetcher.leases import LeaseClaim
+    from kvfetcher.storage.base import Near, Store
+
+__all__ = [
+    "EnginePace",
+    "FetchFacts",
+    "Fetched",
+    "Fetcher",
+    "LeaseService",
+    "RunUnit",
+    "UnitStatus",
+]
 
 _log = logging.getLogger(__name__)
 
-# After the deadline, units that are already being decoded get this long to finish, because their
-# blocks cannot be handed to anybody else while a decoder may still write to them.
-_DRAIN_SECONDS = 5.0
-_CANCEL_POLL_SECONDS = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class UnitStatus:
-    """What decoding and restoring one unit took."""
-
-    decoder: str
-    decode_ms: float
-    restore_ms: float
-
-
-RunUnit = Callable[[bytes, BlockTarget], Awaitable[UnitStatus]]
-
-
-@dataclass(frozen=True, slots=True)
-class FetchFacts:
-    """What the fetcher must know of the engine and the profile; constant while it runs."""
-
-    identity_digest: bytes
-    chunk_tokens: int
-    tokens_per_block: int
-    spec: KVSpec
-    max_prompt_tokens: int
-
-
-class LeaseService(Protocol):
-    """The engine's side: facts and leases (`control.ControlClient` behind threads)."""
-
-    async def facts(self) -> FetchFacts: ...
-
-    async def lease(self, num_tokens: int, ttl_seconds: float) -> tuple[str, BlockTarget]: ...
-
-    async def seal(self, lease_id: str, num_tokens: int, tokens_digest: str) -> None: ...
-
-    async def renew(self, lease_id: str) -> None: ...
-
-    async def release(self, lease_id: str) -> None: ...
+# How often a waiting request looks whether its client is still there.
+_POLL_SECONDS = 0.1
+# A fetch may end so much later than its deadline, for decoders to finish and blocks to be sealed.
+_GRACE = 0.15
+_MIN_GRACE_SECONDS = 0.5
+# A look-up may cost so much of the time that computing would take, where the gate decides.
+_LOOKUP_SHARE = 0.25
+_MIN_LOOKUP_SECONDS = 0.2
+# With fewer transfers, or older ones, the link's estimate is a guess: a first chunk may be fetched to
+# learn.
+_FEW_TRANSFERS = 4
+_OLD_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,23 +96,107 @@ class Fetched:
         return self.claim.to_json() if self.claim else ""
 
 
+@dataclass(frozen=True, slots=True)
+class FetchLoad:
+    """What a fetcher does now, for metrics."""
+
+    num_waiting: int
+    inflight_bytes: int
+    bytes_per_second: float
+    """Of the link, as estimated."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """One request after its first checks."""
+
+    input_ids: NDArray[np.int32]
+    tenant: str
+    is_gated: bool
+    facts: FetchFacts
+    pace: EnginePace
+    keys: list[ChunkKey]
+    """Of the whole chunks that may come from the store."""
+    started: float
+    deadline: float
+    """By the configuration; the gate may set an earlier one."""
+    is_cancelled: Callable[[], bool]
+    report: FetchReport
+
+    @property
+    def prompt(self) -> Prompt:
+        return Prompt(len(self.input_ids), self.facts.chunk_tokens, self.pace.prefill)
+
+    def key_of(self, num_chunks: int) -> FetchKey:
+        return self.keys[num_chunks - 1].name, not self.is_gated
+
+
 class Fetcher:
     """Fetches prefixes for many requests at a time.
 
     Not thread-safe: one event loop. Requests that hit nothing never wait for those that do: only
-    requests with stored chunks queue for one of `max_inflight_requests` places.
+    fetches queue for one of `max_inflight_requests` places.
+
+    Args:
+        store: what `open_store` returns.
+        near: tells which reads of `store` need no network; None = none.
+        leases: the engine's.
+        run_unit: decodes and restores one unit.
+        config: section `fetch`.
+        table: decode times.
+        num_decoders: units that are decoded side by side.
+        clock: seconds, monotonic.
     """
 
     def __init__(
-        self, *, store: Store, leases: LeaseService, run_unit: RunUnit, config: FetchConfig
+        self,
+        *,
+        store: Store,
+        leases: LeaseService,
+        run_unit: RunUnit,
+        config: FetchConfig,
+        table: DecodeTable,
+        num_decoders: int,
+        near: Near | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._leases = leases
-        self._run_unit = run_unit
         self._config = config
-        self._requests = asyncio.Semaphore(config.max_inflight_requests)
-        self._units = asyncio.Semaphore(config.max_inflight_units)
-        self._background: set[asyncio.Task[None]] = set()
+        self._clock = clock
+        link = LinkEstimator(
+            prior_bytes_per_second=config.expected_gbit_per_second * 1e9 / 8,
+            prior_rtt_seconds=config.expected_rtt_seconds,
+            half_life_seconds=config.link_half_life_seconds,
+        )
+        self._keeps_copies = near is not None
+        self._reads = SharedReads(store, link=link, near=near, clock=clock)
+        self._probe = LinkProbe(self._reads)
+        self._stages = Stages(
+            reads=self._reads,
+            link=link,
+            table=table,
+            num_decoders=num_decoders,
+            run_unit=run_unit,
+            max_inflight_reads=config.max_inflight_reads,
+            max_inflight_bytes=config.max_inflight_bytes,
+            max_inflight_units=config.max_inflight_units,
+            max_read_bytes=config.max_read_bytes,
+            clock=clock,
+        )
+        self._line = Line(
+            num_places=config.max_inflight_requests, ageing=config.ageing, clock=clock
+        )
+        self._fetches = SharedFetches(leases)
+        self._work = FetchWork(
+            stages=self._stages,
+            line=self._line,
+            leases=leases,
+            fetches=self._fetches,
+            store=store,
+            config=config,
+            clock=clock,
+        )
 
     async def fetch(
         self,
@@ -130,13 +206,14 @@ class Fetcher:
         policy: str,
         is_cancelled: Callable[[], bool],
     ) -> Fetched:
-        """Fetch the longest stored prefix of `input_ids`.
+        """Fetch the longest stored prefix of `input_ids` that is worth it.
 
         Args:
             input_ids: [num_tokens] int32.
             cache_salt: separates tenants; part of every key.
-            policy: one of wire.KV_POLICIES.
-            is_cancelled: polled while units run.
+            policy: one of wire.KV_POLICIES; `fetch` bypasses the gate, `warm` only brings the
+                chunks into the store's copies near by.
+            is_cancelled: polled while the request waits.
 
         Returns:
             A sealed lease that the engine can claim, or none, and the report.
@@ -145,10 +222,15 @@ class Fetcher:
             RequestCancelledError: the client went away; the lease is released.
             RequestError: the prompt is longer than the engine takes.
         """
-        started = time.perf_counter()
+        started = self._clock()
         report = FetchReport(policy=policy, prompt_tokens=len(input_ids))
-        claim = await self._fetch(input_ids, cache_salt, policy, is_cancelled, report)
-        report.add_ms("total", (time.perf_counter() - started) * 1e3)
+        claim = None
+        request = await self._admit(input_ids, cache_salt, policy, is_cancelled, report, started)
+        if request is not None and policy == "warm":
+            await self._warm(request)
+        elif request is not None:
+            claim = await self._serve(request)
+        report.add_ms("total", (self._clock() - started) * 1e3)
         _log.info(
             "fetch %s: %d of %d tokens, %d bytes, %.0f ms %s %s",
             report.outcome, report.hit_tokens, report.prompt_tokens, report.bytes_fetched,
@@ -156,22 +238,42 @@ class Fetcher:
         )  # fmt: skip
         return Fetched(claim, report)
 
-    async def _fetch(
+    def load(self) -> FetchLoad:
+        """What is going on now."""
+        return FetchLoad(
+            num_waiting=self._line.num_waiting,
+            inflight_bytes=self._stages.budget.used_bytes,
+            bytes_per_second=self._stages.link().bytes_per_second,
+        )
+
+    # One request
+
+    async def _admit(
         self,
         input_ids: NDArray[np.int32],
         cache_salt: str,
         policy: str,
         is_cancelled: Callable[[], bool],
         report: FetchReport,
-    ) -> LeaseClaim | None:
+        started: float,
+    ) -> _Request | None:
+        """What needs no store: policy, the engine's facts, the keys. None = nothing to fetch."""
         if policy in ("recompute", "no_store") or not self._config.enabled:
             report.outcome = "skipped"
-            report.give_up("disabled" if policy in ("auto", "fetch") else "policy")
+            report.give_up("policy" if policy in ("recompute", "no_store") else "disabled")
             return None
+        if policy == "warm" and not self._keeps_copies:
+            report.outcome = "skipped"
+            report.give_up(
+                "no_copies", "set store.tier_memory_bytes or store.tier_disk_bytes to keep some"
+            )
+            return None
+        deadline = started + self._config.deadline_seconds
         try:
-            facts = await self._leases.facts()
-        except EngineError as exc:
-            report.give_up("engine_error", str(exc))
+            async with asyncio.timeout(self._config.deadline_seconds):
+                facts, pace = await asyncio.gather(self._leases.facts(), self._leases.pace())
+        except (EngineError, TimeoutError) as exc:
+            report.give_up("engine_error", str(exc) or "the engine did not answer in time")
             return None
         if len(input_ids) > facts.max_prompt_tokens:
             raise RequestError(
@@ -186,277 +288,287 @@ class Fetcher:
             input_ids[: usable * facts.chunk_tokens].tolist(),
             facts.chunk_tokens, facts.identity_digest, cache_salt,
         )  # fmt: skip
-        with _timed(report, "lookup"):
-            headers = await self._look_up(keys, input_ids, facts, report)
-        report.chunks_stored = len(headers)
-        if len(headers) * facts.chunk_tokens < self._config.min_hit_tokens:
-            report.give_up("too_short" if headers else "not_stored")
+        return _Request(
+            input_ids=input_ids,
+            tenant=cache_salt,
+            is_gated=policy == "auto",
+            facts=facts,
+            pace=pace,
+            keys=keys,
+            started=started,
+            deadline=deadline,
+            is_cancelled=is_cancelled,
+            report=report,
+        )
+
+    async def _serve(self, request: _Request) -> LeaseClaim | None:
+        usable, report = len(request.keys), request.report
+        key = request.key_of(usable)
+        if self._fetches.find(key) is not None:
+            # Somebody fetches all that this prompt could use: no look-up is needed.
+            prompt = request.prompt
+            worth = prompt.compute_seconds(0) - prompt.compute_seconds(usable)
+            is_over, claim = await self._join(request, key, None, worth_seconds=worth)
+            if is_over:
+                return claim
+        with _timed(report, "lookup", self._clock):
+            found = await self._look_up(request)
+        report.chunks_stored = len(found.chunks)
+        order, decision = self._decide(request, found.chunks)
+        if order is None:
             return None
-        deadline = time.monotonic() + self._config.deadline_seconds
-        if not await self._take_place(report):
-            return None
-        try:
-            if is_cancelled():
-                raise RequestCancelledError("the request was cancelled while it waited to fetch")
-            claim = await self._restore(
-                headers, keys, input_ids, facts, is_cancelled, report, deadline=deadline
+        wanted = len(order.chunks)
+        begun = self._clock()
+        _, claim = await self._join(
+            request, request.key_of(wanted), order, worth_seconds=decision.deadline_seconds
+        )
+        if report.reason in ("fell_behind", "deadline"):
+            # Transfers that were given up tell no rate: the next request would fare the same.
+            self._probe.consider(order.chunks[0], self._stages.link())
+        if report.gate is not None:
+            spent = self._clock() - begun
+            report.gate.tell(
+                regret(decision, request.prompt, fetch_seconds=spent, num_chunks=report.chunks_hit),
+                fetch_seconds=spent,
             )
-        finally:
-            self._requests.release()
-        if len(headers) < usable:
-            report.give_up("not_stored")
-        if claim:
-            report.outcome = "partial" if report.reason else "hit"
         return claim
 
-    async def _take_place(self, report: FetchReport) -> bool:
-        """Wait for one of `max_inflight_requests` places, in order of arrival."""
+    async def _warm(self, request: _Request) -> None:
+        """Read every stored chunk of the prompt whole: what is read, the store keeps near by."""
+        report = request.report
+        with _timed(report, "lookup", self._clock):
+            found = await self._look_up(request)
+        report.chunks_stored = len(found.chunks)
+        reading = [asyncio.create_task(self._read_whole(chunk, report)) for chunk in found.chunks]
         try:
-            with _timed(report, "wait"):
-                await asyncio.wait_for(self._requests.acquire(), self._config.deadline_seconds)
+            with _timed(report, "fetch", self._clock):
+                left = set(reading)
+                while left:
+                    _, left = await asyncio.wait(left, timeout=_POLL_SECONDS)
+                    if request.is_cancelled():
+                        raise RequestCancelledError("the request was cancelled while it warmed")
+                    if left and self._clock() >= request.deadline:
+                        report.replace_reason("deadline", f"{len(left)} chunks were not read")
+                        break
+        finally:
+            for task in reading:
+                task.cancel()
+            ends = await asyncio.gather(*reading, return_exceptions=True)
+        for chunk, end in zip(found.chunks, ends, strict=True):
+            if isinstance(end, Exception):
+                report.replace_reason(*await note_failure(self._store, chunk.name, end))
+        report.chunks_hit = sum(end is None for end in ends)
+        report.outcome = "warmed"
+
+    async def _read_whole(self, chunk: StoredChunk, report: FetchReport) -> None:
+        size = chunk.header.object_bytes
+        tally = Tally()
+        async with self._stages.read_places:
+            await self._stages.budget.take(size)
+            try:
+                data = await self._reads.read(ByteRange(chunk.name, 0, size), tally)
+            finally:
+                self._stages.budget.give(size)
+        report.bytes_fetched += tally.num_bytes
+        report.reads += tally.num_reads
+        await asyncio.to_thread(_check_units, chunk.header, data)
+
+    async def _look_up(self, request: _Request) -> Found:
+        now = self._clock()
+        limit = request.deadline - now
+        if request.is_gated:
+            compute = request.prompt.compute_seconds(0)
+            limit = min(limit, max(_MIN_LOOKUP_SECONDS, _LOOKUP_SHARE * compute))
+        found = Found()
+        report = request.report
+        try:
+            async with asyncio.timeout(limit):
+                await look_up(
+                    self._reads,
+                    request.keys,
+                    request.input_ids,
+                    identity_digest=request.facts.identity_digest,
+                    chunk_tokens=request.facts.chunk_tokens,
+                    found=found,
+                )
         except TimeoutError:
-            report.give_up("deadline", "too many other requests were fetching")
-            return False
-        return True
-
-    async def _look_up(
-        self,
-        keys: Sequence[ChunkKey],
-        input_ids: NDArray[np.int32],
-        facts: FetchFacts,
-        report: FetchReport,
-    ) -> list[ChunkHeader]:
-        """Headers of the stored chunks from position 0 on, up to the first that is not usable."""
-        headers: list[ChunkHeader] = []
-        for batch in probe_batches(len(keys)):
-            found = await asyncio.gather(
-                *(self._read_header(keys[i], report) for i in batch), return_exceptions=True
-            )
-            for index, result in zip(batch, found, strict=True):
-                tokens = input_ids[index * facts.chunk_tokens : (index + 1) * facts.chunk_tokens]
-                if isinstance(result, ChunkNotFoundError):
-                    return headers
-                if isinstance(result, BaseException):
-                    await self._note_failure(keys[index].name, result, report)
-                    return headers
-                problem = _mismatch(result, keys[index], tokens, facts)
-                if problem:
-                    report.give_up("identity_mismatch", f"{keys[index].name}: {problem}")
-                    return headers
-                headers.append(result)
-        return headers
-
-    async def _read_header(self, key: ChunkKey, report: FetchReport) -> ChunkHeader:
-        prefix = await self._store.get_range(key.name, 0, container.HEADER_READ_BYTES)
-        needed = container.header_size(prefix)
-        if needed > len(prefix):
-            prefix += await self._store.get_range(key.name, len(prefix), needed)
-        report.bytes_fetched += len(prefix)
-        return container.parse_header(prefix)
-
-    async def _restore(
-        self,
-        headers: list[ChunkHeader],
-        keys: Sequence[ChunkKey],
-        input_ids: NDArray[np.int32],
-        facts: FetchFacts,
-        is_cancelled: Callable[[], bool],
-        report: FetchReport,
-        *,
-        deadline: float,
-    ) -> LeaseClaim | None:
-        num_tokens = len(headers) * facts.chunk_tokens
-        try:
-            lease_id, target = await self._leases.lease(num_tokens, self._config.lease_ttl_seconds)
-        except (ArenaError, EngineError) as exc:
-            full = isinstance(exc, ArenaFullError)
-            report.give_up("arena_full" if full else "engine_error", str(exc))
-            return None
-        jobs = plan_units(
-            headers, [k.name for k in keys[: len(headers)]], target, facts.tokens_per_block
+            report.give_up("store_timeout", f"the look-up took longer than {limit:.2f} s")
+        report.bytes_fetched += found.tally.num_bytes
+        report.reads += found.tally.num_reads
+        if found.failure is not None:
+            report.give_up(*await note_failure(self._store, found.ended_at, found.failure))
+        elif found.mismatch:
+            report.give_up("identity_mismatch", f"{found.ended_at}: {found.mismatch}")
+        elif found.ended_at:
+            report.give_up("not_stored")
+        near = await self._reads.near(
+            [ByteRange(chunk.name, 0, chunk.header.object_bytes) for chunk in found.chunks]
         )
-        run = _Run(self, jobs, facts, report, num_chunks=len(headers))
-        try:
-            chunks = await run.finish(is_cancelled, deadline)
-        except BaseException:
-            self._release_later(lease_id, run)
-            raise
-        if run.is_live:  # a decoder may still write: these blocks cannot be promised to anybody
-            self._release_later(lease_id, run)
-            return None
-        hit_tokens = chunks * facts.chunk_tokens
-        try:
-            if not hit_tokens:
-                await self._leases.release(lease_id)
-                return None
-            await self._leases.seal(lease_id, hit_tokens, tokens_digest(input_ids[:hit_tokens]))
-        except (ArenaError, EngineError) as exc:
-            report.give_up("engine_error", str(exc))
-            return None
-        report.hit_tokens, report.chunks_hit = hit_tokens, chunks
-        report.bytes_bf16 = hit_tokens * facts.spec.elements_per_token * 2
-        report.profile = headers[0].profile
-        return LeaseClaim(lease_id, hit_tokens, target.generation)
+        found.chunks = [
+            replace(chunk, is_near=True) if is_near else chunk
+            for chunk, is_near in zip(found.chunks, near, strict=True)
+        ]
+        return found
 
-    async def _run_job(self, job: UnitJob, facts: FetchFacts, report: FetchReport) -> None:
-        """Transfer, check, decode and restore one unit.
+    def _decide(
+        self, request: _Request, chunks: list[StoredChunk]
+    ) -> tuple[FetchOrder | None, Decision]:
+        """Ask the gate; the order is None where nothing is to be fetched."""
+        facts, report = request.facts, request.report
+        room = request.pace.arena_tokens // facts.chunk_tokens
+        if len(chunks) > room:
+            report.give_up("arena_full", f"the whole arena holds {room} chunks")
+            chunks = chunks[:room]
+        link = self._stages.link()
+        machine = self._stages.machine(with_planned=True)
+        costs = self._costs(chunks, link, machine)
+        finish = finish_times(costs, link=link, machine=machine)
+        hopeful: list[float] = []
+        if link.num_transfers < _FEW_TRANSFERS or link.age_seconds > _OLD_SECONDS:
+            best = link.high_bytes_per_second
+            fast = replace(link, bytes_per_second=best, recent_bytes_per_second=best)
+            hopeful = finish_times(costs, link=fast, machine=machine)
+        decision = decide(
+            finish,
+            request.prompt,
+            margin=self._config.gate_margin,
+            optimistic_seconds=hopeful,
+            bypass=not request.is_gated,
+        )
+        if len(chunks) * facts.chunk_tokens < self._config.min_hit_tokens:
+            if chunks and report.reason in ("", "not_stored"):
+                report.replace_reason("too_short")
+            return None, decision
+        report.gate = GateReport.of(decision, link, num_chunks=len(chunks))
+        wanted = decision.num_chunks
+        if wanted < len(chunks):
+            report.replace_reason(
+                "slower_than_computing",
+                f"{wanted} of {len(chunks)} chunks were worth fetching, by prediction",
+            )
+        if not wanted:
+            if chunks:
+                self._probe.consider(chunks[0], link)
+            return None, decision
+        order = FetchOrder(
+            tenant=request.tenant,
+            input_ids=request.input_ids,
+            facts=facts,
+            prompt=request.prompt if request.is_gated else None,
+            chunks=chunks[:wanted],
+            costs=costs[:wanted],
+            fetch_seconds=finish[wanted - 1],
+        )
+        return order, decision
 
-        The place among `max_inflight_units` is held for all of it: that bounds memory too.
-        """
-        async with self._units:
-            with _timed(report, "transfer"):
-                start, stop = job.entry.offset, job.entry.offset + job.entry.length
-                data = await self._store.get_range(job.object_name, start, stop)
-            report.bytes_fetched += len(data)
-            container.check_unit(job.header, job.entry, data)
-            status = await _finish_even_if_cancelled(self._run_unit(data, job.target))
-        report.units += 1
-        report.decoders[status.decoder] = report.decoders.get(status.decoder, 0) + 1
-        report.add_ms("decode", status.decode_ms)
-        report.add_ms("restore", status.restore_ms)
+    def _costs(
+        self, chunks: Sequence[StoredChunk], link: LinkEstimate, machine: Machine
+    ) -> list[ChunkCost]:
+        """Of the chunks in the variants that would be fetched now."""
+        if not chunks:
+            return []
+        options = [
+            chunk_options(
+                chunk.header,
+                self._stages.table,
+                correction=self._stages.correction.factor,
+                restore_correction=self._stages.restore_correction.factor,
+            )
+            for chunk in chunks
+        ]
+        walk = UnitWalk(options, hysteresis=self._config.variant_hysteresis)
+        walk.start(link=link, machine=machine)
+        return [chunk.priced(cost) for chunk, cost in zip(chunks, walk.costs(), strict=True)]
 
-    async def _note_failure(self, name: str, exc: BaseException, report: FetchReport) -> None:
-        """Turn a failure into the report's reason; a corrupt object is set aside."""
-        detail = f"{name}: {exc}"
-        if isinstance(exc, FormatError):
-            report.give_up("corrupt_chunk", detail)
-            _log.warning("corrupt chunk %s set aside: %s", name, exc)
-            try:
-                await self._store.quarantine(name, str(exc))
-            except StoreError as failed:
-                _log.warning("chunk %s could not be set aside: %s", name, failed)
-            return
-        reason: Reason
-        if isinstance(exc, StoreTimeoutError):
-            reason = "store_timeout"
-        elif isinstance(exc, StoreError):
-            reason = "store_error"
-        elif isinstance(exc, KVFetcherError):
-            reason = "decode_error"
-        elif isinstance(exc, Exception):
-            _log.error("unexpected %s on %s", type(exc).__name__, name, exc_info=exc)
-            reason, detail = "decode_error", f"{name}: {type(exc).__name__}"
-        else:
-            raise exc
-        report.give_up(reason, detail)
-
-    def _release_later(self, lease_id: str, run: _Run) -> None:
-        """Give a lease back once nothing writes to its blocks any more."""
-
-        async def release() -> None:
-            await run.drained()
-            try:
-                await self._leases.release(lease_id)
-            except KVFetcherError as exc:
-                _log.warning("lease %s not released: %s", lease_id, exc)
-
-        task = asyncio.create_task(release())
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
-
-
-class _Run:
-    """The units of one request, running: which chunks are whole, and what is still live."""
-
-    def __init__(
-        self,
-        fetcher: Fetcher,
-        jobs: list[UnitJob],
-        facts: FetchFacts,
-        report: FetchReport,
-        *,
-        num_chunks: int,
-    ) -> None:
-        self._fetcher = fetcher
-        self._report = report
-        self._end = num_chunks  # chunks from here on are given up
-        self._tasks: dict[asyncio.Task[None], UnitJob] = {
-            asyncio.create_task(fetcher._run_job(job, facts, report)): job for job in jobs
-        }
-        self._cancelled: set[asyncio.Task[None]] = set()
-
-    @property
-    def is_live(self) -> bool:
-        return any(not task.done() for task in self._tasks)
-
-    async def finish(self, is_cancelled: Callable[[], bool], deadline: float) -> int:
-        """Wait for the units; the number of whole chunks from position 0 on.
+    async def _join(
+        self, request: _Request, key: FetchKey, order: FetchOrder | None, *, worth_seconds: float
+    ) -> tuple[bool, LeaseClaim | None]:
+        """Wait for the fetch of a prefix, started here where there is none and there is an order.
 
         Args:
-            is_cancelled: polled meanwhile.
-            deadline: on `time.monotonic`; what is not finished then is given up.
+            request: whose.
+            key: of the prefix.
+            order: how to fetch it; None = only join.
+            worth_seconds: after so long, computing the prefix would have been as fast.
+
+        Returns:
+            Whether that settled it, and the lease.
+
+        Raises:
+            RequestCancelledError: the client went away.
         """
-        pending = set(self._tasks)
-        while pending:
-            done, pending = await asyncio.wait(
-                pending, timeout=_CANCEL_POLL_SECONDS, return_when=asyncio.FIRST_EXCEPTION
-            )
-            for task in done:
-                if not task.cancelled() and task.exception() is not None:
-                    await self._fail(task)
-            if pending and is_cancelled():
-                self._cancel_from(0)
+        now = self._clock()
+        deadline = request.deadline
+        if request.is_gated:
+            deadline = min(deadline, now + worth_seconds)
+        while True:
+            fetch = self._fetches.find(key)
+            if fetch is not None:
+                waiter = fetch.join(deadline)
+                request.report.shared = True
+            elif order is not None:
+                work = functools.partial(self._work.carry_out, order=order)
+                fetch, waiter = self._fetches.start(key, work, deadline=deadline)
+                request.report.shared = False
+            else:
+                return False, None
+            try:
+                with _timed(request.report, "fetch", self._clock):
+                    if not await self._wait(request, fetch, waiter, late_after=now):
+                        return True, None
+                outcome = await self._fetches.take(key, fetch, waiter)
+                if outcome is not None:
+                    return True, self._tell(request, fetch, outcome)
+            finally:
+                self._fetches.leave(key, fetch, waiter)
+
+    async def _wait(
+        self, request: _Request, fetch: SharedFetch, waiter: Waiter, *, late_after: float
+    ) -> bool:
+        """Wait until the fetch is over; False = it failed, or took longer than it may."""
+        report = request.report
+        grace = max(_MIN_GRACE_SECONDS, _GRACE * (waiter.deadline - late_after))
+        while not fetch.task.done():
+            left = waiter.deadline - self._clock()
+            if left <= (-grace if fetch.is_running else 0.0):
+                report.replace_reason("deadline", fetch.waits_for)
+                return False
+            if request.is_cancelled():
                 raise RequestCancelledError("the request was cancelled while its KV was fetched")
-            if pending and time.monotonic() > deadline:
-                self._report.give_up("deadline", f"{len(pending)} units were not finished in time")
-                unfinished = min(self._tasks[task].chunk_index for task in pending)
-                self._cancel_from(unfinished)
-                await asyncio.wait(pending, timeout=_DRAIN_SECONDS)
-                break
-        return self._end
+            await asyncio.wait({fetch.task}, timeout=min(_POLL_SECONDS, max(left, 0.005)))
+        if fetch.task.cancelled() or (exc := fetch.task.exception()) is None:
+            return not fetch.task.cancelled()
+        _log.error("unexpected %s in a fetch", type(exc).__name__, exc_info=exc)
+        report.give_up("decode_error", type(exc).__name__)
+        return False
 
-    async def drained(self) -> None:
-        """Return when no unit of this run can write any more."""
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def _fail(self, task: asyncio.Task[None]) -> None:
-        job, exc = self._tasks[task], task.exception()
-        assert exc is not None
-        if job.chunk_index < self._end:
-            self._cancel_from(job.chunk_index)
-            await self._fetcher._note_failure(job.object_name, exc, self._report)
-
-    def _cancel_from(self, chunk_index: int) -> None:
-        self._end = min(self._end, chunk_index)
-        for task, job in self._tasks.items():
-            if job.chunk_index >= self._end and task not in self._cancelled:
-                self._cancelled.add(task)  # once only: a second cancel would end its draining
-                task.cancel()
+    def _tell(self, request: _Request, fetch: SharedFetch, outcome: Outcome) -> LeaseClaim | None:
+        """Put what a fetch did into the report of a request that waited for it."""
+        report, facts = request.report, outcome.facts
+        if facts.reason:
+            report.replace_reason(facts.reason, facts.detail)
+        if not fetch.facts_are_told:
+            fetch.facts_are_told = True
+            report.add_run(facts)
+        if outcome.claim is None:
+            return None
+        report.chunks_hit = outcome.num_chunks
+        report.hit_tokens = outcome.claim.num_tokens
+        report.bytes_bf16 = report.hit_tokens * request.facts.spec.elements_per_token * 2
+        report.profile = facts.profile
+        report.outcome = "hit" if report.chunks_hit == len(request.keys) else "partial"
+        return outcome.claim
 
 
-async def _finish_even_if_cancelled(unit: Awaitable[UnitStatus]) -> UnitStatus:
-    """Await a unit that has reached a decoder.
-
-    Cancelled, it still waits for the decoder before it ends, because until then the decoder may
-    write to the unit's blocks.
-    """
-    running = asyncio.ensure_future(unit)
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait([running])
-        raise
-
-
-def _mismatch(
-    header: ChunkHeader, key: ChunkKey, tokens: NDArray[np.int32], facts: FetchFacts
-) -> str:
-    """Why a stored chunk is not the one that was asked for; "" if it is."""
-    if header.identity != facts.identity_digest:
-        return "identity digest differs"
-    if header.chunk_key != key.key or header.parent_key != key.parent:
-        return "chunk key differs from the object's name"
-    if header.first_position != key.index * facts.chunk_tokens:
-        return "first position differs"
-    if not np.array_equal(np.asarray(header.token_ids, dtype=np.int64), tokens):
-        return "token ids differ although the keys agree"
-    return ""
+def _check_units(header: ChunkHeader, data: bytes) -> None:
+    for entry in header.units:
+        container.check_unit(header, entry, memoryview(data)[entry.offset : entry.stop])
 
 
 @contextmanager
-def _timed(report: FetchReport, stage: str) -> Iterator[None]:
-    started = time.perf_counter()
+def _timed(report: FetchReport, stage: str, clock: Callable[[], float]) -> Iterator[None]:
+    started = clock()
     try:
         yield
     finally:
-        report.add_ms(stage, (time.perf_counter() - started) * 1e3)
+        report.add_ms(stage, (clock() - started) * 1e3)

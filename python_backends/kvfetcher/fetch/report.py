@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-Outcome = Literal["hit", "partial", "miss", "skipped"]
+if TYPE_CHECKING:
+    from kvfetcher.fetch.bandwidth import LinkEstimate
+    from kvfetcher.fetch.gate import Decision, Regret
+    from kvfetcher.fetch.run import RunFacts
+
+Outcome = Literal["hit", "partial", "miss", "skipped", "warmed"]
 
 Reason = Literal[
     "",  # nothing to explain: every whole chunk of the prompt was hit
     "not_stored",  # the store has no (further) chunk of this prefix
+    "no_copies",  # kv_policy `warm` without a tier that keeps copies near by
     "short_prompt",  # no whole chunk before the last token
     "policy",  # kv_policy asked not to fetch
     "disabled",  # fetch.enabled is false
@@ -19,6 +25,9 @@ Reason = Literal[
     "identity_mismatch",  # the object is of another model, profile or prefix
     "store_error",
     "store_timeout",
+    "store_unavailable",  # it failed too often lately and was not asked
+    "slower_than_computing",  # the gate's prediction, before the fetch
+    "fell_behind",  # the gate's prediction, during the fetch; what had arrived was kept
     "decode_error",
     "arena_full",
     "deadline",
@@ -27,12 +36,57 @@ Reason = Literal[
 
 
 @dataclass(slots=True)
+class GateReport:
+    """What the gate decided, on which prediction, and how it turned out. Milliseconds.
+
+    `predicted_ms` is fetching and then computing the rest. Of a fetch that was made, `fetch_ms` is
+    what it took, `error_ms` that minus its prediction, and `loss_ms` the time lost against computing
+    everything (as computing was predicted; negative = gained).
+    """
+
+    verdict: str
+    chunks_stored: int
+    chunks_wanted: int
+    predicted_fetch_ms: float
+    predicted_ms: float
+    predicted_compute_ms: float
+    gbit_per_second: float
+    rtt_ms: float
+    link_transfers: int
+    fetch_ms: float | None = None
+    error_ms: float | None = None
+    loss_ms: float | None = None
+
+    @classmethod
+    def of(cls, decision: Decision, link: LinkEstimate, *, num_chunks: int) -> GateReport:
+        return cls(
+            verdict=decision.verdict,
+            chunks_stored=num_chunks,
+            chunks_wanted=decision.num_chunks,
+            predicted_fetch_ms=_ms(decision.predicted_fetch_seconds),
+            predicted_ms=_ms(decision.predicted_seconds),
+            predicted_compute_ms=_ms(decision.predicted_compute_seconds),
+            gbit_per_second=round(link.bytes_per_second * 8e-9, 4),
+            rtt_ms=_ms(link.rtt_seconds),
+            link_transfers=link.num_transfers,
+        )
+
+    def tell(self, regret: Regret, *, fetch_seconds: float) -> None:
+        """How it turned out."""
+        self.fetch_ms = _ms(fetch_seconds)
+        self.error_ms = _ms(regret.error_seconds)
+        self.loss_ms = _ms(regret.loss_seconds)
+
+
+@dataclass(slots=True)
 class FetchReport:
     """Facts of one fetch; times in milliseconds, sizes in bytes.
 
     `bytes_bf16` is what the hit's values would weigh uncompressed in bfloat16. `stages_ms` holds
-    wall-clock times of the fetch (`lookup`, `total`) and times summed over units that ran side by
-    side (`transfer`, `decode`, `restore`): these may add up to more than `total`.
+    wall-clock times of the request (`lookup`, `fetch`, `total`) and of the fetch it waited for
+    (`wait` for its place, `arena_wait`), and times summed over units that ran side by side
+    (`transfer`, `decode`, `restore`): these may add up to more than `total`. Of requests that
+    waited for one fetch, one report has its bytes and units; the others say `shared`.
     """
 
     policy: str
@@ -43,21 +97,42 @@ class FetchReport:
     hit_tokens: int = 0
     chunks_stored: int = 0
     chunks_hit: int = 0
+    shared: bool = False
+    reads: int = 0
     units: int = 0
     bytes_fetched: int = 0
     bytes_bf16: int = 0
     profile: str = ""
     decoders: dict[str, int] = field(default_factory=dict)
+    variants: dict[str, int] = field(default_factory=dict)
+    gate: GateReport | None = None
     stages_ms: dict[str, float] = field(default_factory=dict)
 
     def add_ms(self, stage: str, milliseconds: float) -> None:
         """Add time to a stage."""
         self.stages_ms[stage] = round(self.stages_ms.get(stage, 0.0) + milliseconds, 3)
 
+    def add_run(self, facts: RunFacts) -> None:
+        """Take over what a fetch moved and decoded."""
+        self.reads += facts.tally.num_reads
+        self.units += facts.num_units
+        self.bytes_fetched += facts.tally.num_bytes
+        self.decoders, self.variants = dict(facts.decoders), dict(facts.variants)
+        for stage, milliseconds in facts.stages_ms.items():
+            self.add_ms(stage, milliseconds)
+
     def give_up(self, reason: Reason, detail: str = "") -> None:
         """Say why the hit is shorter than it could be; the first reason stays."""
         if not self.reason:
             self.reason, self.detail = reason, detail
 
+    def replace_reason(self, reason: Reason, detail: str = "") -> None:
+        """Say a nearer reason than the one that was given before."""
+        self.reason, self.detail = reason, detail
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1e3, 3)

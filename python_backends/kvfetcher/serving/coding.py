@@ -7,28 +7,56 @@ import logging
 import math
 import os
 import time
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from kvfetcher import wire
-from kvfetcher.arena import Arena, BlockTarget, storage_dtype
+from kvfetcher.arena import BlockTarget, storage_dtype
 from kvfetcher.codec import nvdec, profiles
 from kvfetcher.codec.base import PlaneGeometry
+from kvfetcher.codec.nvenc import choose_encoder
+from kvfetcher.codec.unit import parse_unit
 from kvfetcher.codec.video import VideoDecoder, encode_planes
-from kvfetcher.errors import CodecError, ConfigError, DecoderUnavailableError, RequestError
+from kvfetcher.errors import (
+    CodecError,
+    ConfigError,
+    DecoderUnavailableError,
+    GpuError,
+    RequestError,
+)
+from kvfetcher.serving.gpu_coding import Arenas, GpuInput, GpuOutput
 from kvfetcher.spec import KVSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
+    from kvfetcher.codec.unit import Unit
     from kvfetcher.config import CodecConfig
+    from kvfetcher.serving.gpu_coding import GpuJob
 
 DecoderChoice = Literal["auto", "cpu", "nvdec"]
 
 _log = logging.getLogger(__name__)
 
 _NO_KEY = "00" * 32
+
+
+class DecodedUnit(NamedTuple):
+    """One unit's planes, in host memory or on a GPU."""
+
+    planes: NDArray[np.uint8]
+    """[F, P, Y, X * bytes_per_sample]; one zero where they are on a GPU."""
+    planes_at: str
+    """JSON `PlaneTicket`; "" = `planes` holds them."""
+    status: str
+
+
+# An empty tensor does not pass every version of Triton.
+_NO_PLANES = np.zeros((1, 1, 1, 1), np.uint8)
 
 
 class UnitDecoder:
@@ -38,13 +66,15 @@ class UnitDecoder:
 
     Args:
         choice: "cpu"; "nvdec" = NVDEC must be usable; "auto" = NVDEC where it is usable.
+        ring_bytes: GPU memory for planes that stay on the GPU; 0 = none do.
 
     Raises:
         DecoderUnavailableError: NVDEC is asked for and not usable; says what to do.
     """
 
-    def __init__(self, choice: DecoderChoice = "auto") -> None:
+    def __init__(self, choice: DecoderChoice = "auto", *, ring_bytes: int = 0) -> None:
         self._cpu = VideoDecoder()
+        self._gpu_output = GpuOutput(ring_bytes)
         self._nvdec: nvdec.NvdecDecoder | None = None
         self._fallback = ""
         """Why every unit goes to the CPU although the machine has an NVIDIA GPU."""
@@ -62,10 +92,32 @@ class UnitDecoder:
         """What decodes units here: "nvdec" or "cpu"."""
         return "cpu" if self._nvdec is None else "nvdec"
 
-    def decode(self, unit: bytes) -> tuple[NDArray[np.uint8], str]:
+    def decode_for(self, unit: bytes | memoryview, target_json: str) -> DecodedUnit:
+        """`decode`, but for a target on a GPU the planes stay there, where that can be.
+
+        Raises:
+            FormatError, CodecError: as `decode`.
+            LayoutError, ArenaError: the target is not one, or its arena is gone.
+        """
+        started = time.perf_counter()
+        if self._nvdec is not None and self._gpu_output.wants(target_json):
+            parsed = parse_unit(unit)
+            try:
+                has_video = parsed.geometry.num_frames > 0
+                ticket = self._gpu_output.decode(parsed, self._nvdec) if has_video else ""
+            except (CodecError, GpuError) as exc:
+                _log.warning("a unit is not kept on the GPU: %s", exc)
+                ticket = ""
+            if ticket:
+                status = {"decoder": "nvdec", "planes": "gpu", "decode_ms": _ms_since(started)}
+                return DecodedUnit(_NO_PLANES, ticket, json.dumps(status))
+        planes, text = self.decode(unit)
+        return DecodedUnit(planes, "", text)
+
+    def decode(self, unit: bytes | memoryview) -> tuple[NDArray[np.uint8], str]:
         """Planes [F, P, Y, X * bytes_per_sample] uint8 and the status JSON.
 
-        The status holds `decoder` ("nvdec" or "cpu"), `decode_ms` and, where NVDEC should have
+        The status holds `decoder` ("nvdec", "cpu", or "none" for a unit without video), `decode_ms` and, where NVDEC should have
         decoded and did not, `fallback`: why.
 
         Raises:
@@ -79,20 +131,23 @@ class UnitDecoder:
         if self._nvdec is not None:
             try:
                 planes = profiles.decode_unit(unit, self._nvdec)
-            except CodecError as exc:
+            except (CodecError, GpuError) as exc:
                 fallback = str(exc)
                 _log.warning("a unit is decoded by the CPU: %s", exc)
         if planes is None:
             planes = profiles.decode_unit(unit, self._cpu)
             status["decoder"] = "cpu"
         status["decode_ms"] = _ms_since(started)
-        if fallback:
+        if not planes.size:
+            status["decoder"] = "none"
+        elif fallback:
             status["fallback"] = fallback
         return planes.view(np.uint8), json.dumps(status)
 
     def close(self) -> None:
         """Free the decoders."""
         self._cpu.close()
+        self._gpu_output.close()
         if self._nvdec is not None:
             self._nvdec.close()
 
@@ -119,45 +174,112 @@ def _proven_nvdec() -> nvdec.NvdecDecoder:
     return decoder
 
 
+@dataclass(frozen=True, slots=True)
+class RestoreJob:
+    """One unit between `UnitRestorer.start` and `finish`."""
+
+    unit: Unit
+    decode_status: str
+    started: float
+    values: bytes = b""
+    on_gpu: GpuJob | None = None
+    """None = it is done."""
+
+
 class UnitRestorer:
     """Restores units into arenas, which stay attached between calls. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._arenas = _Arenas()
+        self._arenas = Arenas()
+        self._gpu = GpuInput()
 
-    def restore(
-        self, unit: bytes, planes: NDArray[np.uint8], *, target_json: str, decode_status: str
-    ) -> tuple[bytes, str]:
-        """Values as bytes (empty where a target is given) and the status JSON.
+    def start(
+        self,
+        data: bytes | memoryview,
+        planes: NDArray[np.uint8],
+        *,
+        planes_at: str = "",
+        target_json: str,
+        decode_status: str,
+    ) -> RestoreJob:
+        """Restore one unit; into an arena on a GPU the work is only begun.
+
+        Args:
+            data: the unit; it and `planes` must stay until `finish`.
+            planes: [F, P, Y, X * bytes_per_sample] uint8.
+            planes_at: JSON `PlaneTicket` of planes on a GPU, which replace `planes`; "" = none.
+            target_json: JSON `BlockTarget`; "" = the values are wanted themselves.
+            decode_status: JSON of `UnitDecoder`, passed on; "" = none.
 
         Raises:
             FormatError: not a unit, or its digest differs.
             LayoutError: planes or target do not fit the unit.
             ArenaError: the arena is gone.
+            GpuError: planes on a GPU are gone.
         """
         started = time.perf_counter()
-        restored = profiles.restore_unit(unit, planes)
-        values = b""
-        if target_json:
-            target = BlockTarget.from_json(target_json)
-            self._arenas.of(target).write(target, restored.layer_start, restored.values)
-        else:
-            values = restored.values.tobytes()
-        layers, _, _, tokens, _ = restored.values.shape
-        status = {
-            "layer_start": restored.layer_start,
-            "num_layers": layers,
-            "num_tokens": tokens,
-            "decoder": "",
-            "decode_ms": 0.0,
-            **(json.loads(decode_status) if decode_status else {}),
-            "restore_ms": _ms_since(started),
-        }
-        return values, json.dumps(status)
+        unit = parse_unit(data, checks_video=False)
+        job = RestoreJob(unit, decode_status, started)
+        if not target_json:
+            return replace(job, values=profiles.restore_parsed(unit, planes).tobytes())
+        target = BlockTarget.from_json(target_json)
+        arena = self._arenas.of(target)
+        if arena.gpu is None:
+            arena.write(target, unit.layer_start, profiles.restore_parsed(unit, planes))
+            return job
+        return replace(job, on_gpu=self._gpu.start(unit, planes, planes_at, arena, target))
+
+    def finish(self, jobs: Sequence[RestoreJob]) -> list[tuple[bytes, str] | Exception]:
+        """Values (empty where a target was given) and status JSON of each job, or its error."""
+        found = self._gpu.finish([job.on_gpu for job in jobs if job.on_gpu is not None])
+        errors = iter(found)
+        results: list[tuple[bytes, str] | Exception] = []
+        for job in jobs:
+            error = None if job.on_gpu is None else next(errors)
+            results.append(error or (job.values, _restore_status(job)))
+        return results
+
+    def restore(
+        self,
+        unit: bytes | memoryview,
+        planes: NDArray[np.uint8],
+        *,
+        target_json: str,
+        decode_status: str,
+        planes_at: str = "",
+    ) -> tuple[bytes, str]:
+        """`start` and `finish` of one unit; raises what they give."""
+        job = self.start(
+            unit,
+            planes,
+            planes_at=planes_at,
+            target_json=target_json,
+            decode_status=decode_status,
+        )
+        result = self.finish([job])[0]
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def close(self) -> None:
-        """Detach from all arenas."""
+        """Detach from all arenas and planes."""
+        self._gpu.close()
         self._arenas.close()
+
+
+def _restore_status(job: RestoreJob) -> str:
+    unit = job.unit
+    status = {
+        "layer_start": unit.layer_start,
+        "num_layers": unit.num_layers,
+        "num_tokens": unit.num_tokens,
+        "decoder": "",
+        "decode_ms": 0.0,
+        **(json.loads(job.decode_status) if job.decode_status else {}),
+        "restorer": "cpu" if job.on_gpu is None else job.on_gpu.restorer,
+        "restore_ms": _ms_since(job.started),
+    }
+    return json.dumps(status)
 
 
 class ChunkEncoder:
@@ -165,8 +287,9 @@ class ChunkEncoder:
 
     def __init__(self, config: CodecConfig) -> None:
         self._profile = profiles.make_profile(config)
+        self._encoder = choose_encoder(config.encoder)
         self._num_threads = len(os.sched_getaffinity(0))
-        self._arenas = _Arenas()
+        self._arenas = Arenas()
 
     def encode(
         self, token_ids: NDArray[np.int32], *, spec_json: str, target_json: str, values: bytes
@@ -202,8 +325,10 @@ class ChunkEncoder:
             first_position=asked["first_position"],
             token_ids=token_ids.tolist(),
             num_threads=self._num_threads,
+            encoder=self._encoder.encode,
         )
         status = {
+            "encoder": self._encoder.name,
             "num_bytes": len(chunk),
             "ratio": round(array.nbytes / len(chunk), 4),
             "encode_ms": _ms_since(started),
@@ -213,27 +338,6 @@ class ChunkEncoder:
     def close(self) -> None:
         """Detach from all arenas."""
         self._arenas.close()
-
-
-class _Arenas:
-    """Attached arenas; an engine restart makes a new one, and the old one is let go."""
-
-    def __init__(self) -> None:
-        self._attached: dict[str, Arena] = {}
-
-    def of(self, target: BlockTarget) -> Arena:
-        arena = self._attached.get(target.arena)
-        if arena is None or arena.generation != target.generation:
-            fresh = Arena.attach(target.arena, generation=target.generation)
-            if arena is not None:
-                arena.close()
-            self._attached[target.arena] = arena = fresh
-        return arena
-
-    def close(self) -> None:
-        for arena in self._attached.values():
-            arena.close()
-        self._attached.clear()
 
 
 def _parse_spec(text: str) -> dict[str, Any]:

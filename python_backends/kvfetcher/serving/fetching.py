@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from kvfetcher import wire
-from kvfetcher.errors import CodecError
+from kvfetcher.codec.nvdec import count_engines
+from kvfetcher.config import cache_home
+from kvfetcher.errors import CodecError, RequestCancelledError
+from kvfetcher.fetch.decode_times import H100_NVDEC, cpu_table, load_table
 from kvfetcher.fetch.fetcher import Fetched, Fetcher, UnitStatus
+from kvfetcher.server.repository import decode_instances
 from kvfetcher.serving.leases import EngineLeases
 from kvfetcher.serving.metrics import Metrics
 from kvfetcher.serving.tensors import bytes_tensor, text_tensor
-from kvfetcher.storage import open_store
+from kvfetcher.serving.watching import ClientWatch, Watches
+from kvfetcher.storage import TieredStore, open_store
 
 if TYPE_CHECKING:
     from kvfetcher.arena import BlockTarget
     from kvfetcher.config import Config
+    from kvfetcher.fetch.decode_times import DecodeTable
+    from kvfetcher.fetch.fetcher import FetchLoad
     from kvfetcher.fetch.report import FetchReport
+    from kvfetcher.storage import StoreEvent
 
 _OTHER_THREADS = 32
+
+_log = logging.getLogger(__name__)
 
 
 class FetchService:
@@ -31,6 +42,7 @@ class FetchService:
         self._pb_utils = pb_utils
         self._leases = EngineLeases(config)
         self._metrics = Metrics(pb_utils)
+        self._watches = Watches()
         self._fetcher: Fetcher | None = None
 
     async def fetch(self, *args: Any, **kwargs: Any) -> Fetched:
@@ -40,15 +52,40 @@ class FetchService:
             # blocks one), and so do store and lease calls: look-ups must never wait for decoders.
             threads = self._config.fetch.max_inflight_units + _OTHER_THREADS
             asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(threads))
+            store = open_store(self._config.store, observe=self._count_store_event)
             self._fetcher = Fetcher(
-                store=open_store(self._config.store),
+                store=store,
+                near=store if isinstance(store, TieredStore) else None,
                 leases=self._leases,
                 run_unit=self._run_unit,
                 config=self._config.fetch,
+                table=_decode_table(self._config),
+                num_decoders=decode_instances(self._config),
             )
-        fetched = await self._fetcher.fetch(*args, **kwargs)
+            self._metrics.set("kvfetcher_store_breaker_open", 0.0)
+        try:
+            fetched = await self._fetcher.fetch(*args, **kwargs)
+        except RequestCancelledError:
+            self._metrics.add("kvfetcher_fetches_total", outcome="cancelled", reason="")
+            raise
+        finally:
+            self._show(self._fetcher.load())
         self._count(fetched.report)
         return fetched
+
+    def watch(self, request: Any, sender: Any) -> ClientWatch:
+        """A watch on the request's client.
+
+        Only the ensemble passes the client's text on to `kv_fetch`.
+        """
+        text = self._pb_utils.get_input_tensor_by_name(request, wire.TEXT_INPUT)
+        return ClientWatch(
+            self._watches,
+            sender,
+            self._pb_utils,
+            was_cancelled=self._leases.was_cancelled,
+            in_ensemble=text is not None,
+        )
 
     def _count(self, report: FetchReport) -> None:
         count = self._metrics.add
@@ -56,6 +93,27 @@ class FetchService:
         count("kvfetcher_prompt_tokens_total", report.prompt_tokens)
         count("kvfetcher_hit_tokens_total", report.hit_tokens)
         count("kvfetcher_fetched_bytes_total", report.bytes_fetched)
+        count("kvfetcher_shared_fetches_total", int(report.shared))
+        for stage, milliseconds in report.stages_ms.items():
+            self._metrics.observe("kvfetcher_fetch_stage_seconds", milliseconds / 1e3, stage=stage)
+        gate = report.gate
+        if gate is None:
+            return
+        count("kvfetcher_gate_decisions_total", verdict=gate.verdict)
+        if gate.error_ms is not None and gate.loss_ms is not None:
+            self._metrics.observe("kvfetcher_gate_error_seconds", abs(gate.error_ms) / 1e3)
+            count("kvfetcher_gate_lost_seconds_total", gate.loss_ms / 1e3)
+            count("kvfetcher_gate_gained_seconds_total", -gate.loss_ms / 1e3)
+
+    def _count_store_event(self, event: StoreEvent) -> None:
+        self._metrics.add("kvfetcher_store_events_total", event=event)
+        if event in ("opened", "closed"):
+            self._metrics.set("kvfetcher_store_breaker_open", float(event == "opened"))
+
+    def _show(self, load: FetchLoad) -> None:
+        self._metrics.set("kvfetcher_fetches_waiting", load.num_waiting)
+        self._metrics.set("kvfetcher_inflight_bytes", load.inflight_bytes)
+        self._metrics.set("kvfetcher_link_bytes_per_second", load.bytes_per_second)
 
     async def _run_unit(self, unit: bytes, target: BlockTarget) -> UnitStatus:
         pb_utils = self._pb_utils
@@ -77,6 +135,21 @@ class FetchService:
         """Close the connection to the engine and drop the series."""
         self._metrics.close()
         self._leases.close()
+
+
+def _decode_table(config: Config) -> DecodeTable:
+    """What `kvfetcher doctor` measured here, else what is known of such decoders."""
+    uses_nvdec = config.codec.decoder != "cpu" and count_engines() > 0
+    fallback = H100_NVDEC if uses_nvdec else cpu_table(decode_instances(config))
+    table = load_table(cache_home(), fallback=fallback)
+    if table.decoder != fallback.decoder:
+        _log.info(
+            "decode times measured with %s do not serve here; kvfetcher doctor measures %s",
+            table.decoder,
+            fallback.decoder,
+        )
+        return fallback
+    return table
 
 
 def build_fetcher(config: Config, pb_utils: Any) -> FetchService:

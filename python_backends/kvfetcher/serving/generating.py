@@ -87,6 +87,14 @@ class Generation:
         Raises:
             KVFetcherError: the engine refused or failed.
         """
+        if self.options.fetch_id:
+            if is_cancelled():
+                host.streams.cancel(self.options.fetch_id)
+            yield None, True
+            return
+        if not self.options.generate:
+            yield self._response(GenerateEvent(finish_reason="warmed"), report=True), True
+            return
         request = GenerateRequest(
             input_ids=tuple(self.input_ids.tolist()),
             sampling=self.options.params,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING
 
 from kvfetcher.control import ControlClient, socket_path
-from kvfetcher.fetch.fetcher import FetchFacts
+from kvfetcher.fetch.fetcher import EnginePace, FetchFacts
+from kvfetcher.prefill_rate import PrefillModel
 from kvfetcher.spec import ModelIdentity
 
 if TYPE_CHECKING:
@@ -15,31 +17,59 @@ if TYPE_CHECKING:
 
 # Table look-ups take well under a millisecond; a busy engine process may be late, not silent.
 _TIMEOUT_SECONDS = 10.0
+# What prefill costs changes slowly.
+_PACE_SECONDS = 0.25
 
 
 class EngineLeases:
     """`LeaseService` over the engine's control socket.
 
-    Facts are asked for once: they are constant while a server runs. Thread-safe.
+    Facts are asked for once: they are constant while a server runs. One event loop.
     """
 
     def __init__(self, config: Config) -> None:
         self._config = config
         self._client = ControlClient(socket_path(), timeout_seconds=_TIMEOUT_SECONDS)
         self._facts: FetchFacts | None = None
+        self._asking: asyncio.Task[EnginePace] | None = None
+        self._asked_at = 0.0
 
     async def facts(self) -> FetchFacts:
         if self._facts is None:
             self._facts = await asyncio.to_thread(self._ask_facts)
         return self._facts
 
+    async def pace(self) -> EnginePace:
+        """As of a moment ago: many requests at once ask the engine once."""
+        if self._asking is None or (
+            self._asking.done() and time.monotonic() - self._asked_at > _PACE_SECONDS
+        ):
+            self._asking, self._asked_at = asyncio.create_task(self._ask_pace()), time.monotonic()
+        return await asyncio.shield(self._asking)
+
     async def lease(self, num_tokens: int, ttl_seconds: float) -> tuple[str, BlockTarget]:
         return await asyncio.to_thread(self._client.lease, num_tokens, ttl_seconds=ttl_seconds)
 
-    async def seal(self, lease_id: str, num_tokens: int, tokens_digest: str) -> None:
+    async def seal(
+        self,
+        lease_id: str,
+        num_tokens: int,
+        tokens_digest: str,
+        *,
+        num_holders: int,
+        tail_is_live: bool,
+    ) -> None:
         await asyncio.to_thread(
-            self._client.seal, lease_id, num_tokens=num_tokens, digest=tokens_digest
+            self._client.seal,
+            lease_id,
+            num_tokens=num_tokens,
+            digest=tokens_digest,
+            num_holders=num_holders,
+            tail_is_live=tail_is_live,
         )
+
+    async def share(self, lease_id: str) -> None:
+        await asyncio.to_thread(self._client.share, lease_id)
 
     async def renew(self, lease_id: str) -> None:
         await asyncio.to_thread(self._client.renew, lease_id)
@@ -47,8 +77,19 @@ class EngineLeases:
     async def release(self, lease_id: str) -> None:
         await asyncio.to_thread(self._client.release, lease_id)
 
+    async def was_cancelled(self, fetch_id: str) -> bool:
+        """Whether the LLM's step saw that the client of this fetch went away."""
+        return await asyncio.to_thread(self._client.was_cancelled, fetch_id)
+
     def close(self) -> None:
         self._client.close()
+
+    async def _ask_pace(self) -> EnginePace:
+        stats = await asyncio.to_thread(self._client.stats)
+        return EnginePace(
+            prefill=PrefillModel(**stats["prefill"]),
+            arena_tokens=stats["blocks"]["total"] * (await self.facts()).tokens_per_block,
+        )
 
     def _ask_facts(self) -> FetchFacts:
         from kvfetcher.codec.profiles import profile_id

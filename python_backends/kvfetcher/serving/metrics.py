@@ -9,16 +9,32 @@ _COUNTERS = {
     "kvfetcher_prompt_tokens_total": "Prompt tokens of those requests",
     "kvfetcher_hit_tokens_total": "Prompt tokens whose KV came from the store",
     "kvfetcher_fetched_bytes_total": "Bytes read from the store",
+    "kvfetcher_store_events_total": "Retries, second reads, failures, breaker, copies near by, by event",
+    "kvfetcher_shared_fetches_total": "Requests that waited for a fetch which another one began",
+    "kvfetcher_gate_decisions_total": "Decisions of the gate, by verdict",
+    "kvfetcher_gate_lost_seconds_total": "Time that fetches lost against computing, as predicted",
+    "kvfetcher_gate_gained_seconds_total": "Time that fetches gained against computing",
     "kvfetcher_saved_chunks_total": "Chunks written to the store",
     "kvfetcher_saved_bytes_total": "Bytes written to the store",
     "kvfetcher_save_errors_total": "Saves that stopped with an error",
     "kvfetcher_saves_dropped_total": "Saves dropped because too many were pending",
 }
-_GAUGES = {"kvfetcher_saves_pending": "Saves that wait or run"}
+_GAUGES = {
+    "kvfetcher_saves_pending": "Saves that wait or run",
+    "kvfetcher_fetches_waiting": "Fetches that wait for a place",
+    "kvfetcher_inflight_bytes": "Bytes asked for and not restored yet",
+    "kvfetcher_link_bytes_per_second": "The store's link, as estimated",
+    "kvfetcher_store_breaker_open": "1 while the store is left alone because it failed too often",
+}
+_HISTOGRAMS = {
+    "kvfetcher_fetch_stage_seconds": "Time of fetches by stage; see kv_report's stages_ms",
+    "kvfetcher_gate_error_seconds": "By how much fetches took longer or shorter than predicted",
+}
+_BUCKETS_SECONDS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
 
 
 class Metrics:
-    """Counters and gauges by name; families and label sets are made on first use."""
+    """Counters, gauges and histograms by name; families and label sets are made on first use."""
 
     def __init__(self, pb_utils: Any) -> None:
         self._pb_utils = pb_utils
@@ -31,19 +47,33 @@ class Metrics:
             return
         self._metric(name, labels).increment(value)
 
+    def set(self, name: str, value: float) -> None:
+        """Set a gauge."""
+        self._metric(name, {}).set(value)
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        """Add a value to a histogram."""
+        self._metric(name, labels).observe(value)
+
     def _metric(self, name: str, labels: dict[str, str]) -> Any:
         key = (name, tuple(sorted(labels.items())))
         if key not in self._metrics:
             if name not in self._families:
-                family = self._pb_utils.MetricFamily
-                is_gauge = name in _GAUGES
-                self._families[name] = family(
-                    name=name,
-                    description=(_GAUGES if is_gauge else _COUNTERS)[name],
-                    kind=family.GAUGE if is_gauge else family.COUNTER,
-                )
-            self._metrics[key] = self._families[name].Metric(labels=labels)
+                self._families[name] = self._family(name)
+            more = {"buckets": _BUCKETS_SECONDS} if name in _HISTOGRAMS else {}
+            self._metrics[key] = self._families[name].Metric(labels=labels, **more)
         return self._metrics[key]
+
+    def _family(self, name: str) -> Any:
+        family = self._pb_utils.MetricFamily
+        for known, kind in (
+            (_COUNTERS, family.COUNTER),
+            (_GAUGES, family.GAUGE),
+            (_HISTOGRAMS, family.HISTOGRAM),
+        ):
+            if name in known:
+                return family(name=name, description=known[name], kind=kind)
+        raise AssertionError(f"metric {name} is not defined")
 
     def close(self) -> None:
         """Drop the series; Triton wants metrics gone before their families."""

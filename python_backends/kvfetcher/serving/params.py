@@ -39,6 +39,10 @@ class GenerationOptions:
     save: bool = False
     heartbeat: bool = False
     """Send empty responses while nothing else is to be sent (`postprocessing` drops them)."""
+    generate: bool = True
+    """False = nothing is to be computed: answer at once, with the report."""
+    fetch_id: str = ""
+    """Not "" = this is no request but a sign of life of a fetch (`serving.watching`)."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
@@ -101,7 +105,8 @@ def read_client_request(request: Any, config: EngineConfig, pb_utils: Any) -> Cl
             params=params,
             stream=bool(read_scalar(request, wire.STREAM, pb_utils)),
             cache_salt=salt,
-            save=policy != "no_store",
+            save=policy not in ("no_store", "warm"),
+            generate=policy != "warm",
             heartbeat=True,
         ),
     )

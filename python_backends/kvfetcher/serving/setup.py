@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from typing import Any
@@ -46,6 +47,12 @@ def check_stub(args: dict[str, str], pb_utils: Any) -> None:
     logger.propagate = False
 
 
+def num_instances(args: dict[str, str]) -> int:
+    """Processes of this model, as its served configuration says."""
+    groups = json.loads(args["model_config"])["instance_group"]
+    return max(1, sum(int(group["count"]) for group in groups))
+
+
 def lower_priority(nice: int) -> None:
-    """Make this process yield the CPU to others (encoding must not delay requests)."""
+    """Make this process yield the CPU to the engine, whose requests it must not delay."""
     os.nice(nice)

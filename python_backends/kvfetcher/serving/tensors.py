@@ -1,7 +1,7 @@
 """Request tensors <-> Python values, by name, with errors that name the tensor.
 
 Input tensors die when `execute` returns (and sooner in decoupled models), so every reader here
-returns a copy or a Python value.
+returns a copy or a Python value, but for the two that say otherwise.
 """
 
 from __future__ import annotations
@@ -61,6 +61,12 @@ def read_bytes(request: Any, name: str, pb_utils: Any) -> bytes:
     """A UINT8 tensor's bytes; empty where the tensor is absent."""
     array = _array(request, name, pb_utils)
     return b"" if array is None else array.tobytes()
+
+
+def read_view(request: Any, name: str, pb_utils: Any) -> memoryview:
+    """A UINT8 tensor's bytes without a copy, valid only while the request is being executed."""
+    array = read_array(request, name, pb_utils)
+    return np.ascontiguousarray(array).reshape(-1).data
 
 
 def read_array(request: Any, name: str, pb_utils: Any) -> NDArray[Any]:

@@ -1,141 +1,28 @@
-"""The fetcher with a real codec, a real arena and a real file store; only Triton is left out."""
+"""The fetcher, promise by promise: hits, faults, deadlines, sharing, the gate, warming."""
 
 import asyncio
-import dataclasses
 import time
 
 import numpy as np
 import pytest
 
-from kvfetcher.arena import Arena
-from kvfetcher.codec import profiles
-from kvfetcher.codec.video import VideoDecoder
-from kvfetcher.config import CodecConfig, FetchConfig
+from kvfetcher import container
 from kvfetcher.errors import EngineError, RequestCancelledError, StoreError, StoreTimeoutError
-from kvfetcher.fetch.fetcher import Fetcher, FetchFacts, UnitStatus
-from kvfetcher.keys import chunk_keys
-from kvfetcher.leases import LeaseTable
-from kvfetcher.spec import KVSpec
-from kvfetcher.storage.local import LocalStore
-
-SPEC = KVSpec(num_layers=4, num_kv_heads=1, head_dim=16)
-CHUNK_TOKENS = 64
-PROFILE = profiles.make_profile(CodecConfig(profile="exact", unit_layers=2))
-FACTS = FetchFacts(
-    identity_digest=b"i" * 32,
-    chunk_tokens=CHUNK_TOKENS,
-    tokens_per_block=16,
-    spec=SPEC,
-    max_prompt_tokens=10_000,
+from kvfetcher.fetch.fetcher import UnitStatus
+from kvfetcher.storage import TieredStore
+from kvfetcher.storage.base import get_ranges_singly
+from kvfetcher.storage.disk_tier import DiskTier
+from kvfetcher.storage.guard import GuardedStore, GuardOptions
+from kvfetcher.storage.memory_tier import MemoryTier
+from support.fetch_world import (
+    CHUNK_TOKENS,
+    TOKENS,
+    Leases,
+    RecordingStore,
+    World,
+    until,
 )
-TOKENS = np.arange(1, 4 * CHUNK_TOKENS + 10, dtype=np.int32)
-
-
-class Leases:
-    """The engine's lease service without its socket."""
-
-    def __init__(self, arena):
-        self.arena = arena
-        self.table = LeaseTable(arena.num_blocks, arena.tokens_per_block)
-        self.sealed = {}
-
-    async def facts(self):
-        return FACTS
-
-    async def lease(self, num_tokens, ttl_seconds):
-        lease = self.table.lease(num_tokens, ttl_seconds, now=time.monotonic())
-        return lease.id, self.arena.target(lease.block_ids, num_tokens)
-
-    async def seal(self, lease_id, num_tokens, tokens_digest):
-        lease = self.table.seal(lease_id, num_tokens, tokens_digest, now=time.monotonic())
-        self.sealed[lease_id] = self.arena.target(lease.block_ids, num_tokens)
-
-    async def release(self, lease_id):
-        self.table.release(lease_id, now=time.monotonic())
-
-
-@dataclasses.dataclass
-class Units:
-    """Decodes and restores for real; can be held, slowed or broken, and counts."""
-
-    arena: Arena
-    gate: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
-    started: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
-    running: int = 0
-    most: int = 0
-    done: int = 0
-
-    def __post_init__(self):
-        self.decoder = VideoDecoder()
-        self.gate.set()
-
-    async def __call__(self, unit, target):
-        self.running += 1
-        self.most = max(self.most, self.running)
-        self.started.set()
-        try:
-            await self.gate.wait()
-            restored = profiles.restore_unit(unit, profiles.decode_unit(unit, self.decoder))
-            self.arena.write(target, restored.layer_start, restored.values)
-            self.done += 1
-            return UnitStatus("cpu", 1.0, 1.0)
-        finally:
-            self.running -= 1
-
-
-class World:
-    def __init__(self, folder):
-        self.store = LocalStore(folder / "store", timeout_seconds=5)
-        self.arena = Arena.create(
-            folder / "arena", spec=SPEC, tokens_per_block=16, num_bytes=1 << 20
-        )
-        self.leases = Leases(self.arena)
-        self.units = Units(self.arena)
-        self.folder = folder / "store"
-        rng = np.random.default_rng(3)
-        shape = (4, 2, 1, 4 * CHUNK_TOKENS, 16)
-        self.values = (rng.normal(size=shape).astype("<f4").view("<u4") >> 16).astype("<u2")
-        self.keys = chunk_keys(TOKENS, CHUNK_TOKENS, FACTS.identity_digest, "")
-
-    def chunk(self, index, **changes):
-        tokens = slice(index * CHUNK_TOKENS, (index + 1) * CHUNK_TOKENS)
-        facts = {
-            "spec": SPEC,
-            "profile": PROFILE,
-            "identity": FACTS.identity_digest,
-            "chunk_key": self.keys[index].key,
-            "parent_key": self.keys[index].parent,
-            "token_ids": TOKENS[tokens].tolist(),
-            "first_position": index * CHUNK_TOKENS,
-            "num_threads": 1,
-            **changes,
-        }
-        return profiles.encode_chunk(np.ascontiguousarray(self.values[:, :, :, tokens]), **facts)
-
-    async def save(self, *indices):
-        for index in indices:
-            await self.store.put(self.keys[index].name, self.chunk(index))
-
-    def fetcher(self, *, store=None, leases=None, **config):
-        settings = {"min_hit_tokens": 1, **config}
-        return Fetcher(
-            store=store or self.store,
-            leases=leases or self.leases,
-            run_unit=self.units,
-            config=FetchConfig(**settings),
-        )
-
-    async def fetch(self, fetcher=None, *, tokens=TOKENS, policy="auto", cancelled=lambda: False):
-        return await (fetcher or self.fetcher()).fetch(
-            tokens, cache_salt="", policy=policy, is_cancelled=cancelled
-        )
-
-    def restored(self, claim):
-        return self.arena.read(self.leases.sealed[claim.lease_id])
-
-    @property
-    def free_blocks(self):
-        return self.leases.table.usage()["free"]
+from support.stores import FaultyStore, LatencyStore
 
 
 @pytest.fixture
@@ -253,6 +140,9 @@ class FailingStore:
             raise self.error
         return await self.inner.get_range(name, start, end)
 
+    async def get_ranges(self, ranges):
+        return await get_ranges_singly(self, ranges, max_concurrency=8)
+
 
 @pytest.mark.parametrize("units_only", [True, False])
 @pytest.mark.parametrize(
@@ -273,7 +163,7 @@ async def test_a_full_arena_is_a_miss(world):
     world.leases.table.lease(
         world.arena.num_blocks * world.arena.tokens_per_block, 60, now=time.monotonic()
     )
-    fetched = await world.fetch()
+    fetched = await world.fetch(world.fetcher(deadline_seconds=0.3))
     assert (fetched.claim, fetched.report.reason) == (None, "arena_full")
 
 
@@ -292,42 +182,59 @@ async def test_a_decoder_that_fails_is_a_miss(world):
     async def broken(unit, target):
         raise ValueError("secret path")
 
-    fetcher = Fetcher(
-        store=world.store,
-        leases=world.leases,
-        run_unit=broken,
-        config=FetchConfig(min_hit_tokens=1),
-    )
-    fetched = await world.fetch(fetcher)
+    fetched = await world.fetch(world.fetcher(run_unit=broken))
     assert (fetched.claim, fetched.report.reason) == (None, "decode_error")
     assert "secret" not in fetched.report.detail
 
 
-async def test_at_the_deadline_nothing_live_is_promised_and_blocks_come_back_later(
-    world, monkeypatch
-):
-    monkeypatch.setattr("kvfetcher.fetch.fetcher._DRAIN_SECONDS", 0.1)
+async def test_at_the_deadline_nothing_live_is_promised_and_blocks_come_back_later(world):
     await world.save(0, 1)
     free = world.free_blocks
     world.units.gate.clear()
-    fetched = await world.fetch(world.fetcher(deadline_seconds=0.2))
+    started = time.monotonic()
+    fetched = await world.fetch(world.fetcher(deadline_seconds=0.5))
+    assert time.monotonic() - started < 0.5 * 1.2
     assert (fetched.claim, fetched.report.reason) == (None, "deadline")
     assert world.free_blocks < free, "a decoder may still write to them"
     world.units.gate.set()
     await until(lambda: world.free_blocks == free)
 
 
+async def test_at_the_deadline_whole_chunks_are_kept_and_live_blocks_rest(world):
+    await world.save(0, 1, 2)
+
+    first_blocks = set(range(CHUNK_TOKENS // 16))  # an empty arena is leased from its start
+
+    async def stuck_behind_the_first_chunk(unit, target):
+        if not first_blocks & set(target.block_ids):
+            await hold.wait()
+        return await world.units(unit, target)
+
+    hold = asyncio.Event()
+    fetcher = world.fetcher(run_unit=stuck_behind_the_first_chunk, deadline_seconds=2.0)
+    fetched = await world.fetch(fetcher)
+    assert (fetched.report.outcome, fetched.report.reason) == ("partial", "deadline")
+    assert fetched.report.hit_tokens == CHUNK_TOKENS
+    np.testing.assert_array_equal(
+        world.restored(fetched.claim), world.values[:, :, :, :CHUNK_TOKENS]
+    )
+    assert world.leases.table.usage()["resting"] == 2 * CHUNK_TOKENS // 16
+    hold.set()
+    await until(lambda: world.units.done == 6)
+
+
 async def test_waiting_for_a_place_ends_at_the_deadline_too(world):
     await world.save(0)
+    await world.save(0, salt="other")
     world.units.gate.clear()
     fetcher = world.fetcher(max_inflight_requests=1, deadline_seconds=0.5)
     first = asyncio.create_task(world.fetch(fetcher))
     await world.units.started.wait()
-    second = await asyncio.wait_for(world.fetch(fetcher), timeout=5)
+    second = asyncio.create_task(world.fetch(fetcher, salt="other"))
+    assert (await asyncio.wait_for(first, timeout=5)).report.reason == "deadline"
+    second = await asyncio.wait_for(second, timeout=5)
     assert (second.claim, second.report.reason) == (None, "deadline")
-    assert "other requests" in second.report.detail
     world.units.gate.set()
-    assert (await first).report.outcome in ("partial", "miss")
 
 
 async def test_cancelling_waits_for_the_decoder_before_blocks_are_reused(world):
@@ -358,15 +265,410 @@ async def test_requests_that_hit_nothing_do_not_wait_for_those_that_do(world):
 
 
 async def test_units_in_flight_are_bounded_over_all_requests(world):
-    await world.save(0, 1, 2, 3)
-    fetcher = world.fetcher(max_inflight_units=3, max_inflight_requests=2)
-    await asyncio.gather(world.fetch(fetcher), world.fetch(fetcher))
+    salts = ["a", "b", "c"]
+    for salt in salts:
+        await world.save(0, 1, 2, 3, salt=salt)
+    fetcher = world.fetcher(max_inflight_units=3, max_inflight_requests=3)
+    await asyncio.gather(*(world.fetch(fetcher, salt=salt) for salt in salts))
     assert world.units.most <= 3
-    assert world.units.done == 16
+    assert world.units.done == 24
 
 
-async def until(condition, timeout_seconds=5.0):
-    deadline = time.monotonic() + timeout_seconds
-    while not condition():
-        assert time.monotonic() < deadline, "condition not met in time"
-        await asyncio.sleep(0.01)
+async def test_many_requests_for_one_prefix_are_one_transfer_one_decode_and_one_lease(world):
+    await world.save(0, 1, 2, 3)
+    store = RecordingStore(world.store)
+    fetcher = world.fetcher(store=store)
+    free = world.free_blocks
+    fetched = await asyncio.gather(*(world.fetch(fetcher) for _ in range(200)))
+    assert all(each.report.outcome == "hit" for each in fetched)
+    assert store.most_reads_of_a_byte() == 1
+    assert world.units.done == 8
+    assert len({each.claim.lease_id for each in fetched}) == 1
+    assert sum(each.report.bytes_fetched for each in fetched) == store.num_bytes
+    assert sum(each.report.shared for each in fetched) == 199
+    lease_id = fetched[0].claim.lease_id
+    for _ in fetched:
+        assert world.free_blocks < free
+        world.leases.table.claim(lease_id, now=time.monotonic())
+        world.leases.table.release(lease_id, now=time.monotonic(), is_claimer=True)
+    assert world.free_blocks == free
+
+
+async def test_prefixes_of_different_length_share_the_transfers_of_what_they_share(world):
+    await world.save(0, 1, 2, 3)
+    store = RecordingStore(world.store, unit_seconds=0.1)
+    fetcher = world.fetcher(store=store, max_read_bytes=1)
+    longer, shorter = await asyncio.gather(
+        world.fetch(fetcher), world.fetch(fetcher, tokens=TOKENS[: 2 * CHUNK_TOKENS + 1])
+    )
+    assert (longer.report.hit_tokens, shorter.report.hit_tokens) == (256, 128)
+    assert longer.claim.lease_id != shorter.claim.lease_id
+    assert store.most_reads_of_a_byte() == 1
+    np.testing.assert_array_equal(
+        world.restored(shorter.claim), world.values[:, :, :, : 2 * CHUNK_TOKENS]
+    )
+
+
+async def test_a_late_request_shares_the_lease_while_somebody_holds_it(world):
+    await world.save(0, 1)
+    fetcher = world.fetcher()
+    first = await world.fetch(fetcher, tokens=TOKENS[:129])
+    late = await world.fetch(fetcher, tokens=TOKENS[:129])
+    assert late.claim == first.claim
+    assert (late.report.shared, late.report.bytes_fetched) == (True, 0)
+    for _ in range(2):
+        await world.leases.release(first.claim.lease_id)
+    fresh = await world.fetch(fetcher, tokens=TOKENS[:129])
+    assert fresh.claim.lease_id != first.claim.lease_id
+    assert not fresh.report.shared
+    assert fresh.report.bytes_fetched > 0
+
+
+async def test_one_waiters_cancellation_does_not_hurt_the_others(world):
+    await world.save(0, 1)
+    free = world.free_blocks
+    fetcher = world.fetcher()
+    world.units.gate.clear()
+    gone = asyncio.Event()
+    leaving = asyncio.create_task(world.fetch(fetcher, cancelled=gone.is_set))
+    staying = [asyncio.create_task(world.fetch(fetcher)) for _ in range(3)]
+    await world.units.started.wait()
+    gone.set()
+    with pytest.raises(RequestCancelledError):
+        await leaving
+    world.units.gate.set()
+    for fetched in await asyncio.gather(*staying):
+        assert fetched.report.hit_tokens == 2 * CHUNK_TOKENS
+        await world.leases.release(fetched.claim.lease_id)
+    assert world.free_blocks == free
+
+
+async def test_the_last_waiters_cancellation_stops_the_transfers(world):
+    await world.save(0, 1, 2, 3)
+    free = world.free_blocks
+    store = RecordingStore(LatencyStore(world.store, latency_seconds=0.2))
+    fetcher = world.fetcher(store=store, max_inflight_reads=1, max_read_bytes=1)
+    gone = asyncio.Event()
+    tasks = [asyncio.create_task(world.fetch(fetcher, cancelled=gone.is_set)) for _ in range(2)]
+    await until(lambda: store.reads > 6)  # look-up over, units under way
+    gone.set()
+    ends = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(end, RequestCancelledError) for end in ends)
+    reads = store.reads
+    await asyncio.sleep(0.5)
+    assert store.reads == reads
+    assert world.free_blocks == free
+    for backlog in (fetcher._stages.requested, fetcher._stages.planned):
+        assert (backlog.num_bytes, backlog.decode_seconds) == (0, pytest.approx(0))
+    assert fetcher._stages.budget.used_bytes == 0
+
+
+async def test_the_gate_computes_what_is_faster_to_compute(world):
+    await world.save(0, 1, 2, 3)
+    world.leases.prefill_seconds = 1e-7
+    fetcher = world.fetcher()
+    await world.fetch(fetcher, policy="fetch")  # the link is known then
+    fetched = await world.fetch(fetcher, tokens=TOKENS[:200])
+    assert (fetched.claim, fetched.report.reason) == (None, "slower_than_computing")
+    assert fetched.report.gate.verdict == "none"
+    assert fetched.report.gate.predicted_compute_ms < fetched.report.gate.predicted_ms + 1
+
+
+async def test_policy_fetch_bypasses_the_gate(world):
+    await world.save(0, 1, 2, 3)
+    world.leases.prefill_seconds = 1e-7
+    fetched = await world.fetch(policy="fetch")
+    assert fetched.report.outcome == "hit"
+    gate = fetched.report.gate
+    assert gate.verdict == "forced"
+    assert gate.fetch_ms > 0
+    assert gate.loss_ms == pytest.approx(gate.fetch_ms, abs=1.0)
+    assert gate.error_ms == pytest.approx(gate.fetch_ms - gate.predicted_fetch_ms, abs=0.01)
+
+
+async def test_a_store_that_stalls_is_given_up_for_computing_and_what_came_is_kept(world):
+    for salt in ("", "x", "y", "z"):
+        await world.save(0, 1, 2, 3, salt=salt)
+    store = RecordingStore(world.store)
+    fetcher = world.fetcher(store=store)
+    for salt in ("x", "y", "z"):  # so that the link is known
+        await world.fetch(fetcher, salt=salt)
+
+    async def stall(verb, name):
+        if name == world.keys[2].name and store.spans[-1][1]:
+            await asyncio.sleep(30)
+
+    store.before = stall
+    world.leases.prefill_seconds = 1.0 / CHUNK_TOKENS  # 4 s for all
+    started = time.monotonic()
+    fetched = await world.fetch(fetcher)
+    assert fetched.report.reason == "fell_behind"
+    assert time.monotonic() - started < 3.0
+    assert fetched.report.hit_tokens == 2 * CHUNK_TOKENS
+    np.testing.assert_array_equal(
+        world.restored(fetched.claim), world.values[:, :, :, : 2 * CHUNK_TOKENS]
+    )
+
+
+async def test_a_fetch_that_is_given_up_does_not_wait_for_the_room_it_asked_for(world):
+    for salt in ("", "first"):
+        await world.save(0, 1, 2, 3, salt=salt)
+    world.units.gate.clear()
+    fetcher = world.fetcher(max_inflight_bytes=1 << 16, max_read_bytes=1 << 20)
+    fetcher._stages.budget._max_bytes = 1  # the first fetch's first read takes it all
+    first = asyncio.create_task(world.fetch(fetcher, salt="first", policy="fetch"))
+    await world.units.started.wait()
+    world.leases.prefill_seconds = 1.0 / CHUNK_TOKENS
+    started = time.monotonic()
+    second = await asyncio.wait_for(world.fetch(fetcher), timeout=5)
+    assert (second.claim, second.report.reason) == (None, "fell_behind")
+    assert time.monotonic() - started < 2.5
+    world.units.gate.set()
+    assert (await first).report.outcome == "hit"
+
+
+async def test_an_open_breaker_is_a_miss_that_costs_no_reads(world):
+    await world.save(0, 1)
+    faulty = FaultyStore(world.store, errors={"get_range": StoreError("down")})
+    faulty.get_ranges = lambda ranges: get_ranges_singly(faulty, ranges, max_concurrency=8)
+    options = GuardOptions(
+        max_retries=0,
+        hedge_fraction=0,
+        min_failures=2,
+        min_backoff_seconds=0.3,
+        max_backoff_seconds=1,
+    )
+    store = GuardedStore(faulty, options)
+    fetcher = world.fetcher(store=store)
+    for _ in range(2):
+        assert (await world.fetch(fetcher)).report.reason == "store_error"
+    calls = faulty.calls["get_range"]
+    for _ in range(5):
+        assert (await world.fetch(fetcher)).report.reason == "store_unavailable"
+    assert faulty.calls["get_range"] == calls
+    faulty.errors.clear()
+    await asyncio.sleep(0.35)
+    assert (await world.fetch(fetcher)).report.hit_tokens == 2 * CHUNK_TOKENS
+    assert store.breaker.state == "closed"
+
+
+async def test_a_read_damaged_on_its_way_is_repeated_and_nothing_set_aside(world):
+    await world.save(0, 1)
+    header_bytes = container.parse_header(world.chunk(1)).header_bytes
+
+    class Noise(RecordingStore):
+        async def get_range(self, name, start, end):
+            data = await super().get_range(name, start, end)
+            if name == world.keys[1].name and start >= header_bytes and not self.damaged:
+                self.damaged = True
+                return data[:-1] if self.cut else bytes([data[0] ^ 1]) + data[1:]
+            return data
+
+    for cut in (True, False):
+        store = Noise(world.store)
+        store.damaged, store.cut = False, cut
+        fetched = await world.fetch(world.fetcher(store=store))
+        assert store.damaged
+        assert fetched.report.hit_tokens == 2 * CHUNK_TOKENS
+        np.testing.assert_array_equal(
+            world.restored(fetched.claim), world.values[:, :, :, : 2 * CHUNK_TOKENS]
+        )
+
+
+async def test_reads_that_end_early_again_and_again_are_the_stores_fault_not_the_chunks(world):
+    await world.save(0, 1)
+    header_bytes = container.parse_header(world.chunk(1)).header_bytes
+
+    class Short(RecordingStore):
+        async def get_range(self, name, start, end):
+            data = await super().get_range(name, start, end)
+            if name == world.keys[1].name and start >= header_bytes and len(data) > 1:
+                return data[: len(data) // 2]
+            return data
+
+    fetched = await world.fetch(world.fetcher(store=Short(world.store)))
+    assert (fetched.report.reason, fetched.report.hit_tokens) == ("store_error", CHUNK_TOKENS)
+    assert await world.store.head(world.keys[1].name) is not None
+
+
+async def test_a_chunk_that_disappears_after_the_look_up_is_a_shorter_hit(world):
+    await world.save(0, 1, 2)
+    header_bytes = container.parse_header(world.chunk(1)).header_bytes
+
+    class Forgetful(RecordingStore):
+        async def get_range(self, name, start, end):
+            if name == world.keys[1].name and start >= header_bytes:
+                await self.inner.delete(name)
+            return await super().get_range(name, start, end)
+
+    fetched = await world.fetch(world.fetcher(store=Forgetful(world.store)))
+    assert (fetched.report.outcome, fetched.report.hit_tokens) == ("partial", CHUNK_TOKENS)
+    assert fetched.report.reason == "not_stored"
+
+
+async def test_neighbouring_units_are_read_together(world):
+    await world.save(0, 1, 2, 3)
+    whole, single = RecordingStore(world.store), RecordingStore(world.store)
+    together = await world.fetch(world.fetcher(store=whole))
+    apart = await world.fetch(world.fetcher(store=single, max_read_bytes=1))
+    assert (together.report.reads, apart.report.reads) == (4 + 4, 4 + 8)  # with the headers
+    assert together.report.units == apart.report.units == 8
+
+
+async def test_transfer_and_decode_of_different_units_overlap(world):
+    await world.save(0, 1, 2, 3)
+
+    async def slow(unit, target):
+        await asyncio.sleep(0.1)
+        return await world.units(unit, target)
+
+    fetcher = world.fetcher(
+        store=RecordingStore(world.store, unit_seconds=0.1),
+        run_unit=slow,
+        max_read_bytes=1,
+        max_inflight_reads=1,
+        max_inflight_units=1,
+    )
+    report = (await world.fetch(fetcher, policy="fetch")).report
+    assert report.units == 8
+    assert report.stages_ms["transfer"] >= 800
+    one_after_the_other = 8 * 0.1 + 8 * 0.1
+    assert report.stages_ms["fetch"] < 0.8e3 * one_after_the_other
+
+
+async def test_bytes_in_flight_are_bounded(world):
+    await world.save(0, 1, 2, 3)
+    world.units.gate.clear()
+    fetcher = world.fetcher(max_inflight_bytes=1 << 16, max_read_bytes=1)
+    task = asyncio.create_task(world.fetch(fetcher))
+    await world.units.started.wait()
+    await asyncio.sleep(0.1)
+    assert 0 < fetcher._stages.budget.used_bytes <= 1 << 16
+    world.units.gate.set()
+    assert (await task).report.outcome == "hit"
+    assert fetcher._stages.budget.used_bytes == 0
+
+
+async def test_waiting_for_room_in_the_arena_ends_when_there_is_some(world):
+    await world.save(0, 1)
+    table = world.leases.table
+    held = table.lease(world.arena.num_blocks * 16, 60, now=time.monotonic())
+    task = asyncio.create_task(world.fetch())
+    await asyncio.sleep(0.2)
+    assert not task.done()
+    table.release(held.id, now=time.monotonic())
+    fetched = await asyncio.wait_for(task, timeout=5)
+    assert fetched.report.hit_tokens == 2 * CHUNK_TOKENS
+    assert fetched.report.stages_ms["arena_wait"] > 100
+
+
+async def test_copies_near_by_are_no_transfers(world, tmp_path):
+    await world.save(0, 1, 2, 3)
+    await world.save(0, 1, 2, 3, salt="far")
+    slow = RecordingStore(LatencyStore(world.store, bytes_per_second=1e5))
+    disk = DiskTier(tmp_path / "tier", max_bytes=1 << 20, max_age_seconds=60)
+    store = TieredStore(slow, memory=None, disk=disk, disk_timeout_seconds=5)
+    fetcher = world.fetcher(store=store, near=store)
+    first = await world.fetch(fetcher, policy="fetch")  # brings the copies, and tells of the link
+    await store.drained()
+    assert first.report.outcome == "hit"
+    rate = fetcher._stages.link().bytes_per_second
+    world.leases.prefill_seconds = 0.5 * first.report.stages_ms["total"] / 1e3 / len(TOKENS)
+    num_reads = slow.reads
+    for _ in range(3):
+        near = await world.fetch(fetcher)
+        assert (near.report.outcome, near.report.chunks_hit) == ("hit", 4)
+    assert slow.reads == num_reads
+    assert fetcher._stages.link().bytes_per_second == pytest.approx(rate, rel=0.2)
+    far = await world.fetch(fetcher, salt="far")
+    assert far.report.chunks_hit < 4
+    # Where the machine stalls, looking the headers up takes too long already.
+    assert far.report.reason in ("slower_than_computing", "store_timeout")
+
+
+def in_memory(store):
+    memory = MemoryTier(max_bytes=1 << 20, max_age_seconds=60)
+    return TieredStore(store, memory=memory, disk=None, disk_timeout_seconds=5)
+
+
+async def test_warming_reads_whole_chunks_once_into_the_copies_near_by(world):
+    await world.save(0, 1, 2)
+    store = RecordingStore(world.store)
+    tier = in_memory(store)
+    fetcher = world.fetcher(store=tier, near=tier)
+    warmed = (await world.fetch(fetcher, policy="warm")).report
+    assert (warmed.outcome, warmed.reason) == ("warmed", "not_stored")
+    assert (warmed.chunks_stored, warmed.chunks_hit, warmed.hit_tokens) == (3, 3, 0)
+    assert warmed.bytes_fetched == store.num_bytes
+    read = store.num_bytes
+    fetched = await world.fetch(fetcher, tokens=TOKENS[: 3 * CHUNK_TOKENS + 1])
+    assert fetched.report.hit_tokens == 3 * CHUNK_TOKENS
+    assert store.num_bytes == read, "nothing was asked of the store again"
+
+
+async def test_warming_without_copies_near_by_reads_nothing(world):
+    await world.save(0)
+    store = RecordingStore(world.store)
+    report = (await world.fetch(world.fetcher(store=store), policy="warm")).report
+    assert (report.outcome, report.reason, store.reads) == ("skipped", "no_copies", 0)
+
+
+async def test_warming_sets_a_corrupt_chunk_aside_and_warms_the_others(world):
+    await world.save(0, 1)
+    path = world.folder / world.keys[1].name
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    tier = in_memory(world.store)
+    report = (await world.fetch(world.fetcher(store=tier, near=tier), policy="warm")).report
+    assert (report.outcome, report.reason, report.chunks_hit) == ("warmed", "corrupt_chunk", 1)
+    assert await world.store.head(world.keys[1].name) is None
+
+
+async def test_warming_ends_at_its_deadline_and_when_the_client_goes_away(world):
+    await world.save(0, 1)
+
+    class Slow(RecordingStore):
+        async def get_range(self, name, start, end):
+            if (start, end) != (0, container.HEADER_READ_BYTES):
+                await asyncio.sleep(30)
+            return await super().get_range(name, start, end)
+
+    tier = in_memory(Slow(world.store))
+    fetcher = world.fetcher(store=tier, near=tier, deadline_seconds=0.3)
+    report = (await world.fetch(fetcher, policy="warm")).report
+    assert (report.outcome, report.reason, report.chunks_hit) == ("warmed", "deadline", 0)
+    with pytest.raises(RequestCancelledError):
+        await world.fetch(fetcher, policy="warm", cancelled=lambda: True)
+    assert fetcher.load().inflight_bytes == 0
+
+
+async def test_how_long_this_machine_decodes_and_restores_is_learnt(world):
+    await world.save(0, 1, 2)
+
+    async def slow_to_restore(unit, target):
+        await world.units(unit, target)
+        return UnitStatus("cpu", 1000.0, 1000.0)
+
+    fetcher = world.fetcher(run_unit=slow_to_restore, max_inflight_units=1)
+    assert fetcher._stages.correction.factor == fetcher._stages.restore_correction.factor == 1.0
+    await world.fetch(fetcher)
+    assert fetcher._stages.correction.factor > 2.0
+    assert fetcher._stages.restore_correction.factor > 2.0
+
+
+async def test_time_that_no_decoder_reports_is_learnt_while_all_are_busy(world):
+    salts = ("a", "b", "c", "d")
+    for salt in salts:
+        await world.save(0, 1, 2, salt=salt)
+
+    async def slow_to_arrive(unit, target):
+        await world.units(unit, target)
+        await asyncio.sleep(0.1)
+        return UnitStatus("cpu", 1.0, 1.0)
+
+    fetcher = world.fetcher(run_unit=slow_to_arrive)
+    await asyncio.gather(*(world.fetch(fetcher, policy="fetch", salt=salt) for salt in salts))
+    one_by_one = world.fetcher(run_unit=slow_to_arrive, max_inflight_units=1)
+    await world.fetch(one_by_one, policy="fetch", salt="a")
+    assert fetcher._stages.correction.factor > 1.5 * one_by_one._stages.correction.factor

@@ -135,3 +135,20 @@ async def test_nobody_is_asked_after_the_last_response(monkeypatch):
     async for _, is_last in generation(stream=True, heartbeat=True).responses(host, is_cancelled):
         answered = answered or is_last
     assert answered
+
+
+async def test_a_request_that_only_warms_is_answered_without_the_engine():
+    running, host = generation(generate=False), Host([])
+    ((response, is_last),) = await collect(running, host)
+    assert is_last
+    assert response["finish_reason"][0].decode() == "warmed"
+    assert (response["text_output"][0].decode(), len(response["output_ids"])) == ("", 0)
+    assert json.loads(response["kv_report"][0]) == {"hit_tokens": 0}
+    assert not host.closed, "the engine was never asked"
+
+
+@pytest.mark.parametrize("is_gone", [True, False])
+async def test_a_fetchs_sign_of_life_is_dropped_and_tells_whether_the_client_is_there(is_gone):
+    running, host = generation(fetch_id="f1"), Host([])
+    assert await collect(running, host, lambda: is_gone) == [(None, True)]
+    assert host.streams.was_cancelled("f1") is is_gone

@@ -1,0 +1,306 @@
+"""How fast a store's link is: a robust estimate from its transfers. Pure: times are arguments.
+
+The estimate is of the *whole* link: transfers that run side by side share it, so each one's bytes
+are divided by its share of the time, not by all of it. Stalls of single transfers, outliers and
+small objects (whose time is round trips, not bytes) move it little; a link that falls silent moves it
+at once, before anything has finished.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, replace
+from itertools import count
+from statistics import median
+from typing import NamedTuple
+
+_MAX_BUCKETS = 256
+# Transfers are summed up to so much time of the link: one of 1 MiB takes 0.2 ms at 40 Gbit/s, and
+# single ones say more about their own luck than about the link.
+_BUCKET_SECONDS = 0.01
+# One bucket weighs at most so many times the median one: a stalled transfer is one voice of many.
+_MAX_WEIGHT = 3.0
+# Objects up to this size (headers) tell the round-trip time: 0.13 ms of bytes at 1 Gbit/s.
+_SMALL_BYTES = 16 << 10
+_MAX_SMALL = 64
+_RTT_QUANTILE = 0.25
+_LOW_QUANTILE, _HIGH_QUANTILE = 0.2, 0.8
+# Rates beyond these quantiles count as much as the quantile.
+_CLIP_QUANTILE = 0.05
+# The recent rate is that of so much time of the link, and says something of so much time to come.
+_RECENT_SECONDS = 0.1
+_MEMORY_SECONDS = 0.2
+# A link that was idle may have become another one: after a pause what was seen counts half for each
+# such time, and nothing below this part. (Busy time alone would keep a slow link slow for ever: a
+# fast one is busy for a hundredth of the time with the same bytes.)
+_PAUSE_SECONDS = 0.5
+_IDLE_HALF_LIFE_SECONDS = 2.0
+_FORGOTTEN = 0.1
+# The first transfer after a pause must be so large to count: the time of a look-up's headers is
+# mostly a busy host's, and it would stand for all of the link.
+_TELLING_BYTES = 128 << 10
+# Before the first transfer the rate may be this much lower or higher than the prior says.
+_PRIOR_SPREAD = 4.0
+# The spread around an estimate doubles in this time without transfers, up to `_PRIOR_SPREAD`.
+_STALE_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class LinkEstimate:
+    """What is known of a link; rates are of all its transfers together."""
+
+    bytes_per_second: float
+    """In the long run."""
+    recent_bytes_per_second: float
+    """Of late; 0 is possible where nothing comes any more."""
+    low_bytes_per_second: float
+    """It was slower a fifth of the time."""
+    high_bytes_per_second: float
+    """It was faster a fifth of the time."""
+    rtt_seconds: float
+    """From a request to its first byte."""
+    num_transfers: int = 0
+    """That the estimate rests on; 0 = it is the prior."""
+    age_seconds: float = math.inf
+    """Since the last of them."""
+
+    def __post_init__(self) -> None:
+        low, high = self.low_bytes_per_second, self.high_bytes_per_second
+        if not 0 < low <= self.bytes_per_second <= high < math.inf or self.rtt_seconds < 0:
+            raise ValueError(f"a link has 0 < low <= rate <= high and rtt >= 0, got {self}")
+
+    def at_best(self) -> LinkEstimate:
+        """The same link, if it were as fast as it may be."""
+        high = self.high_bytes_per_second
+        return replace(self, bytes_per_second=high, recent_bytes_per_second=high)
+
+    def rate_for(self, num_bytes: float) -> float:
+        """Bytes per second to expect for the next `num_bytes`.
+
+        A link that is slow at the moment comes back to its long-run rate: the recent rate counts
+        much for short transfers and little for long ones (mean of an AR(1) process).
+        """
+        horizon = num_bytes / self.bytes_per_second / _MEMORY_SECONDS
+        weight = -math.expm1(-horizon) / horizon if horizon > 1e-6 else 1.0
+        rate = self.bytes_per_second
+        return max(rate + weight * (self.recent_bytes_per_second - rate), 1e-3 * rate)
+
+
+@dataclass(slots=True)
+class _InFlight:
+    started: float
+    share_at_start: float
+    num_bytes: int
+
+
+@dataclass(slots=True)
+class _Bucket:
+    num_bytes: float
+    seconds: float
+    """Of the link's time."""
+    trust: float = 1.0
+    """Less after each pause of the link."""
+
+    @property
+    def rate(self) -> float:
+        return self.num_bytes / self.seconds
+
+
+class _Summary(NamedTuple):
+    """Of the buckets, until one changes; bytes per second."""
+
+    rate: float
+    low: float
+    high: float
+    recent: float
+    certainty: float
+
+
+class LinkEstimator:
+    """Watches transfers begin and end, and says what the link is worth.
+
+    Not thread-safe. `now` never goes back between calls; its origin does not matter.
+    """
+
+    def __init__(
+        self, *, prior_bytes_per_second: float, prior_rtt_seconds: float, half_life_seconds: float
+    ) -> None:
+        """An estimator that has seen nothing.
+
+        Args:
+            prior_bytes_per_second: rate to assume before the first transfer.
+            prior_rtt_seconds: round trip to assume before the first small transfer.
+            half_life_seconds: what was seen counts half after so much busy time of the link.
+        """
+        self._prior_rate = prior_bytes_per_second
+        self._prior_rtt = prior_rtt_seconds
+        self._half_life = half_life_seconds
+        self._buckets: deque[_Bucket] = deque(maxlen=_MAX_BUCKETS)
+        self._summary: _Summary | None = None
+        self._has_large = False  # else the buckets are of small objects, better than nothing
+        self._num_transfers = 0
+        self._last_sample = -math.inf
+        self._small: deque[float] = deque(maxlen=_MAX_SMALL)
+        self._in_flight: dict[int, _InFlight] = {}
+        self._tokens = count()
+        self._share = 0.0  # the time that one transfer among those in flight would have had alone
+        self._at = -math.inf
+        self._last_event = -math.inf
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    def begin(self, now: float, num_bytes: int) -> int:
+        """A transfer of `num_bytes` was asked for; the number to `end` it with."""
+        self._advance(now)
+        token = next(self._tokens)
+        if not self._in_flight:
+            self._last_event = now
+        self._in_flight[token] = _InFlight(now, self._share, num_bytes)
+        return token
+
+    def end(self, token: int, now: float, *, ok: bool = True) -> None:
+        """The transfer is over; one that failed or was cancelled (not `ok`) teaches nothing."""
+        self._advance(now)
+        transfer = self._in_flight.pop(token)
+        if not ok:
+            return
+        self._last_event = now
+        seconds = now - transfer.started
+        share = self._share - transfer.share_at_start
+        if seconds <= 0 or share <= 0:
+            return  # the clock did not move: nothing to divide by
+        if transfer.num_bytes <= _SMALL_BYTES:
+            self._small.append(seconds)
+        # Where transfers overlap, one's round trip is filled by the others' bytes: only the part
+        # 1 / n^2 of it counts against the share (exact for n = 1, nothing for many).
+        rtt = min(self._rtt(), seconds)
+        moving = share - rtt * (share / seconds) ** 2
+        # What is left of a short transfer's time is noise.
+        if moving > 0.1 * share:
+            self._add(transfer.num_bytes, moving, transfer.started, now)
+
+    def estimate(self, now: float) -> LinkEstimate:
+        """The link as of `now`; the prior, widely spread, where nothing was seen."""
+        rtt = self._rtt()
+        if not self._buckets:
+            rate = self._prior_rate
+            recent = self._bounded(rate, now, rtt)
+            return LinkEstimate(rate, recent, rate / _PRIOR_SPREAD, rate * _PRIOR_SPREAD, rtt)
+        if self._summary is None:
+            self._summary = self._summarise()
+        rate, low, high, recent, certainty = self._summary
+        age = max(0.0, now - self._last_sample)
+        spread = min(_PRIOR_SPREAD, 2 ** (age / _STALE_SECONDS))
+        return LinkEstimate(
+            bytes_per_second=rate,
+            recent_bytes_per_second=self._bounded(
+                rate + certainty * math.exp(-age / _MEMORY_SECONDS) * (recent - rate), now, rtt
+            ),
+            low_bytes_per_second=low / spread,
+            high_bytes_per_second=high * spread,
+            rtt_seconds=rtt,
+            num_transfers=self._num_transfers,
+            age_seconds=age,
+        )
+
+    def _forget(self, idle_seconds: float) -> None:
+        """Before something new is added: trust what was seen before a pause less."""
+        if idle_seconds < _PAUSE_SECONDS or not self._buckets:
+            return
+        for bucket in self._buckets:
+            bucket.trust *= 2 ** (-idle_seconds / _IDLE_HALF_LIFE_SECONDS)
+        while self._buckets and self._buckets[0].trust < _FORGOTTEN:
+            self._buckets.popleft()
+        self._summary = None
+
+    def _add(self, num_bytes: int, seconds: float, started: float, now: float) -> None:
+        if num_bytes > _SMALL_BYTES and not self._has_large:
+            self._has_large = True
+            self._buckets.clear()
+        elif num_bytes <= _SMALL_BYTES and self._has_large:
+            return  # its time was waiting, more or less of it
+        idle = started - self._last_sample
+        if idle > _PAUSE_SECONDS and self._buckets and num_bytes < _TELLING_BYTES:
+            return
+        self._forget(idle)
+        self._last_sample = now
+        self._num_transfers += 1
+        self._summary = None
+        last = self._buckets[-1] if self._buckets else None
+        if last is not None and last.seconds < _BUCKET_SECONDS and last.trust == 1.0:
+            last.num_bytes += num_bytes
+            last.seconds += seconds
+        else:
+            self._buckets.append(_Bucket(num_bytes, seconds))
+
+    def _summarise(self) -> _Summary:
+        weighted = self._weighted()
+        low_clip = _quantile(weighted, _CLIP_QUANTILE)
+        high_clip = _quantile(weighted, 1 - _CLIP_QUANTILE)
+        total = sum(weight for _, weight in weighted)
+        rate = sum(w * min(max(r, low_clip), high_clip) for r, w in weighted) / total
+        num_bytes = seconds = 0.0
+        for bucket in reversed(self._buckets):
+            if seconds and bucket.trust < 1.0:
+                break  # before a pause
+            num_bytes += bucket.num_bytes
+            seconds += bucket.seconds
+            if seconds >= _RECENT_SECONDS:
+                break
+        return _Summary(
+            rate=rate,
+            low=min(_quantile(weighted, _LOW_QUANTILE), rate),
+            high=max(_quantile(weighted, _HIGH_QUANTILE), rate),
+            recent=num_bytes / seconds,
+            # Little that was seen counts little.
+            certainty=min(1.0, seconds / _RECENT_SECONDS),
+        )
+
+    def _weighted(self) -> list[tuple[float, float]]:
+        """(rate, weight) of every bucket, by rate."""
+        heaviest = _MAX_WEIGHT * median(bucket.seconds for bucket in self._buckets)
+        weighted = []
+        busy = 0.0
+        for bucket in reversed(self._buckets):
+            weight = min(bucket.seconds, heaviest) * bucket.trust
+            weighted.append((bucket.rate, weight * 2 ** (-busy / self._half_life)))
+            busy += weight
+        weighted.sort()
+        return weighted
+
+    def _advance(self, now: float) -> None:
+        if self._in_flight:
+            self._share += max(0.0, now - self._at) / len(self._in_flight)
+        self._at = max(now, self._at)
+
+    def _rtt(self) -> float:
+        if not self._small:
+            return self._prior_rtt
+        return sorted(self._small)[int(_RTT_QUANTILE * (len(self._small) - 1))]
+
+    def _bounded(self, rate: float, now: float, rtt: float) -> float:
+        """`rate`, or what a silent link can be at most.
+
+        Something should have finished by now at `rate`; if nothing has, the link is slower.
+        """
+        if not self._in_flight:
+            return rate
+        silent = now - self._last_event - rtt
+        smallest = min(transfer.num_bytes for transfer in self._in_flight.values())
+        # Twice, because the transfers that share the link do not finish evenly.
+        due = 2 * smallest * len(self._in_flight)
+        return min(rate, due / silent) if silent > 0 and due > 0 else rate
+
+
+def _quantile(weighted: list[tuple[float, float]], fraction: float) -> float:
+    """The value below which `fraction` of the weight of sorted (value, weight) pairs lies."""
+    target = fraction * sum(weight for _, weight in weighted)
+    reached = 0.0
+    for value, weight in weighted:
+        reached += weight
+        if reached >= target:
+            return value
+    return weighted[-1][0]

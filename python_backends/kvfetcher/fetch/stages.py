@@ -1,0 +1,130 @@
+"""Transfer, decode and restore with their bounds: what all fetches of a process share.
+
+Each stage has a bound of its own, so that they overlap: reads under way, bytes between their
+request and their restored values, units at the decoders. One event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING
+
+from kvfetcher.arena import BlockTarget
+from kvfetcher.fetch.budget import ByteBudget
+from kvfetcher.fetch.decode_times import DecodeCorrection
+from kvfetcher.fetch.pace import DecodePace
+from kvfetcher.fetch.pipeline import Machine
+from kvfetcher.fetch.places import Places
+
+if TYPE_CHECKING:
+    from kvfetcher.fetch.bandwidth import LinkEstimate, LinkEstimator
+    from kvfetcher.fetch.decode_times import DecodeTable
+    from kvfetcher.fetch.reads import SharedReads
+
+# A read should last about so long: long enough that its round trip does not matter, short enough
+# that decoding the first bytes does not wait for the last.
+_READ_SECONDS = 0.02
+_READ_ROUND_TRIPS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class UnitStatus:
+    """What decoding and restoring one unit took."""
+
+    decoder: str
+    decode_ms: float
+    restore_ms: float
+
+
+RunUnit = Callable[[bytes, BlockTarget], Awaitable[UnitStatus]]
+
+
+@dataclass(slots=True)
+class Backlog:
+    """Work that was promised and is not done."""
+
+    num_bytes: int = 0
+    decode_seconds: float = 0.0
+
+
+class Stages:
+    """What fetches share; each field says who changes it.
+
+    Args:
+        reads: the store.
+        link: that the reads go over.
+        table: decode times.
+        num_decoders: units decoded side by side.
+        run_unit: decodes and restores one unit.
+        max_inflight_reads: range reads under way.
+        max_inflight_bytes: bytes requested and not restored yet.
+        max_inflight_units: units at the decoders.
+        max_read_bytes: neighbouring units are read together up to this.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        *,
+        reads: SharedReads,
+        link: LinkEstimator,
+        table: DecodeTable,
+        num_decoders: int,
+        run_unit: RunUnit,
+        max_inflight_reads: int,
+        max_inflight_bytes: int,
+        max_inflight_units: int,
+        max_read_bytes: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self.reads = reads
+        self.table = table
+        self.correction = DecodeCorrection()
+        self.restore_correction = DecodeCorrection()
+        self.pace = DecodePace(num_decoders)
+        self.run_unit = run_unit
+        self.read_places = asyncio.Semaphore(max_inflight_reads)
+        self.budget = ByteBudget(max_inflight_bytes)
+        self.unit_places = Places(max_inflight_units)
+        self.run_numbers = count()
+        """Of the runs, in the order in which they began."""
+        self.clock = clock
+        self.requested = Backlog()
+        """Reads under way, and units that are read or at a decoder; kept by the runs."""
+        self.planned = Backlog()
+        """What fetches still have to request; kept by the runs."""
+        self._link = link
+        self._num_decoders = num_decoders
+        self._max_read_bytes = max_read_bytes
+
+    def link(self) -> LinkEstimate:
+        """The link as of now."""
+        return self._link.estimate(self.clock())
+
+    def machine(self, *, with_planned: bool, without: Backlog | None = None) -> Machine:
+        """What is in the way of new work.
+
+        Args:
+            with_planned: count what other fetches have not requested yet, too.
+            without: part of it that is not in the way.
+        """
+        num_bytes, seconds = self.requested.num_bytes, self.requested.decode_seconds
+        if with_planned:
+            num_bytes += self.planned.num_bytes
+            seconds += self.planned.decode_seconds
+        if without is not None:
+            num_bytes -= without.num_bytes
+            seconds -= without.decode_seconds
+        return Machine(
+            num_decoders=self._num_decoders,
+            decode_queue_seconds=max(0.0, seconds) / self._num_decoders,
+            network_queue_bytes=max(0, num_bytes),
+        )
+
+    def read_bytes(self, link: LinkEstimate) -> int:
+        """Up to how many bytes neighbouring units are read together."""
+        seconds = max(_READ_SECONDS, _READ_ROUND_TRIPS * link.rtt_seconds)
+        return min(self._max_read_bytes, int(seconds * link.bytes_per_second))

@@ -1,0 +1,232 @@
+"""One fetch, from its place in line to its sealed lease, for all that wait for it.
+
+It waits for a place (`line.py`), leases blocks, runs the units (`run.py`), and seals what is whole.
+One event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvfetcher.errors import ArenaError, ArenaFullError, EngineError
+from kvfetcher.fetch.failures import note_failure
+from kvfetcher.fetch.run import ChunkRun, RunFacts, StoredChunk
+from kvfetcher.fetch.shared import Outcome, SharedFetch, SharedFetches
+from kvfetcher.leases import LeaseClaim, tokens_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from kvfetcher.arena import BlockTarget
+    from kvfetcher.config import FetchConfig
+    from kvfetcher.fetch.engine_side import FetchFacts, LeaseService
+    from kvfetcher.fetch.gate import Prompt
+    from kvfetcher.fetch.line import Line
+    from kvfetcher.fetch.pipeline import ChunkCost
+    from kvfetcher.fetch.stages import Stages
+    from kvfetcher.storage.base import Store
+
+_ARENA_RETRY_SECONDS = 0.02
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class FetchOrder:
+    """A prefix that is to be fetched."""
+
+    tenant: str
+    input_ids: NDArray[np.int32]
+    """Of the prompt; the prefix is their beginning."""
+    facts: FetchFacts
+    prompt: Prompt | None
+    """What would be computed instead; None = fetch whatever it takes."""
+    chunks: list[StoredChunk]
+    costs: list[ChunkCost]
+    fetch_seconds: float
+    """Predicted."""
+
+
+class FetchWork:
+    """Carries fetches out; what they share is handed in.
+
+    Args:
+        stages: transfer, decode and restore.
+        line: places.
+        leases: the engine's.
+        fetches: keeps what runs on when nobody waits any more.
+        store: where corrupt objects are set aside.
+        config: section `fetch`.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        *,
+        stages: Stages,
+        line: Line,
+        leases: LeaseService,
+        fetches: SharedFetches,
+        store: Store,
+        config: FetchConfig,
+        clock: Callable[[], float],
+    ) -> None:
+        self._stages = stages
+        self._line = line
+        self._leases = leases
+        self._fetches = fetches
+        self._on_failure = functools.partial(note_failure, store)
+        self._config = config
+        self._clock = clock
+
+    async def carry_out(self, fetch: SharedFetch, order: FetchOrder) -> Outcome:
+        """Bring the chunks; cancelled, everything is given back once nothing writes any more."""
+        facts = RunFacts(profile=order.chunks[0].header.profile)
+        planned = self._stages.planned
+        num_bytes = sum(cost.num_bytes for cost in order.costs)
+        decode_seconds = sum(cost.decode_seconds for cost in order.costs)
+        planned.num_bytes += num_bytes
+        planned.decode_seconds += decode_seconds
+        is_planned = True
+        queued = self._clock()
+        try:
+            async with self._line.place(order.tenant, fetch_seconds=order.fetch_seconds):
+                facts.add_ms("wait", self._clock() - queued)
+                leased = await self._lease(fetch, order, facts)
+                # From here on the run keeps account of what it plans.
+                planned.num_bytes -= num_bytes
+                planned.decode_seconds -= decode_seconds
+                is_planned = False
+                if leased is None:
+                    return Outcome(None, 0, facts)
+                return await self._restore(fetch, order, facts, *leased)
+        finally:
+            if is_planned:
+                planned.num_bytes -= num_bytes
+                planned.decode_seconds -= decode_seconds
+
+    async def _lease(
+        self, fetch: SharedFetch, order: FetchOrder, facts: RunFacts
+    ) -> tuple[str, BlockTarget] | None:
+        """Lease blocks, waiting for room as long as somebody waits for the fetch."""
+        fetch.waits_for = "the arena had no room"
+        started = self._clock()
+        num_tokens = len(order.chunks) * order.facts.chunk_tokens
+        try:
+            while True:
+                try:
+                    return await self._lease_or_release(num_tokens)
+                except ArenaFullError as exc:
+                    if self._clock() + _ARENA_RETRY_SECONDS >= fetch.deadline():
+                        facts.end("arena_full", str(exc))
+                        return None
+                await asyncio.sleep(_ARENA_RETRY_SECONDS)
+        except (ArenaError, EngineError) as exc:
+            facts.end("engine_error", str(exc))
+            return None
+        finally:
+            facts.add_ms("arena_wait", self._clock() - started)
+
+    async def _lease_or_release(self, num_tokens: int) -> tuple[str, BlockTarget]:
+        """Lease; cancelled, a lease that is granted all the same is released."""
+        asked = asyncio.ensure_future(
+            self._leases.lease(num_tokens, self._config.lease_ttl_seconds)
+        )
+        try:
+            return await asyncio.shield(asked)
+        except asyncio.CancelledError:
+
+            async def give_back() -> None:
+                with suppress(ArenaError, EngineError):
+                    lease_id, _ = await asked
+                    self._fetches.release_later(lease_id)
+
+            self._fetches.run_later(give_back())
+            raise
+
+    async def _restore(
+        self,
+        fetch: SharedFetch,
+        order: FetchOrder,
+        facts: RunFacts,
+        lease_id: str,
+        target: BlockTarget,
+    ) -> Outcome:
+        run = ChunkRun(
+            self._stages,
+            order.chunks,
+            target,
+            tokens_per_block=order.facts.tokens_per_block,
+            facts=facts,
+            on_failure=self._on_failure,
+            hysteresis=self._config.variant_hysteresis,
+            prompt=order.prompt,
+            margin=self._config.gate_margin,
+        )
+        fetch.is_running, fetch.waits_for = True, "its units were not finished in time"
+        try:
+            num_chunks = await run.finish(fetch.deadline)
+            if not num_chunks:
+                await self._release(lease_id, run)
+                return Outcome(None, 0, facts)
+            claim = await self._seal(
+                fetch, order, facts, lease_id, target, num_chunks, is_live=run.is_live
+            )
+        except BaseException:
+            self._fetches.release_later(lease_id, after=run.drained())
+            raise
+        self._fetches.run_later(run.drained())
+        return Outcome(claim, num_chunks if claim else 0, facts)
+
+    async def _release(self, lease_id: str, run: ChunkRun) -> None:
+        """Give the blocks of a fetch that brought nothing back."""
+        if run.is_live:
+            self._fetches.release_later(lease_id, after=run.drained())
+            return
+        try:
+            await self._leases.release(lease_id)
+        except (ArenaError, EngineError) as exc:
+            _log.warning("lease %s not released: %s", lease_id, exc)
+
+    async def _seal(
+        self,
+        fetch: SharedFetch,
+        order: FetchOrder,
+        facts: RunFacts,
+        lease_id: str,
+        target: BlockTarget,
+        num_chunks: int,
+        *,
+        is_live: bool,
+    ) -> LeaseClaim | None:
+        """Seal what is whole for all that wait now; those who come during this share later."""
+        num_tokens = num_chunks * order.facts.chunk_tokens
+        holders = list(fetch.waiters)
+        fetch.is_sealing = True
+        try:
+            await self._leases.seal(
+                lease_id,
+                num_tokens,
+                tokens_digest(order.input_ids[:num_tokens]),
+                num_holders=max(1, len(holders)),
+                tail_is_live=is_live,
+            )
+        except (ArenaError, EngineError) as exc:
+            facts.end("engine_error", str(exc))
+            return None
+        for waiter in holders:
+            if waiter in fetch.waiters:
+                waiter.holds_lease = True
+            else:
+                self._fetches.release_later(lease_id)
+        if not holders:
+            self._fetches.release_later(lease_id)
+        return LeaseClaim(lease_id, num_tokens, target.generation)

@@ -1,0 +1,268 @@
+"""Units on a GPU: planes left there by `kv_decode`, values restored there by `kv_restore`.
+
+Torch and the Triton language are imported when the first arena on a GPU is seen, so that servers
+without one pay nothing. Where the Triton language is missing, units are restored by the CPU and copied.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import OrderedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from kvfetcher.arena import Arena, BlockTarget, read_arena_header
+from kvfetcher.codec import profiles
+from kvfetcher.codec.nvdec import sample_shift
+from kvfetcher.control import run_dir
+from kvfetcher.cuda import cuda_context
+from kvfetcher.errors import GpuError, KVFetcherError, LayoutError
+from kvfetcher.plane_ring import PlaneReader, PlaneRing, PlaneTicket
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from kvfetcher.codec.nvdec import NvdecDecoder
+    from kvfetcher.codec.unit import Unit
+
+_SHARED_MEMORY = Path("/dev/shm")
+# kv_restore takes milliseconds; longer than this and the unit's request is gone or the GPU is
+# overloaded: the unit then goes through host memory.
+_WAIT_SECONDS = 2.0
+# Longer than any request waits (fetch.deadline_seconds and the drain after it).
+_EXPIRY_SECONDS = 60.0
+_MAX_KNOWN_TARGETS = 256
+
+_log = logging.getLogger(__name__)
+
+
+class Arenas:
+    """Attached arenas; an engine restart makes a new one, and the old one is let go."""
+
+    def __init__(self) -> None:
+        self._attached: dict[str, Arena] = {}
+
+    def of(self, target: BlockTarget) -> Arena:
+        """The arena that a target names.
+
+        Raises:
+            ArenaError: it is gone, or of another generation.
+        """
+        arena = self._attached.get(target.arena)
+        if arena is None or arena.generation != target.generation:
+            fresh = Arena.attach(target.arena, generation=target.generation)
+            if arena is not None:
+                arena.close()
+            self._attached[target.arena] = arena = fresh
+        return arena
+
+    def close(self) -> None:
+        """Detach from all."""
+        for arena in self._attached.values():
+            arena.close()
+        self._attached.clear()
+
+
+class GpuOutput:
+    """The decoding side: which units stay on the GPU, and where.
+
+    Args:
+        ring_bytes: GPU memory for them; 0 = none stays.
+    """
+
+    def __init__(self, ring_bytes: int) -> None:
+        self._ring_bytes = ring_bytes
+        self._ring: PlaneRing | None = None
+        self._gpus: OrderedDict[str, bool] = OrderedDict()
+
+    def wants(self, target_json: str) -> bool:
+        """Whether the target lies on a GPU.
+
+        Raises:
+            LayoutError, ArenaError: the target is not one, or its arena is gone.
+        """
+        if not (target_json and self._ring_bytes):
+            return False
+        known = self._gpus.get(target_json)  # the units of a chunk come one after the other
+        if known is None:
+            header = read_arena_header(BlockTarget.from_json(target_json).arena)
+            known = self._gpus[target_json] = header.gpu is not None
+            if len(self._gpus) > _MAX_KNOWN_TARGETS:
+                self._gpus.popitem(last=False)
+        return known
+
+    def decode(self, unit: Unit, decoder: NvdecDecoder) -> str:
+        """Decode into the ring; the ticket's JSON, or "" where the ring has no room.
+
+        Raises:
+            CodecError, GpuError: it does not decode, or the GPU refused.
+        """
+        if self._ring is None:
+            name = f"kvfetcher-{run_dir().name}-planes-{os.getpid()}"
+            self._ring = PlaneRing(
+                decoder.context,
+                self._ring_bytes,
+                table=_SHARED_MEMORY / name,
+                expiry_seconds=_EXPIRY_SECONDS,
+            )
+        geometry = unit.geometry
+        ticket = self._ring.reserve(
+            geometry.num_bytes, shift=sample_shift(geometry), wait_seconds=_WAIT_SECONDS
+        )
+        if ticket is None:
+            return ""
+        try:
+            decoder.decode_on_gpu(unit.packets(), geometry, self._ring.address_of(ticket))
+            self._ring.written()
+        except BaseException:
+            self._ring.cancel(ticket)
+            raise
+        return ticket.to_json()
+
+    def close(self) -> None:
+        """Free the memory."""
+        if self._ring is not None:
+            self._ring.close()
+            self._ring = None
+
+
+class GpuJob(NamedTuple):
+    """One unit that is being restored on a GPU, or was restored by the CPU for it."""
+
+    pending: Any
+    """`PendingRestore`; None = it is done."""
+    gpu: int
+    ticket: PlaneTicket | None
+    keeps: tuple[Any, ...]
+
+    @property
+    def restorer(self) -> str:
+        return "cpu" if self.pending is None else "gpu"
+
+
+class GpuInput:
+    """The restoring side: planes from anywhere into arenas on GPUs. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._reader = PlaneReader(cuda_context)
+        self._restorers: dict[int, Any] = {}
+        self._block_ids: OrderedDict[tuple[int, tuple[int, ...]], Any] = OrderedDict()
+
+    def start(
+        self,
+        unit: Unit,
+        planes: NDArray[np.uint8],
+        planes_at: str,
+        arena: Arena,
+        target: BlockTarget,
+    ) -> GpuJob:
+        """Begin a unit; see `UnitRestorer.start`."""
+        assert arena.gpu is not None
+        arena.check_values(target, unit.layer_start, unit.shape)
+        ticket = PlaneTicket.from_json(planes_at) if planes_at else None
+        restorer = self._restorer(arena.gpu)
+        try:
+            if restorer is None or not restorer.can_restore(unit):
+                host = planes if ticket is None else self._download(unit, ticket)
+                arena.write(target, unit.layer_start, profiles.restore_parsed(unit, host))
+                return GpuJob(None, arena.gpu, ticket, ())
+            on_gpu = self._planes(unit, planes, ticket, arena.gpu)
+            destination = self._destination(unit, arena, target)
+            pending = restorer.begin(unit, on_gpu, destination)
+        except BaseException:
+            if ticket is not None:
+                self._give_back(ticket)
+            raise
+        return GpuJob(pending, arena.gpu, ticket, (on_gpu, destination))
+
+    def finish(self, jobs: Sequence[GpuJob]) -> list[KVFetcherError | None]:
+        """Wait for all; what is wrong with each, or None."""
+        errors: dict[int, KVFetcherError | None] = {}
+        for gpu in {job.gpu for job in jobs}:
+            begun = [j for j, job in enumerate(jobs) if job.gpu == gpu and job.pending is not None]
+            if begun:
+                found = self._restorers[gpu].finish([jobs[j].pending for j in begun])
+                errors.update(zip(begun, found, strict=True))
+        for index, job in enumerate(jobs):
+            if job.ticket is not None:
+                errors[index] = errors.get(index) or self._give_back(job.ticket)
+        return [errors.get(index) for index in range(len(jobs))]
+
+    def close(self) -> None:
+        """Let go of the decoders' memory."""
+        self._reader.close()
+
+    def _restorer(self, gpu: int) -> Any:
+        if gpu not in self._restorers:
+            try:
+                from kvfetcher.codec.gpu_restore import GpuRestorer
+            except ImportError as exc:
+                _log.warning("units are restored by the CPU and copied to GPU %d: %s", gpu, exc)
+                self._restorers[gpu] = None
+            else:
+                self._restorers[gpu] = GpuRestorer(f"cuda:{gpu}")
+        return self._restorers[gpu]
+
+    def _planes(
+        self, unit: Unit, planes: NDArray[np.uint8], ticket: PlaneTicket | None, gpu: int
+    ) -> Any:
+        import torch
+
+        from kvfetcher.codec.gpu_restore import GpuPlanes
+
+        geometry = unit.geometry
+        device = torch.device("cuda", gpu)
+        if ticket is not None:
+            tensor = self._tensor(unit, ticket)
+            return GpuPlanes(tensor.to(device), ticket.shift)
+        if planes.nbytes != geometry.num_bytes:
+            raise LayoutError(
+                f"planes must be {geometry.shape} {geometry.dtype}, got {planes.nbytes} bytes"
+            )
+        signed = np.uint8 if geometry.dtype.itemsize == 1 else np.int16
+        host = np.ascontiguousarray(planes).view(signed).reshape(geometry.shape)
+        return GpuPlanes(torch.from_numpy(host.copy()).to(device), 0)
+
+    def _tensor(self, unit: Unit, ticket: PlaneTicket) -> Any:
+        from kvfetcher.gpu_arena import as_tensor
+
+        geometry = unit.geometry
+        if ticket.num_bytes != geometry.num_bytes:
+            raise LayoutError(
+                f"planes must be {geometry.num_bytes} bytes, the ticket has {ticket.num_bytes}"
+            )
+        return as_tensor(
+            self._reader.address(ticket),
+            geometry.shape,
+            item_bytes=geometry.dtype.itemsize,
+            gpu=ticket.gpu,
+        )
+
+    def _download(self, unit: Unit, ticket: PlaneTicket) -> NDArray[Any]:
+        host: NDArray[Any] = self._tensor(unit, ticket).cpu().numpy().view(unit.geometry.dtype)
+        return host >> ticket.shift
+
+    def _destination(self, unit: Unit, arena: Arena, target: BlockTarget) -> Any:
+        import torch
+
+        from kvfetcher.codec.gpu_restore import Destination
+
+        key = (arena.gpu or 0, target.block_ids)
+        if key not in self._block_ids:
+            ids = torch.tensor(target.block_ids, dtype=torch.int32, device=arena.blocks.device)
+            self._block_ids[key] = ids
+            if len(self._block_ids) > _MAX_KNOWN_TARGETS:
+                self._block_ids.popitem(last=False)
+        return Destination(arena.blocks, self._block_ids[key], unit.layer_start)
+
+    def _give_back(self, ticket: PlaneTicket) -> KVFetcherError | None:
+        try:
+            self._reader.finish(ticket)
+        except GpuError as exc:
+            return exc
+        return None

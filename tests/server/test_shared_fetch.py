@@ -1,0 +1,123 @@
+"""Many requests for one prefix at a time: the store is read once."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+import redis
+import tritonclient.grpc as grpcclient
+
+from kvfetcher import wire
+from kvfetcher.control import ControlClient, socket_path
+from support.servers import RedisServer
+from support.shaping import LinkShape, ShapedLink
+
+from .conftest import CHUNK_TOKENS, start_server
+
+pytestmark = [pytest.mark.triton, pytest.mark.slow, pytest.mark.redis]
+
+REQUESTS = 200
+FIRST_BYTE = "8"  # of an object in its Redis value, after the time stamp
+
+
+class KeyReads(threading.Thread):
+    """What is read of each object, as the store itself sees it; from `start` to `stop`."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__(daemon=True)
+        self._port = port
+        self._listens = threading.Event()
+        self.ranges: Counter = Counter()
+
+    def run(self) -> None:
+        with redis.Redis(port=self._port) as client, client.monitor() as monitor:
+            self._listens.set()
+            for command in monitor.listen():
+                words = command["command"].split(" ")
+                if words[0] == "GETRANGE":
+                    self.ranges[tuple(words[1:4])] += 1
+                elif words[-1] == "monitor:end":
+                    return
+
+    def __enter__(self):
+        self.start()
+        assert self._listens.wait(10)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with redis.Redis(port=self._port) as client:
+            client.exists("monitor:end")
+        self.join(10)
+
+
+def fetch_at_once(url, ids, count, *, timeout=120.0):
+    """`count` requests to `kv_fetch` over one stream; their leases and reports."""
+    results, done = [], threading.Event()
+
+    def callback(result, error):
+        if error is not None:
+            results.append(error)
+        elif result.as_numpy(wire.KV_LEASE) is not None:
+            results.append(result)
+        if len(results) == count:
+            done.set()
+
+    with grpcclient.InferenceServerClient(url) as client:
+        client.start_stream(callback)
+        for number in range(count):
+            tensors = [
+                grpcclient.InferInput(wire.INPUT_IDS, list(ids.shape), "INT32"),
+                grpcclient.InferInput(wire.KV_POLICY, [1], "BYTES"),
+            ]
+            tensors[0].set_data_from_numpy(ids)
+            tensors[1].set_data_from_numpy(np.array([b"fetch"], dtype=object))
+            client.async_stream_infer(wire.KV_FETCH, tensors, request_id=str(number))
+        assert done.wait(timeout), f"{len(results)} of {count} answered"
+        client.stop_stream()
+    return results
+
+
+def test_200_requests_for_one_prefix_transfer_each_chunk_once(tmp_path, prompt, model):
+    question = prompt(220)
+    with (
+        RedisServer(tmp_path / "redis") as store,
+        ShapedLink(("127.0.0.1", store.port)) as link,
+        start_server(
+            tmp_path / "unused",
+            store={"kind": "redis", "url": f"redis://{link.host}:{link.port}/0"},
+            fetch={"min_hit_tokens": CHUNK_TOKENS, "deadline_seconds": 60.0},
+        ) as running,
+    ):
+        text = grpcclient.InferInput("text_input", [1], "BYTES")
+        text.set_data_from_numpy(np.array([question.encode()], dtype=object))
+        ids = running.triton.infer(wire.PREPROCESSING, [text]).as_numpy(wire.INPUT_IDS)
+        whole = (len(ids) - 1) // CHUNK_TOKENS
+        running.client.generate(question, max_tokens=1)
+        running.settle()
+        with redis.Redis(port=store.port) as raw:
+            sizes = {key.decode(): raw.strlen(key) for key in raw.keys("kvf:o:*")}
+        assert len(sizes) == whole
+
+        link.reshape(LinkShape(gbit_per_second=0.05, rtt_seconds=0.01))
+        before = link.stats().bytes_down
+        with KeyReads(store.port) as reads:
+            answers = fetch_at_once(running.server.grpc_url, ids, REQUESTS)
+        moved = link.stats().bytes_down - before
+
+        claims = [json.loads(answer.as_numpy(wire.KV_LEASE)[0]) for answer in answers]
+        with ControlClient(socket_path(running.server.run_dir), timeout_seconds=10) as control:
+            for claim in claims:
+                control.release(claim["lease_id"])
+        assert {claim["num_tokens"] for claim in claims} == {whole * CHUNK_TOKENS}
+        assert {name for name, *_ in reads.ranges} == set(sizes)
+        # Requests that come before the fetch has begun look the chunks up: a few read the headers.
+        headers = {what: n for what, n in reads.ranges.items() if what[1] == FIRST_BYTE}
+        units = {what: n for what, n in reads.ranges.items() if what[1] != FIRST_BYTE}
+        assert set(units.values()) == {1}, "units were read more than once"
+        assert max(headers.values()) < REQUESTS / 10
+        assert moved < 1.1 * sum(sizes.values())
+        running.settle()
