@@ -7,7 +7,8 @@ one block at a time are a broken lease rule, not a case that the arena sorts out
 
 File, little-endian: bytes 0-7 magic ``KVFARENA``, 8-11 version (uint32), 12-15 length of the JSON
 text (uint32), the JSON text, zeros up to byte 4096, then the blocks as one C-ordered array
-``[num_blocks, L, K, H, tokens_per_block, D]`` of the KV dtype's bit patterns.
+``[num_blocks, L, K, H, tokens_per_block, D]`` of the KV dtype's bit patterns. Where the JSON has
+``gpu``, the file ends there and the blocks lie in that GPU's memory (`kvfetcher.gpu_arena`).
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import mmap
 import os
 import secrets
 import struct
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,6 +124,34 @@ class BlockTarget:
         return cls.from_dict(data)
 
 
+@dataclass(frozen=True, slots=True)
+class ArenaHeader:
+    """What the file says of an arena, whoever holds its blocks."""
+
+    spec: KVSpec
+    tokens_per_block: int
+    num_blocks: int
+    generation: str
+    gpu: GpuMemory | None = None
+
+    @property
+    def blocks_shape(self) -> tuple[int, ...]:
+        """[num_blocks, L, K, H, tokens_per_block, D]."""
+        return (self.num_blocks, *_block_shape(self.spec, self.tokens_per_block))
+
+
+@dataclass(frozen=True, slots=True)
+class GpuMemory:
+    """Where an arena's blocks lie on a GPU."""
+
+    index: int
+    """Of the GPU, as CUDA counts."""
+    handle: str
+    """CUDA IPC handle of the memory, hex."""
+    owner: int
+    """Process that allocated it."""
+
+
 class Arena:
     """A mapped arena. Make one with `create` (the owner) or `attach` (everybody else).
 
@@ -131,30 +161,43 @@ class Arena:
     """
 
     def __init__(
-        self,
-        path: Path,
-        memory: mmap.mmap,
-        *,
-        spec: KVSpec,
-        tokens_per_block: int,
-        num_blocks: int,
-        generation: str,
-        lock_fd: int | None = None,
+        self, path: Path, header: ArenaHeader, memory: mmap.mmap, *, lock_fd: int | None = None
     ) -> None:
         self.path = path
+        self.header = header
         self._lock_fd = lock_fd
-        self.spec = spec
-        self.tokens_per_block = tokens_per_block
-        self.num_blocks = num_blocks
-        self.generation = generation
         self._memory = memory
-        shape = (num_blocks, *_block_shape(spec, tokens_per_block))
-        self._blocks: NDArray[Any] | None = np.frombuffer(
-            memory, storage_dtype(spec), count=int(np.prod(shape)), offset=HEADER_BYTES
+        shape = header.blocks_shape
+        self._blocks: Any = np.frombuffer(
+            memory, storage_dtype(header.spec), count=math.prod(shape), offset=HEADER_BYTES
         ).reshape(shape)
 
     def __repr__(self) -> str:
-        return f"Arena({str(self.path)!r}, num_blocks={self.num_blocks}, spec={self.spec})"
+        return (
+            f"{type(self).__name__}({str(self.path)!r}, num_blocks={self.num_blocks},"
+            f" spec={self.spec})"
+        )
+
+    @property
+    def spec(self) -> KVSpec:
+        return self.header.spec
+
+    @property
+    def tokens_per_block(self) -> int:
+        return self.header.tokens_per_block
+
+    @property
+    def num_blocks(self) -> int:
+        return self.header.num_blocks
+
+    @property
+    def generation(self) -> str:
+        return self.header.generation
+
+    @property
+    def gpu(self) -> int | None:
+        """Index of the GPU that the blocks lie on; None = host memory."""
+        return None if self.header.gpu is None else self.header.gpu.index
 
     @classmethod
     def create(
@@ -169,63 +212,16 @@ class Arena:
             ConfigError: `num_bytes` holds no block, or more than MAX_BLOCKS.
             ArenaError: the file cannot be made, or the file system lacks the space.
         """
-        path = Path(path)
-        block_bytes = spec.bytes_per_token * tokens_per_block
-        num_blocks = (num_bytes - HEADER_BYTES) // block_bytes
-        if num_blocks < 1:
-            raise ConfigError(
-                f"an arena of {num_bytes} bytes holds no block of {block_bytes} bytes"
-                f" ({tokens_per_block} tokens); raise engine.arena_bytes"
-            )
-        if num_blocks > MAX_BLOCKS:
-            raise ConfigError(
-                f"an arena of {num_bytes} bytes would have {num_blocks} blocks, at most"
-                f" {MAX_BLOCKS} are possible; lower engine.arena_bytes or raise"
-                " engine.tokens_per_block"
-            )
-        generation = secrets.token_hex(16)
-        text = json.dumps(
-            {
-                "spec": spec.to_dict(),
-                "tokens_per_block": tokens_per_block,
-                "num_blocks": num_blocks,
-                "generation": generation,
-            },
-            separators=(",", ":"),
-        ).encode()
-        total = HEADER_BYTES + num_blocks * block_bytes
-        partial = path.with_name(f".{path.name}.{generation[:8]}.partial")
+        header = plan_arena(spec, tokens_per_block=tokens_per_block, num_bytes=num_bytes)
+        total = HEADER_BYTES + math.prod(header.blocks_shape) * spec.item_bytes
+        fd = write_arena_file(Path(path), header, num_bytes=total)
         try:
-            fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                # Held as long as the owner lives: `sweep` tells dead arenas by it.
-                fcntl.flock(fd, fcntl.LOCK_EX)
-                os.posix_fallocate(fd, 0, total)
-                os.pwrite(fd, _PREFIX.pack(_MAGIC, ARENA_VERSION, len(text)) + text, 0)
-                memory = mmap.mmap(fd, total)
-                partial.replace(path)
-            except OSError:
-                os.close(fd)
-                raise
+            memory = mmap.mmap(fd, total)
         except OSError as exc:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-            remedy = (
-                f"; it needs {total} bytes: lower engine.arena_bytes or enlarge the file system"
-                " (docker: --shm-size)"
-                if exc.errno in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG)
-                else ""
-            )
-            raise ArenaError(f"arena {path} cannot be created: {exc.strerror}{remedy}") from exc
-        return cls(
-            path,
-            memory,
-            spec=spec,
-            tokens_per_block=tokens_per_block,
-            num_blocks=num_blocks,
-            generation=generation,
-            lock_fd=fd,
-        )
+            os.close(fd)
+            Path(path).unlink(missing_ok=True)
+            raise ArenaError(f"arena {path} cannot be mapped: {exc.strerror}") from exc
+        return cls(Path(path), header, memory, lock_fd=fd)
 
     @staticmethod
     def sweep(folder: Path, pattern: str) -> int:
@@ -266,40 +262,28 @@ class Arena:
             ArenaError: no such file, not an arena, cut short, or of another generation.
         """
         path = Path(path)
+        fd, header = _open_arena_file(path)
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except OSError as exc:
-            raise ArenaError(
-                f"arena {path} cannot be opened: {exc.strerror}; is the engine running?"
-            ) from exc
-        try:
-            size = os.fstat(fd).st_size
-            spec, tokens_per_block, num_blocks, found = _parse_header(
-                path, os.pread(fd, HEADER_BYTES, 0)
-            )
-            total = HEADER_BYTES + num_blocks * spec.bytes_per_token * tokens_per_block
-            if size != total:
-                raise ArenaError(f"arena {path} has {size} bytes, its header says {total}")
-            if generation is not None and generation != found:
+            if generation is not None and generation != header.generation:
                 raise ArenaError(
-                    f"arena {path} is of generation {found}, wanted {generation}; the engine was"
-                    " restarted, ask it for a new lease"
+                    f"arena {path} is of generation {header.generation}, wanted {generation}; the"
+                    " engine was restarted, ask it for a new lease"
                 )
-            memory = mmap.mmap(fd, total)
+            if header.gpu is not None:
+                from kvfetcher.gpu_arena import GpuArena  # torch comes with it
+
+                return GpuArena.open(path, header)
+            memory = mmap.mmap(fd, os.fstat(fd).st_size)
         finally:
             os.close(fd)
-        return cls(
-            path,
-            memory,
-            spec=spec,
-            tokens_per_block=tokens_per_block,
-            num_blocks=num_blocks,
-            generation=found,
-        )
+        return cls(path, header, memory)
 
     @property
-    def blocks(self) -> NDArray[Any]:
-        """[num_blocks, L, K, H, tokens_per_block, D], the shared memory itself."""
+    def blocks(self) -> Any:
+        """[num_blocks, L, K, H, tokens_per_block, D], the shared memory itself.
+
+        A numpy array; of a `GpuArena`, a torch tensor of as many signed bytes an item.
+        """
         if self._blocks is None:
             raise ArenaError(f"arena {self.path} is closed")
         return self._blocks
@@ -322,23 +306,10 @@ class Arena:
             ArenaError: the target is of another generation.
             LayoutError: shape, dtype, layers or block ids do not fit.
         """
-        self._check(target)
-        spec, step = self.spec, self.tokens_per_block
-        if values.ndim != 5:
-            raise LayoutError(f"values must be [Lg, K, H, T, D], got {values.shape = }")
-        layers = self._layers(layer_start, values.shape[0])
-        expected = (
-            len(layers),
-            spec.kv_factor,
-            spec.num_kv_heads,
-            target.num_tokens,
-            spec.head_dim,
-        )
-        if values.shape != expected or values.dtype != storage_dtype(spec):
-            raise LayoutError(
-                f"values must be {storage_dtype(spec)} {expected}, got {values.dtype}"
-                f" {values.shape}"
-            )
+        layers = self.check_values(target, layer_start, values.shape)
+        if values.dtype != storage_dtype(self.spec):
+            raise LayoutError(f"values must be {storage_dtype(self.spec)}, got {values.dtype}")
+        step = self.tokens_per_block
         blocks = self.blocks
         for index, block_id in enumerate(target.block_ids):
             part = values[:, :, :, index * step : (index + 1) * step]
@@ -356,12 +327,9 @@ class Arena:
             ArenaError: the target is of another generation.
             LayoutError: layers or block ids do not fit.
         """
-        self._check(target)
+        layers = self._read_layers(target, layer_start, num_layers)
         spec, step = self.spec, self.tokens_per_block
-        if num_layers is None:
-            num_layers = spec.num_layers - layer_start
-        layers = self._layers(layer_start, num_layers)
-        shape = (num_layers, spec.kv_factor, spec.num_kv_heads, target.num_tokens, spec.head_dim)
+        shape = (len(layers), spec.kv_factor, spec.num_kv_heads, target.num_tokens, spec.head_dim)
         values = np.empty(shape, storage_dtype(spec))
         blocks = self.blocks
         for index, block_id in enumerate(target.block_ids):
@@ -369,12 +337,20 @@ class Arena:
             part[...] = blocks[block_id, layers.start : layers.stop, :, :, : part.shape[3]]
         return values
 
+    def load(self, target: BlockTarget) -> Any:
+        """Values of a target's tokens where they lie: [L, K, H, T, D], a copy.
+
+        Here a numpy array, as from `read`; of a `GpuArena`, a torch tensor on its GPU.
+
+        Raises:
+            ArenaError, LayoutError: as `read`.
+        """
+        return self.read(target)
+
     def close(self) -> None:
         """Unmap. Safe to call twice. The file stays; the owner removes it with `unlink`."""
         self._blocks = None
-        if self._lock_fd is not None:
-            os.close(self._lock_fd)
-            self._lock_fd = None
+        self._unlock()
         # An array that somebody kept holds the mapping; it goes when that array goes.
         with contextlib.suppress(BufferError):
             self._memory.close()
@@ -383,6 +359,11 @@ class Arena:
         """Remove the file; processes that have it mapped keep their mapping. Owner only."""
         self.path.unlink(missing_ok=True)
 
+    def _unlock(self) -> None:
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
     def _layers(self, layer_start: int, num_layers: int) -> range:
         if layer_start < 0 or num_layers < 1 or layer_start + num_layers > self.spec.num_layers:
             raise LayoutError(
@@ -390,6 +371,35 @@ class Arena:
                 f" {self.spec.num_layers} layers of the arena"
             )
         return range(layer_start, layer_start + num_layers)
+
+    def check_values(self, target: BlockTarget, layer_start: int, shape: tuple[int, ...]) -> range:
+        """The layers that values [Lg, K, H, T, D] of a target are of.
+
+        Raises:
+            ArenaError: the target is of another generation.
+            LayoutError: shape, layers or block ids do not fit.
+        """
+        self._check(target)
+        spec = self.spec
+        if len(shape) != 5:
+            raise LayoutError(f"values must be [Lg, K, H, T, D], got shape {tuple(shape)}")
+        layers = self._layers(layer_start, shape[0])
+        expected = (
+            len(layers),
+            spec.kv_factor,
+            spec.num_kv_heads,
+            target.num_tokens,
+            spec.head_dim,
+        )
+        if tuple(shape) != expected:
+            raise LayoutError(f"values must be [Lg, K, H, T, D] = {expected}, got {tuple(shape)}")
+        return layers
+
+    def _read_layers(self, target: BlockTarget, layer_start: int, num_layers: int | None) -> range:
+        self._check(target)
+        if num_layers is None:
+            num_layers = self.spec.num_layers - layer_start
+        return self._layers(layer_start, num_layers)
 
     def _check(self, target: BlockTarget) -> None:
         if target.generation != self.generation:
@@ -409,8 +419,95 @@ def _block_shape(spec: KVSpec, tokens_per_block: int) -> tuple[int, ...]:
     return (spec.num_layers, spec.kv_factor, spec.num_kv_heads, tokens_per_block, spec.head_dim)
 
 
-def _parse_header(path: Path, header: bytes) -> tuple[KVSpec, int, int, str]:
-    """Spec, tokens per block, number of blocks, generation; ArenaError where anything is odd."""
+def plan_arena(spec: KVSpec, *, tokens_per_block: int, num_bytes: int) -> ArenaHeader:
+    """The header of a new arena in host memory that takes at most `num_bytes`.
+
+    Raises:
+        ConfigError: `num_bytes` holds no block, or more than MAX_BLOCKS.
+    """
+    block_bytes = spec.bytes_per_token * tokens_per_block
+    num_blocks = (num_bytes - HEADER_BYTES) // block_bytes
+    if num_blocks < 1:
+        raise ConfigError(
+            f"an arena of {num_bytes} bytes holds no block of {block_bytes} bytes"
+            f" ({tokens_per_block} tokens); raise engine.arena_bytes"
+        )
+    if num_blocks > MAX_BLOCKS:
+        raise ConfigError(
+            f"an arena of {num_bytes} bytes would have {num_blocks} blocks, at most"
+            f" {MAX_BLOCKS} are possible; lower engine.arena_bytes or raise"
+            " engine.tokens_per_block"
+        )
+    return ArenaHeader(spec, tokens_per_block, num_blocks, secrets.token_hex(16))
+
+
+def write_arena_file(path: Path, header: ArenaHeader, *, num_bytes: int) -> int:
+    """Make an arena's file, whole and reserved; it appears at `path` at once.
+
+    Returns:
+        Its file descriptor, locked. `Arena.sweep` takes a file without a lock for a dead one.
+
+    Raises:
+        ArenaError: the file cannot be made, or the file system lacks the space.
+    """
+    partial = path.with_name(f".{path.name}.{header.generation[:8]}.partial")
+    text = json.dumps(asdict(header), separators=(",", ":")).encode()
+    try:
+        fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            os.posix_fallocate(fd, 0, num_bytes)
+            os.pwrite(fd, _PREFIX.pack(_MAGIC, ARENA_VERSION, len(text)) + text, 0)
+            partial.replace(path)
+        except OSError:
+            os.close(fd)
+            raise
+    except OSError as exc:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        remedy = (
+            f"; it needs {num_bytes} bytes: lower engine.arena_bytes or enlarge the file system"
+            " (docker: --shm-size)"
+            if exc.errno in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG)
+            else ""
+        )
+        raise ArenaError(f"arena {path} cannot be created: {exc.strerror}{remedy}") from exc
+    return fd
+
+
+def read_arena_header(path: str | Path) -> ArenaHeader:
+    """What an arena's file says, without attaching to it.
+
+    Raises:
+        ArenaError: no such file, not an arena, or cut short.
+    """
+    fd, header = _open_arena_file(Path(path))
+    os.close(fd)
+    return header
+
+
+def _open_arena_file(path: Path) -> tuple[int, ArenaHeader]:
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as exc:
+        raise ArenaError(
+            f"arena {path} cannot be opened: {exc.strerror}; is the engine running?"
+        ) from exc
+    try:
+        header = _parse_header(path, os.pread(fd, HEADER_BYTES, 0))
+        block_bytes = header.spec.bytes_per_token * header.tokens_per_block
+        total = HEADER_BYTES + (0 if header.gpu else header.num_blocks * block_bytes)
+        size = os.fstat(fd).st_size
+        if size != total:
+            raise ArenaError(f"arena {path} has {size} bytes, its header says {total}")
+    except ArenaError:
+        os.close(fd)
+        raise
+    return fd, header
+
+
+def _parse_header(path: Path, header: bytes) -> ArenaHeader:
+    """The header's facts; ArenaError where anything is odd."""
     if len(header) < _PREFIX.size or header[:8] != _MAGIC:
         raise ArenaError(f"{path} is not a KV arena")
     _, version, length = _PREFIX.unpack_from(header)
@@ -425,6 +522,10 @@ def _parse_header(path: Path, header: bytes) -> tuple[KVSpec, int, int, str]:
         generation = str(data["generation"])
         if tokens_per_block < 1 or not 1 <= num_blocks <= MAX_BLOCKS:
             raise ValueError(f"{num_blocks} blocks of {tokens_per_block} tokens")
+        gpu = data.get("gpu")
+        memory = None if gpu is None else GpuMemory(**gpu)
+        if memory is not None:
+            bytes.fromhex(memory.handle)
     except (ValueError, KeyError, TypeError, ConfigError) as exc:
         raise ArenaError(f"arena {path} has an unreadable header: {exc}") from exc
-    return spec, tokens_per_block, num_blocks, generation
+    return ArenaHeader(spec, tokens_per_block, num_blocks, generation, memory)

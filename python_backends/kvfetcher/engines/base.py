@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from kvfetcher.leases import LeaseClaim
     from kvfetcher.spec import ModelIdentity
 
-FinishReason = Literal["", "stop", "length", "cancelled"]
+FinishReason = Literal["", "stop", "length", "cancelled", "warmed"]
+"""`warmed` = nothing was to be generated (kv_policy `warm`); no engine gives it."""
 
 MAX_STOP_WORDS = 64
 MAX_STOP_WORD_CHARACTERS = 1024
@@ -187,7 +188,7 @@ class EngineInfo:
     """What other processes need to know (`describe` of the control socket)."""
 
     engine: str
-    """"torch" or "tensorrt_llm"."""
+    """"torch", "paged" or "tensorrt_llm"."""
     model: str
     """Folder with the tokenizer (and, for `torch`, the weights)."""
     device: str
@@ -201,7 +202,7 @@ class EngineInfo:
     max_prompt_tokens: int
     max_output_tokens: int
     prefill_tokens_per_second: float
-    """Learnt while running (moving average); what computing instead of fetching would take."""
+    """At position 0, learnt while running; `stats` has the cost by position."""
     rope: RopeFacts
 
     def to_dict(self) -> dict[str, Any]:

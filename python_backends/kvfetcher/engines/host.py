@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Self
 
 from kvfetcher.arena import Arena
 from kvfetcher.control import ControlServer, socket_path
-from kvfetcher.engines.loader import load_model
 from kvfetcher.engines.models import prepare_model
+from kvfetcher.engines.opening import prepare_engine
 from kvfetcher.engines.streams import Streams
-from kvfetcher.engines.torch_engine import TorchEngine
+from kvfetcher.errors import ConfigError
 from kvfetcher.leases import LeaseTable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvfetcher.config import Config
+    from kvfetcher.config import Config, EngineConfig
+    from kvfetcher.spec import KVSpec
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -35,7 +36,7 @@ class EngineHost:
         progress: gets one sentence before each long step.
 
     Raises:
-        ConfigError, EngineError, ArenaError: see `prepare_model`, `load_model`, `Arena.create`.
+        ConfigError, EngineError, ArenaError: see `prepare_model`, `prepare_engine`, `Arena.create`.
     """
 
     def __init__(
@@ -48,26 +49,23 @@ class EngineHost:
     ) -> None:
         with contextlib.ExitStack() as stack:
             folder = prepare_model(config.engine.model, progress=progress)
-            progress(f"loading model {folder.name}")
-            loaded = load_model(
-                folder.path, device=config.engine.device, kv_dtype=config.engine.kv_dtype
-            )
             socket = socket_path(run_folder)
+            opening = prepare_engine(config, folder.path, socket.parent, progress=progress)
             removed = Arena.sweep(arena_folder, _arena_name("*"))
             if removed:
                 _log.warning("removed %d arena file(s) of engines that died", removed)
-            self.arena = Arena.create(
+            self.arena = open_arena(
                 arena_folder / _arena_name(socket.parent.name),
-                spec=loaded.spec,
-                tokens_per_block=config.engine.tokens_per_block,
-                num_bytes=config.engine.arena_bytes,
+                opening.spec,
+                config.engine,
+                device=opening.device,
             )
             stack.callback(self.arena.close)
             stack.callback(self.arena.unlink)
             self.leases = LeaseTable(
                 num_blocks=self.arena.num_blocks, tokens_per_block=self.arena.tokens_per_block
             )
-            self.engine = TorchEngine(loaded, config, arena=self.arena, leases=self.leases)
+            self.engine = opening.open(self.arena, self.leases, stack)
             stack.callback(self.engine.close)
             self.streams = Streams()
             self.control = ControlServer(
@@ -77,6 +75,7 @@ class EngineHost:
                 describe=lambda: self.engine.describe().to_dict(),
                 stats=self.engine.stats,
                 cancel=self.streams.cancel,
+                was_cancelled=self.streams.was_cancelled,
             )
             stack.callback(self.control.close)
             self._stack = stack.pop_all()
@@ -90,6 +89,27 @@ class EngineHost:
     def close(self) -> None:
         """Close the socket, the engine and the arena, and remove their files. Safe to call twice."""
         self._stack.close()
+
+
+def open_arena(path: Path, spec: KVSpec, config: EngineConfig, *, device: str) -> Arena:
+    """A new arena where `engine.arena` wants it; `device` is where the model is.
+
+    Raises:
+        ConfigError: it is wanted on a GPU and the model runs on the CPU, or it holds no block.
+        ArenaError: there is not so much memory.
+    """
+    sizes = {"tokens_per_block": config.tokens_per_block, "num_bytes": config.arena_bytes}
+    if config.arena == "host" or (config.arena == "auto" and not device.startswith("cuda")):
+        return Arena.create(path, spec=spec, **sizes)
+    if not device.startswith("cuda"):
+        raise ConfigError(
+            f"engine.arena = 'gpu', but the model runs on {device}; set engine.device to cuda or"
+            " engine.arena to auto"
+        )
+    from kvfetcher.gpu_arena import GpuArena
+
+    index = int(device.partition(":")[2] or 0)
+    return GpuArena.create_on(index, path, spec=spec, **sizes)
 
 
 def _arena_name(run: str) -> str:

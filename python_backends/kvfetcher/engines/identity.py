@@ -102,7 +102,7 @@ def rope_text(config: Any) -> str:
     Raises:
         EngineError: a kind whose K values depend on later tokens, or none that is known.
     """
-    parameters = getattr(config, "rope_parameters", None)
+    parameters = getattr(config, "rope_parameters", None) or _older_rope_parameters(config)
     if not parameters:
         raise EngineError(
             f"model type {config.model_type!r} declares no rope_parameters; only models with rotary"
@@ -118,6 +118,20 @@ def rope_text(config: Any) -> str:
                 f" shared; supported are {_ROPE_TYPES}"
             )
     return json.dumps(parameters, sort_keys=True, separators=(",", ":"), default=str)
+
+
+def config_rope_facts(config: Any, *, num_layers: int, head_dim: int) -> RopeFacts:
+    """As `rope_facts`, from a configuration alone: no weights are read or made.
+
+    Raises:
+        EngineError: the model keeps its frequencies where this build does not look.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config)
+    return rope_facts(model, num_layers=num_layers, head_dim=head_dim)
 
 
 def rope_facts(model: Any, *, num_layers: int, head_dim: int) -> RopeFacts:
@@ -147,6 +161,20 @@ def rope_facts(model: Any, *, num_layers: int, head_dim: int) -> RopeFacts:
             f" {sorted(scalings)}; one of each is supported"
         )
     return RopeFacts(tuple(rows), rotary_dims.pop(), scalings.pop())
+
+
+def _older_rope_parameters(config: Any) -> dict[str, Any]:
+    """What transformers 4 keeps in two fields, in the form of transformers 5."""
+    theta = getattr(config, "rope_theta", None)
+    if theta is None:
+        return {}
+    scaling = dict(getattr(config, "rope_scaling", None) or {})
+    kind = scaling.pop("type", None)
+    return {
+        "rope_theta": theta,
+        "rope_type": scaling.pop("rope_type", kind or "default"),
+        **scaling,
+    }
 
 
 def _configuration(folder: Path) -> str:

@@ -130,11 +130,12 @@ class SequenceCache:
         for layer in self._layers:
             layer.length = length
 
-    def append(self, values: NDArray[Any]) -> None:
+    def append(self, values: Any) -> None:
         """Append tokens from bit patterns.
 
         Args:
-            values: [L, K, H, T, D] of the spec's storage dtype; copied.
+            values: [L, K, H, T, D] of the spec's storage dtype, a numpy array or what an arena on a
+                GPU gives (a tensor of as wide integers); copied.
 
         Raises:
             LayoutError: shape or dtype differ from the spec, or there is no room.
@@ -142,7 +143,9 @@ class SequenceCache:
         start, spec = self.length, self.spec
         expected = (spec.num_layers, 2, spec.num_kv_heads, spec.head_dim)
         shape = values.shape
-        if (*shape[:3], *shape[4:]) != expected or values.dtype != storage_dtype(spec):
+        is_tensor = isinstance(values, torch.Tensor)
+        wanted = _bits_dtype(spec) if is_tensor else storage_dtype(spec)
+        if (*shape[:3], *shape[4:]) != expected or values.dtype != wanted:
             raise LayoutError(
                 f"values must be {storage_dtype(spec)} [L, K, H, T, D] = {expected[:3]} T"
                 f" {expected[3:]}, got {values.dtype} {shape}"
@@ -150,7 +153,8 @@ class SequenceCache:
         end = start + shape[3]
         if end > self.capacity:
             raise LayoutError(f"a cache of {self.capacity} tokens has no room for {end}")
-        tensor = torch.from_numpy(np.ascontiguousarray(values)).view(kv_torch_dtype(spec))
+        found = values if is_tensor else torch.from_numpy(np.ascontiguousarray(values))
+        tensor = found.view(kv_torch_dtype(spec))
         for layer, part in zip(self._layers, tensor, strict=True):
             layer.keys[0, :, start:end] = part[0]
             layer.values[0, :, start:end] = part[1]
@@ -162,15 +166,26 @@ class SequenceCache:
         Raises:
             LayoutError: the tokens are not all there.
         """
+        return self.export_tensor(start, end).cpu().numpy().view(storage_dtype(self.spec))
+
+    def export_tensor(self, start: int, end: int) -> torch.Tensor:
+        """`export` where the cache lies, as signed or 8-bit integers: for an arena on that GPU.
+
+        Raises:
+            LayoutError: the tokens are not all there.
+        """
         if not 0 <= start < end <= self.length:
             raise LayoutError(f"tokens [{start}, {end}) are not in a cache of {self.length}")
         spec, dtype = self.spec, kv_torch_dtype(self.spec)
-        bits = torch.uint16 if spec.item_bytes == 2 else torch.uint8
         shape = (spec.num_layers, 2, spec.num_kv_heads, end - start, spec.head_dim)
-        values = np.empty(shape, storage_dtype(spec))
+        values = torch.empty(shape, dtype=dtype, device=self._layers[0].keys.device)
         for index, layer in enumerate(self._layers):
-            for kind, tensor in enumerate((layer.keys, layer.values)):
-                # Exact: the values were rounded to this type when they were written.
-                part = tensor[0, :, start:end].to(dtype).contiguous()
-                values[index, kind] = part.view(bits).cpu().numpy()
-        return values
+            # Exact: the values were rounded to this type when they were written.
+            values[index, 0] = layer.keys[0, :, start:end].to(dtype)
+            values[index, 1] = layer.values[0, :, start:end].to(dtype)
+        return values.view(_bits_dtype(spec))
+
+
+def _bits_dtype(spec: KVSpec) -> torch.dtype:
+    """Torch's type for bit patterns; of two bytes only the signed one has all operations."""
+    return torch.int16 if spec.item_bytes == 2 else torch.uint8

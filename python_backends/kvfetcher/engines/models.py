@@ -105,6 +105,19 @@ def prepare_model(
     return ModelFolder(builtin.name, path)
 
 
+def prepared_folder(name_or_path: str) -> Path | None:
+    """The folder of a model, without fetching it; None = a built-in one that is not here yet.
+
+    Raises:
+        EngineError: neither a built-in model nor a model folder.
+    """
+    builtin = BUILTIN.get(name_or_path)
+    if builtin is None:
+        return _local_folder(name_or_path).path
+    path = cache_home() / "models" / builtin.name
+    return path if _is_ready(path, builtin) else None
+
+
 def _local_folder(text: str) -> ModelFolder:
     path = Path(text).expanduser()
     if not (path / "config.json").is_file():

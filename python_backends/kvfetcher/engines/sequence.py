@@ -8,8 +8,8 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from kvfetcher.engines.answer import AnswerText
 from kvfetcher.engines.base import GenerateEvent, GenerateTimings
-from kvfetcher.engines.detokenize import Detokenizer, StopWords
 from kvfetcher.engines.sampling import Sampler
 
 if TYPE_CHECKING:
@@ -100,11 +100,14 @@ class Sequence:
         self.cached_tokens = 0
         self.cache: SequenceCache | None = None
         self.finish_reason: FinishReason = ""
-        self._eos_ids = frozenset(eos_ids)
         self._sampler = Sampler(request.sampling, eos_ids)
         self._tokenizer = tokenizer
-        self._detokenizer = Detokenizer(tokenizer)
-        self._stop_words = StopWords(request.sampling.stop_words)
+        self._text = AnswerText(
+            tokenizer,
+            eos_ids=eos_ids,
+            stop_words=request.sampling.stop_words,
+            max_tokens=max_tokens,
+        )
         self._first_event_sent = False
         self._submitted = time.perf_counter()
         self._began = self._submitted
@@ -132,19 +135,11 @@ class Sequence:
         if self.num_generated == 0:
             self._first_token = time.perf_counter()
         self.ids.append(token)
-        if token in self._eos_ids:
-            stopped = self._stop_words.add(self._detokenizer.finish())
-            self._end("stop", (token,), stopped.text + self._stop_words.finish())
-            return
-        stopped = self._stop_words.add(self._detokenizer.add((token,)))
-        if stopped.stopped:
-            self._end("stop", (token,), stopped.text)
-        elif self.num_generated >= self.max_tokens:
-            last = self._stop_words.add(self._detokenizer.finish())
-            text = stopped.text + last.text + self._stop_words.finish()
-            self._end("stop" if last.stopped else "length", (token,), text)
+        text, reason = self._text.add(token)
+        if reason:
+            self._end(reason, (token,), text)
         else:
-            self._send((token,), stopped.text)
+            self._send((token,), text)
 
     def cancel(self) -> None:
         """End with what there is."""

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import secrets
 import threading
+from collections import OrderedDict
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+_MAX_REMEMBERED = 4096  # a fetch asks within a second
 
 
 class Streams:
@@ -22,6 +26,7 @@ class Streams:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._running: dict[str, threading.Event] = {}
+        self._gone: OrderedDict[str, None] = OrderedDict()
 
     @contextmanager
     def open(self) -> Iterator[tuple[str, threading.Event]]:
@@ -36,9 +41,22 @@ class Streams:
                 del self._running[stream_id]
 
     def cancel(self, stream_id: str) -> bool:
-        """Cancel an answer; False where it is over already (no error: a race that is lost)."""
+        """Cancel an answer; False where it is over already (no error: a race that is lost).
+
+        What does not run here is remembered for a while: it may be a fetch in another process,
+        which asks `was_cancelled`.
+        """
         with self._lock:
             gone = self._running.get(stream_id)
+            if gone is None:
+                self._gone[stream_id] = None
+                if len(self._gone) > _MAX_REMEMBERED:
+                    self._gone.popitem(last=False)
         if gone is not None:
             gone.set()
         return gone is not None
+
+    def was_cancelled(self, stream_id: str) -> bool:
+        """Whether `cancel` was called for something that does not run here."""
+        with self._lock:
+            return stream_id in self._gone

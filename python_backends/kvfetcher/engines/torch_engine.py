@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvfetcher.engines.admission import check_request, claim_lease
 from kvfetcher.engines.base import EngineInfo, GenerateEvent, SaveTicket
 from kvfetcher.engines.kv_cache import SequenceCache
 from kvfetcher.engines.schedule import WaitingLine, chunks_to_save, slice_end
@@ -32,9 +33,9 @@ from kvfetcher.errors import (
     EngineError,
     KVFetcherError,
     LeaseError,
-    RequestError,
 )
 from kvfetcher.leases import tokens_digest
+from kvfetcher.prefill_rate import PrefillEstimator
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -44,11 +45,12 @@ if TYPE_CHECKING:
     from kvfetcher.engines.base import GenerateRequest
     from kvfetcher.engines.loader import LoadedModel
     from kvfetcher.leases import Lease, LeaseTable
+    from kvfetcher.prefill_rate import PrefillModel
 
-# Weight of the newest slice in the learnt prefill rate: about the last ten slices count.
-_RATE_WEIGHT = 0.2
 # Shorter slices are dominated by fixed costs and say little about the rate.
 _MIN_RATE_TOKENS = 32
+# Stands in only until the warm-up has run its first slice.
+_PRIOR_TOKENS_PER_SECOND = 1000.0
 
 _log = logging.getLogger(__name__)
 
@@ -112,7 +114,8 @@ class TorchEngine:
             config.engine.max_prompt_tokens or loaded.max_positions - 1, loaded.max_positions - 1
         )
         self._counters = EngineCounters()
-        self._rate = 0.0
+        self._prefill_estimator = PrefillEstimator(prior_tokens_per_second=_PRIOR_TOKENS_PER_SECOND)
+        self._prefill_lock = threading.Lock()
         self._line: WaitingLine[Sequence] = WaitingLine(
             max_running=config.engine.max_running_requests,
             max_waiting=config.engine.max_waiting_requests,
@@ -144,17 +147,18 @@ class TorchEngine:
             vocab_size=loaded.vocab_size,
             max_prompt_tokens=self.max_prompt_tokens,
             max_output_tokens=self._config.engine.max_output_tokens,
-            prefill_tokens_per_second=self._rate,
+            prefill_tokens_per_second=1 / self._prefill_model().base_seconds,
             rope=loaded.rope,
         )
 
     def stats(self) -> dict[str, Any]:
+        prefill = asdict(self._prefill_model())
         with self._changed:
             return {
                 **asdict(self._counters),
                 "waiting": len(self._line),
                 "running": self._num_running(),
-                "prefill_tokens_per_second": self._rate,
+                "prefill": prefill,
                 "dead": self._dead,
             }
 
@@ -181,7 +185,13 @@ class TorchEngine:
     # Submission: any thread
 
     def _submit(self, request: GenerateRequest, pipe: EventPipe) -> None:
-        max_tokens = self._check_request(request)
+        max_tokens = check_request(
+            request,
+            vocab_size=self._loaded.vocab_size,
+            max_prompt_tokens=self.max_prompt_tokens,
+            max_output_tokens=self._config.engine.max_output_tokens,
+            max_positions=self._loaded.max_positions,
+        )
         with self._changed:
             if self._dead or self._closing:
                 raise EngineError(self._dead or "the engine is closed")
@@ -191,7 +201,13 @@ class TorchEngine:
                 self._counters.refused += 1
                 raise
             # Claimed now, not when its turn comes: a lease must not expire in the line.
-            lease, lease_error = self._claim(request)
+            lease, lease_error = claim_lease(
+                request,
+                generation=self._arena.generation,
+                leases=self._leases,
+                now=self._clock(),
+            )
+            self._counters.leases_refused += bool(lease_error)
             self._line.add(
                 Sequence(
                     request,
@@ -204,52 +220,6 @@ class TorchEngine:
                 )
             )
             self._changed.notify()
-
-    def _check_request(self, request: GenerateRequest) -> int:
-        """Raise RequestError where a rule is broken; returns how many tokens may be generated."""
-        ids, vocab = request.input_ids, self._loaded.vocab_size
-        if not ids:
-            raise RequestError("the prompt has no tokens; send at least one")
-        if len(ids) > self.max_prompt_tokens:
-            raise RequestError(
-                f"the prompt has {len(ids)} tokens, at most {self.max_prompt_tokens} are possible"
-                " (the model's positions, engine.max_prompt_tokens); shorten it"
-            )
-        if min(ids) < 0 or max(ids) >= vocab:
-            raise RequestError(f"token ids must be 0 to {vocab - 1}, got {min(ids)} to {max(ids)}")
-        allowed = self._config.engine.max_output_tokens
-        if request.sampling.max_tokens > allowed:
-            raise RequestError(
-                f"max_tokens must be at most {allowed} (engine.max_output_tokens), got"
-                f" {request.sampling.max_tokens}"
-            )
-        return min(request.sampling.max_tokens, self._loaded.max_positions - len(ids))
-
-    def _claim(self, request: GenerateRequest) -> tuple[Lease | None, str]:
-        """The claimed lease, or None and why. A lease that cannot be used is a miss, not a failure."""
-        claim = request.lease
-        if claim is None:
-            return None, ""
-        try:
-            if claim.generation != self._arena.generation:
-                raise LeaseError(f"lease {claim.lease_id} is of another run of the engine")
-            lease = self._leases.claim(claim.lease_id, now=self._clock())
-        except LeaseError as exc:
-            self._counters.leases_refused += 1
-            _log.warning("request %s: computing everything: %s", request.request_id, exc)
-            return None, str(exc)
-        held = request.input_ids[: lease.num_tokens]
-        if (
-            lease.num_tokens != claim.num_tokens
-            or len(held) != lease.num_tokens
-            or tokens_digest(held) != lease.tokens_digest
-        ):
-            self._leases.release(lease.id, now=self._clock(), is_claimer=True)
-            self._counters.leases_refused += 1
-            reason = f"lease {lease.id} holds the KV of other tokens than this prompt begins with"
-            _log.error("request %s: computing everything: %s", request.request_id, reason)
-            return None, reason
-        return lease, ""
 
     # The loop: the engine's thread only
 
@@ -324,13 +294,14 @@ class TorchEngine:
         if lease is None:
             return
         target = self._arena.target(lease.block_ids, lease.num_tokens)
+        # Only copies that are over have read the blocks: the lease goes after the last one.
         for first in range(0, lease.num_tokens, self._chunk_tokens):  # bounded extra memory
             part = target.span(
                 first,
                 min(self._chunk_tokens, lease.num_tokens - first),
                 tokens_per_block=self._arena.tokens_per_block,
             )
-            sequence.cache.append(self._arena.read(part))
+            sequence.cache.append(self._arena.load(part))
         self._drop_lease(sequence)
         # The last prompt token is always computed: its logits are what the prefix is for.
         sequence.cached_tokens = min(lease.num_tokens, sequence.prompt_tokens - 1)
@@ -348,7 +319,7 @@ class TorchEngine:
             end = slice_end(position, prompt, self._slice_tokens)
             logits = self._forward(sequence.ids[position:end], cache)
             self._counters.prefill_tokens += end - position
-            self._learn(end - position, start, sequence)
+            sequence.add_compute(self._learn(position, end, start))
         if cache.length < prompt:
             return
         if logits is None or prompt % self._slice_tokens == 0:
@@ -429,7 +400,10 @@ class TorchEngine:
         sequence, lease, size = saving.sequence, saving.lease, self._chunk_tokens
         if saving.done < len(saving.chunks):
             first = (saving.chunks.start + saving.done) * size
-            values = _cache(sequence).export(first, first + size)
+            on_gpu = self._arena.gpu is not None
+            cache = _cache(sequence)
+            export = cache.export_tensor if on_gpu else cache.export
+            values = export(first, first + size)
             self._arena.write(self._save_target(saving, saving.done), 0, values)
             saving.done += 1
             return
@@ -531,23 +505,27 @@ class TorchEngine:
                     if not cache.is_uniform or cache.length != tokens:
                         raise ValueError("its layers do not all keep KV of their own")
                     if measured:
-                        self._learn(tokens, start, None)
+                        self._learn(0, tokens, start)
         except (RuntimeError, TypeError, ValueError) as exc:
             raise EngineError(
                 f"the model in {self._loaded.folder} cannot run a first slice of {tokens} tokens on"
                 f" {self._loaded.device}: {exc}"
             ) from exc
 
-    def _learn(self, tokens: int, start: float, sequence: Sequence | None) -> None:
-        """Update the prefill rate with a slice that began at `start`."""
+    def _learn(self, first: int, stop: int, started: float) -> float:
+        """Learn from the slice of positions [first, stop); returns the seconds that it took."""
         if self._loaded.device.type == "cuda":
             torch.cuda.synchronize(self._loaded.device)
-        seconds = time.perf_counter() - start
-        if sequence is not None:
-            sequence.add_compute(seconds)
-        if tokens >= min(_MIN_RATE_TOKENS, self._slice_tokens) and seconds > 0:
-            rate = tokens / seconds
-            self._rate += (rate - self._rate) * (_RATE_WEIGHT if self._rate else 1.0)
+        seconds = time.perf_counter() - started
+        if stop - first >= min(_MIN_RATE_TOKENS, self._slice_tokens):
+            with self._prefill_lock:
+                self._prefill_estimator.observe(first, stop - first, seconds)
+        return seconds
+
+    def _prefill_model(self) -> PrefillModel:
+        """What prefill costs, as learnt so far. Any thread."""
+        with self._prefill_lock:
+            return self._prefill_estimator.model()
 
 
 def _cache(sequence: Sequence) -> SequenceCache:

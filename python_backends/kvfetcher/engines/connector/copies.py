@@ -1,0 +1,182 @@
+"""Moving KV blocks between an arena and the engine's pool, on the engine's stream or beside it.
+
+The arena's blocks lie in host memory or on the GPU; the pool lies where the model runs. Where the model
+runs on a CUDA device, host memory is page-locked once, so that copies are asynchronous DMA; a copy is
+over when its `Done` says so. On a CPU a copy is over when the call returns.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from kvfetcher.errors import LayoutError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvfetcher.arena import Arena
+    from kvfetcher.engines.connector.pool import Layout, PagedPool
+
+_log = logging.getLogger(__name__)
+
+
+class Done:
+    """When what was enqueued so far is over."""
+
+    def __init__(self, event: torch.cuda.Event | None = None) -> None:
+        self._event = event
+
+    def wait(self) -> None:
+        """Block this thread until then (without spinning)."""
+        if self._event is not None:
+            self._event.synchronize()
+
+
+class BlockCopier:
+    """Copies of one rank. `load` and `save` may be called from different threads.
+
+    Args:
+        arena: attached; of the pool's tokens per block; holds heads from `arena_first_head` on.
+        arena_first_head: of the whole model's heads.
+        pool: of this rank.
+
+    Raises:
+        LayoutError: arena and pool do not fit each other.
+    """
+
+    def __init__(self, arena: Arena, *, arena_first_head: int, pool: PagedPool) -> None:
+        spec, heads = arena.spec, pool.heads
+        first = heads.start - arena_first_head
+        if (
+            arena.tokens_per_block != pool.tokens_per_block
+            or first < 0
+            or first + heads.count > spec.num_kv_heads
+            or (spec.num_layers, spec.kv_factor, spec.head_dim, spec.dtype)
+            != (pool.spec.num_layers, pool.spec.kv_factor, pool.spec.head_dim, pool.spec.dtype)
+        ):
+            raise LayoutError(
+                f"arena {arena.path} ({spec}, heads from {arena_first_head}, blocks of"
+                f" {arena.tokens_per_block} tokens) does not hold what the pool needs"
+                f" ({pool.spec}, {heads}, blocks of {pool.tokens_per_block})"
+            )
+        self._pool = pool
+        self._heads = slice(first, first + heads.count)
+        self._is_cuda = pool.device.type == "cuda"
+        self._blocks = _as_tensor(arena.blocks)
+        self._pinned: int | None = None
+        if self._is_cuda and self._blocks.device.type == "cpu":
+            self._pinned = _page_lock(self._blocks, pool.device)
+        self._side = {
+            name: torch.cuda.Stream(pool.device) if self._is_cuda else None
+            for name in ("load", "save")
+        }
+
+    def load(
+        self,
+        arena_blocks: Sequence[int],
+        pool_blocks: Sequence[int],
+        *,
+        layout: Layout,
+        stream: Any = None,
+    ) -> Done:
+        """Copy arena blocks into pool blocks, one to one.
+
+        Args:
+            arena_blocks: sources.
+            pool_blocks: destinations; as many.
+            layout: of the pool.
+            stream: torch's CUDA stream to enqueue on; None on a CPU.
+        """
+        with _on(stream):
+            for source, target in zip(arena_blocks, pool_blocks, strict=True):
+                values = self._blocks[source]
+                if self._is_cuda:  # whole, while it is contiguous: one DMA; heads are cut out there
+                    values = values.to(self._pool.device, non_blocking=True)
+                self._pool.block(target, layout).copy_(values[:, :, self._heads])
+            return self._mark(stream)
+
+    def save(
+        self,
+        pool_blocks: Sequence[int],
+        arena_blocks: Sequence[int],
+        *,
+        layout: Layout,
+        stream: Any = None,
+    ) -> Done:
+        """Copy pool blocks into arena blocks, one to one; see `load`."""
+        with _on(stream):
+            for source, target in zip(pool_blocks, arena_blocks, strict=True):
+                values = self._pool.block(source, layout)
+                part = self._blocks[target][:, :, self._heads]
+                if self._is_cuda and part.device.type == "cpu" and not part.is_contiguous():
+                    # Through host memory in one piece; torch would do as much, piece by piece.
+                    part.copy_(values.contiguous().cpu())
+                else:
+                    part.copy_(values.contiguous(), non_blocking=self._is_cuda)
+            return self._mark(stream)
+
+    def side_stream(self, name: str, after: Any) -> Any:
+        """A stream for copies beside the batch, behind the event `after`; None on a CPU."""
+        side = self._side[name]
+        if side is not None and after is not None:
+            side.wait_event(after)
+        return side
+
+    def mark(self, stream: Any) -> Any:
+        """A CUDA event behind all that `stream` holds now; None on a CPU."""
+        return None if stream is None else stream.record_event()
+
+    def close(self) -> None:
+        """Undo the page lock."""
+        if self._pinned is not None:
+            status = int(torch.cuda.cudart().cudaHostUnregister(self._pinned))
+            self._pinned = None
+            if status:
+                _log.info("the arena's page lock could not be undone (CUDA error %d)", status)
+                _forget_error(self._pool.device)
+
+    def _mark(self, stream: Any) -> Done:
+        if stream is None:
+            return Done()
+        event = torch.cuda.Event(blocking=True)
+        event.record(stream)
+        return Done(event)
+
+
+def _as_tensor(blocks: Any) -> torch.Tensor:
+    """The arena's memory as a tensor of bit patterns, without a copy."""
+    if isinstance(blocks, torch.Tensor):
+        return blocks.view(torch.int16) if blocks.element_size() == 2 else blocks.view(torch.uint8)
+    return torch.from_numpy(blocks.view(np.int16) if blocks.itemsize == 2 else blocks)
+
+
+def _page_lock(blocks: torch.Tensor, device: torch.device) -> int | None:
+    """Page-lock memory for DMA; returns its address. None where the driver refuses: slower, not wrong."""
+    address, size = blocks.data_ptr(), blocks.numel() * blocks.element_size()
+    status = int(torch.cuda.cudart().cudaHostRegister(address, size, 0))
+    if status:
+        _log.warning(
+            "%d bytes of arena could not be page-locked (CUDA error %d): copies will be slower;"
+            " raise `ulimit -l` (docker: --ulimit memlock=-1)",
+            size,
+            status,
+        )
+        _forget_error(device)
+        return None
+    return address
+
+
+def _forget_error(device: torch.device) -> None:
+    """A CUDA call that failed leaves its error for this thread's next kernel launch to raise."""
+    try:
+        torch.zeros(1, device=device)
+    except RuntimeError as exc:
+        _log.debug("cleared: %s", exc)
+
+
+def _on(stream: Any) -> Any:
+    return torch.cuda.stream(stream)  # a no-op for None

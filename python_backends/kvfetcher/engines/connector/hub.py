@@ -1,0 +1,615 @@
+"""The owner's end of the connector: announces requests to the engine's ranks, keeps their leases, makes room.
+
+One thread accepts, one per rank reads. A lease that was announced stays claimed until every rank has
+said that it reads it no more, or the engine will not run the request, or the engine's process is gone.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import struct
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from kvfetcher.engines.base import SaveTicket
+from kvfetcher.engines.connector.messages import (
+    MAX_LINE_BYTES,
+    SOCKET_NAME,
+    Announce,
+    Announced,
+    Copied,
+    Finished,
+    Hello,
+    Matched,
+    Probed,
+    Ready,
+    Refused,
+    Room,
+    Saved,
+    Welcome,
+    Withdraw,
+    Withdrawn,
+    from_line,
+    to_line,
+)
+from kvfetcher.engines.schedule import chunks_to_save
+from kvfetcher.errors import ArenaFullError, EngineError, LeaseError, RequestError
+from kvfetcher.leases import tokens_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from kvfetcher.arena import Arena, BlockTarget
+    from kvfetcher.config import Config
+    from kvfetcher.engines.connector.messages import Message
+    from kvfetcher.leases import Lease, LeaseTable
+    from kvfetcher.spec import KVSpec
+
+_log = logging.getLogger(__name__)
+
+_SEND_SECONDS = 5
+
+
+class RankArena(NamedTuple):
+    """Which arena a rank works on. Block ids mean the same in all arenas of an engine."""
+
+    path: str
+    generation: str
+    first_head: int
+
+
+@dataclass(frozen=True, slots=True)
+class HubSettings:
+    """Facts that the ranks are told, and limits of the owner."""
+
+    spec: KVSpec
+    """Of the whole model."""
+    tokens_per_block: int
+    chunk_tokens: int
+    layout: str
+    """"HND", "NHD", or "" = probed."""
+    async_load_tokens: int
+    save_timeout_seconds: float
+    save_generated: bool
+    lease_ttl_seconds: float
+    """Of the room for saving."""
+
+
+@dataclass(slots=True)
+class HubCounters:
+    """Totals since the start."""
+
+    announced: int = 0
+    matched: int = 0
+    withdrawn_unused: int = 0
+    loaded_tokens: int = 0
+    tickets: int = 0
+    saves_dropped: int = 0
+
+
+@dataclass(slots=True)
+class Handle:
+    """One announced request. Futures are concurrent ones; they always end."""
+
+    announce: Announce
+    prompt: tuple[int, ...]
+    lease: Lease | None
+    """Claimed; None once let go."""
+    is_announced: concurrent.futures.Future[bool] = field(default_factory=concurrent.futures.Future)
+    """False where the engine's ranks are gone."""
+    ticket: concurrent.futures.Future[SaveTicket | None] = field(
+        default_factory=concurrent.futures.Future
+    )
+    """What was saved into the arena; None = nothing."""
+    is_matched: concurrent.futures.Future[bool] = field(default_factory=concurrent.futures.Future)
+    """False where the engine does not run it."""
+    matched: Matched | None = None
+    wants_save: bool = False
+    """May be cleared until the request ends."""
+    _copied: set[int] = field(default_factory=set)
+    _room: Lease | None = None
+    _chunks: range = range(0)
+    _token_ids: tuple[int, ...] = ()
+    _saved: dict[int, bool] = field(default_factory=dict)
+
+
+class ConnectorHub:
+    """See the module's text. A context manager; all methods are thread-safe.
+
+    Args:
+        path: of the socket; an old file there is replaced.
+        arenas: one per rank.
+        arena: the one that `leases` and tickets name.
+        leases: the table over the arenas' blocks.
+        settings: see `HubSettings`.
+        clock: seconds, monotonic; the one that leases are claimed with.
+
+    Raises:
+        EngineError: the socket cannot be bound.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        arenas: Sequence[RankArena],
+        arena: Arena,
+        leases: LeaseTable,
+        settings: HubSettings,
+        clock: Callable[[], float],
+    ) -> None:
+        self.path = path
+        self._arenas = tuple(arenas)
+        self._arena = arena
+        self._leases = leases
+        self._settings = settings
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._ranks: dict[int, socket.socket] = {}
+        self._ready: dict[int, str] = {}
+        self._layouts: dict[int, str] = {}
+        self._handles: dict[str, Handle] = {}
+        self._dead = ""
+        self._closing = self._is_ending = False
+        self.counters = HubCounters()
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            path.unlink(missing_ok=True)
+            self._listener.bind(os.fspath(path))
+            path.chmod(0o600)
+            self._listener.listen(len(arenas))
+        except OSError as exc:
+            self._listener.close()
+            raise EngineError(f"connector socket {path} cannot be bound: {exc.strerror}") from exc
+        self._threads = [threading.Thread(target=self._accept, name="kvfetcher-hub", daemon=True)]
+        self._threads[0].start()
+
+    def expect_end(self) -> None:
+        """From now on ranks that go are no fault: the engine is being closed."""
+        with self._changed:
+            self._is_ending = True
+
+    def close(self) -> None:
+        """End every connection and let every lease go. Safe to call twice."""
+        with self._changed:
+            if self._closing:
+                return
+            self._closing = True
+        for connection in (self._listener, *self._ranks.values()):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(timeout=5.0)
+        self._listener.close()
+        self._fail("the engine was closed")
+        self.path.unlink(missing_ok=True)
+
+    @property
+    def dead(self) -> str:
+        """Why the engine's ranks are gone; "" while they are there."""
+        with self._changed:
+            return self._dead
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """Of the pools by rank; "" where it is not known."""
+        with self._changed:
+            known = self._settings.layout
+            return tuple(self._layouts.get(rank, known) for rank in range(len(self._arenas)))
+
+    @property
+    def facts(self) -> tuple[str, ...]:
+        """What the ranks said of themselves, for people."""
+        with self._changed:
+            return tuple(self._ready[rank] for rank in sorted(self._ready))
+
+    @property
+    def num_open(self) -> int:
+        """Requests whose lease or saving is not over."""
+        with self._changed:
+            return len(self._handles)
+
+    def wait_ready(self, timeout_seconds: float) -> None:
+        """Wait until every rank has registered its pool.
+
+        Raises:
+            EngineError: a rank is missing, or gone.
+        """
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._dead or len(self._ready) == len(self._arenas), timeout_seconds
+            )
+            if self._dead or len(self._ready) < len(self._arenas):
+                raise EngineError(
+                    self._dead
+                    or f"{len(self._ready)} of {len(self._arenas)} engine ranks have registered"
+                    f" their KV pool after {timeout_seconds:g} s; is the KV connector configured"
+                    " (kv_connector_config), and does the engine's log say why it failed?"
+                )
+
+    def wait_layout(self, timeout_seconds: float) -> None:
+        """Wait until every rank has probed its pool.
+
+        Raises:
+            EngineError: a probe proved nothing, or did not end.
+        """
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._dead or len(self._layouts) == len(self._arenas), timeout_seconds
+            )
+            known = [self._layouts.get(rank, "") for rank in range(len(self._arenas))]
+            if not all(known):
+                raise EngineError(
+                    "the layout of the engine's KV blocks could not be established (by rank:"
+                    f" {known}); set connector.kv_layout to HND or NHD, whichever the attention backend"
+                    " uses (TensorRT-LLM's own: HND), and run `kvfetcher doctor --engine"
+                    " tensorrt_llm`"
+                )
+
+    def announce(
+        self,
+        prompt: tuple[int, ...],
+        *,
+        cache_salt: str,
+        lease: Lease | None,
+        save: bool,
+        probe: bool = False,
+    ) -> Handle:
+        """Tell rank 0 of a request before the engine gets it.
+
+        Args:
+            prompt: all token ids.
+            cache_salt: of the request.
+            lease: claimed; the handle owns it from now on.
+            save: whether to save what the request computes.
+            probe: the request serves to find the pool's layout.
+
+        Returns:
+            A handle; `settle` must be called with it. Wait for `is_announced` before the engine is
+            given the request.
+        """
+        announce = Announce(
+            key=secrets.token_hex(8),
+            tokens_digest=tokens_digest(prompt),
+            num_prompt_tokens=len(prompt),
+            cache_salt=cache_salt,
+            lease_tokens=lease.num_tokens if lease else 0,
+            lease_blocks=lease.block_ids if lease else (),
+            save=save,
+            probe=probe,
+        )
+        handle = Handle(announce, prompt, lease, wants_save=save or probe)
+        with self._changed:
+            usable = not self._dead and len(self._ready) == len(self._arenas)
+            if not (usable and (probe or self._has_layout())):
+                self._end(handle)
+                return handle
+            self._handles[announce.key] = handle
+            self.counters.announced += 1
+        self._send(0, announce)
+        return handle
+
+    def settle(self, handle: Handle, *, save: bool) -> None:
+        """The request's answer is over; its lease goes as soon as nobody reads it.
+
+        Args:
+            handle: of `announce`.
+            save: False = nothing is to be saved any more.
+        """
+        with self._changed:
+            handle.wants_save &= save
+            is_open = handle.announce.key in self._handles
+        if is_open:
+            self._send(0, Withdraw(handle.announce.key))
+
+    # Connections
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:  # closed
+                return
+            with self._changed:
+                closing = self._closing
+            if closing:
+                connection.close()
+                return
+            connection.setsockopt(
+                socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", _SEND_SECONDS, 0)
+            )
+            thread = threading.Thread(
+                target=self._serve, args=(connection,), name="kvfetcher-hub-rank", daemon=True
+            )
+            self._threads.append(thread)
+            thread.start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        rank = -1
+        try:
+            with connection, connection.makefile("rb") as lines:
+                rank = self._greet(connection, from_line(lines.readline(MAX_LINE_BYTES)))
+                while rank >= 0 and (line := lines.readline(MAX_LINE_BYTES)):
+                    self._receive(rank, from_line(line))
+        except (OSError, ValueError) as exc:
+            _log.info("rank %d: %s", rank, exc)
+        except RequestError:
+            _log.exception("rank %d speaks another version", rank)
+        if rank >= 0:
+            self._fail(f"rank {rank} of the engine is gone; restart the server")
+
+    def _greet(self, connection: socket.socket, hello: Message) -> int:
+        """Answer Hello; the rank, or -1 where it is refused."""
+        reason = ""
+        with self._changed:
+            if not isinstance(hello, Hello):
+                reason = "the first line must be hello"
+            elif hello.num_ranks != len(self._arenas):
+                reason = (
+                    f"the engine has {hello.num_ranks} ranks, {len(self._arenas)} were expected"
+                    " (tensor_parallel_size in engine.llm_args)"
+                )
+            elif hello.rank in self._ranks or not 0 <= hello.rank < len(self._arenas):
+                reason = f"rank {hello.rank} is connected already, or not one of this engine"
+            else:
+                self._ranks[hello.rank] = connection
+                arena, settings = self._arenas[hello.rank], self._settings
+        if reason or not isinstance(hello, Hello):
+            connection.sendall(to_line(Refused(reason)))
+            return -1
+        connection.sendall(
+            to_line(
+                Welcome(
+                    arena=arena.path,
+                    generation=arena.generation,
+                    arena_first_head=arena.first_head,
+                    spec=settings.spec.to_dict(),
+                    tokens_per_block=settings.tokens_per_block,
+                    layout=settings.layout,
+                    async_load_tokens=settings.async_load_tokens,
+                    save_timeout_seconds=settings.save_timeout_seconds,
+                )
+            )
+        )
+        return hello.rank
+
+    def _send(self, rank: int, message: Message) -> None:
+        with self._changed:
+            connection = self._ranks.get(rank)
+            if connection is None:
+                return
+            # Under the lock, so that lines do not mix. The peer's reader does nothing slow; one that
+            # does not read for so long is dead.
+            try:
+                connection.sendall(to_line(message))
+            except OSError as exc:
+                _log.warning("rank %d cannot be told: %s", rank, exc)
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
+    # Messages
+
+    def _receive(self, rank: int, message: Message) -> None:
+        room: Room | None = None
+        with self._changed:
+            if isinstance(message, Ready):
+                self._ready[rank] = message.facts
+            elif isinstance(message, Probed):
+                self._layouts[rank] = message.layout
+            elif isinstance(
+                message, Announced | Withdrawn | Matched | Copied | Finished | Saved
+            ) and (handle := self._handles.get(message.key)):
+                room = self._advance(handle, rank, message)
+            self._changed.notify_all()
+        if room is not None:
+            for number in range(len(self._arenas)):
+                self._send(number, room)
+
+    def _advance(
+        self,
+        handle: Handle,
+        rank: int,
+        message: Announced | Withdrawn | Matched | Copied | Finished | Saved,
+    ) -> Room | None:
+        """Take in what a rank said of one request; a `Room` to be sent to all ranks."""
+        room = None
+        if isinstance(message, Announced):
+            handle.is_announced.set_result(True)
+        elif isinstance(message, Withdrawn):
+            if not message.used:
+                self.counters.withdrawn_unused += 1
+                self._end(handle)
+        elif isinstance(message, Matched):
+            handle.matched = message
+            if not handle.is_matched.done():  # asked again after a replay
+                handle.is_matched.set_result(True)
+            self.counters.matched += 1
+            self.counters.loaded_tokens += message.num_loaded_tokens
+            if not message.num_loaded_tokens:
+                self._let_go(handle)
+        elif isinstance(message, Copied):
+            handle._copied.add(rank)
+            if len(handle._copied) == len(self._arenas):
+                self._let_go(handle)
+        elif isinstance(message, Finished):
+            room = self._make_room(handle, message)
+        else:
+            handle._saved[rank] = message.ok
+            if len(handle._saved) == len(self._arenas):
+                self._seal(handle)
+        self._forget_if_over(handle)
+        return room
+
+    def _make_room(self, handle: Handle, finished: Finished) -> Room | None:
+        settings, announce = self._settings, handle.announce
+        held = finished.tokens_with_kv if handle.wants_save else 0
+        if not settings.save_generated:
+            held = min(held, announce.num_prompt_tokens)
+        room = Room(
+            key=announce.key,
+            request_id=finished.request_id,
+            pool_blocks=(),
+            arena_blocks=(),
+        )
+        if announce.probe:
+            handle.ticket.set_result(None)
+            return Room(
+                key=announce.key,
+                request_id=finished.request_id,
+                pool_blocks=finished.pool_blocks[:1],
+                arena_blocks=(),
+                probe=True,
+            )
+        chunks = chunks_to_save(
+            cached_tokens=announce.lease_tokens,
+            tokens_with_kv=held,
+            chunk_tokens=settings.chunk_tokens,
+        )
+        if chunks and finished.is_pinned:
+            try:
+                handle._room = self._leases.lease(
+                    len(chunks) * settings.chunk_tokens,
+                    settings.lease_ttl_seconds,
+                    now=self._clock(),
+                )
+            except ArenaFullError as exc:
+                self.counters.saves_dropped += 1
+                _log.info("a request is not saved: %s", exc)
+        if handle._room is None:
+            handle.ticket.set_result(None)
+            return room if finished.is_pinned else None
+        handle._chunks = chunks
+        end = chunks.stop * settings.chunk_tokens
+        handle._token_ids = (handle.prompt + finished.token_ids)[:end]
+        first_block = chunks.start * settings.chunk_tokens // settings.tokens_per_block
+        return Room(
+            key=announce.key,
+            request_id=finished.request_id,
+            pool_blocks=finished.pool_blocks[first_block : end // settings.tokens_per_block],
+            arena_blocks=handle._room.block_ids,
+        )
+
+    def _seal(self, handle: Handle) -> None:
+        """Every rank has answered: make the ticket, or give the room back."""
+        room, handle._room = handle._room, None
+        assert room is not None  # Saved answers a Room with blocks
+        ticket = None
+        try:
+            if all(handle._saved.values()):
+                first = handle._chunks.start * self._settings.chunk_tokens
+                digest = tokens_digest(handle._token_ids[first:])
+                self._leases.seal(room.id, room.num_tokens, digest, now=self._clock())
+                ticket = SaveTicket(
+                    lease_id=room.id,
+                    targets=self._targets(room, len(handle._chunks)),
+                    first_chunk_index=handle._chunks.start,
+                    token_ids=handle._token_ids,
+                    cache_salt=handle.announce.cache_salt,
+                )
+                self.counters.tickets += 1
+            else:
+                self.counters.saves_dropped += 1
+                self._leases.release(room.id, now=self._clock())
+        except LeaseError as exc:  # the ranks took longer than the room lived
+            self.counters.saves_dropped += 1
+            _log.warning("a request is not saved: %s", exc)
+        handle.ticket.set_result(ticket)
+
+    def _targets(self, room: Lease, num_chunks: int) -> tuple[BlockTarget, ...]:
+        settings = self._settings
+        whole = self._arena.target(room.block_ids, room.num_tokens)
+        return tuple(
+            whole.span(
+                index * settings.chunk_tokens,
+                settings.chunk_tokens,
+                tokens_per_block=settings.tokens_per_block,
+            )
+            for index in range(num_chunks)
+        )
+
+    # Ends
+
+    def _has_layout(self) -> bool:
+        return bool(self._settings.layout) or (
+            len(self._layouts) == len(self._arenas) and all(self._layouts.values())
+        )
+
+    def _let_go(self, handle: Handle) -> None:
+        lease, handle.lease = handle.lease, None
+        if lease is not None:
+            self._leases.release(lease.id, now=self._clock(), is_claimer=True)
+
+    def _end(self, handle: Handle) -> None:
+        """Nothing more comes of this request: the engine does not run it, or is gone."""
+        self._let_go(handle)
+        room, handle._room = handle._room, None
+        if room is not None:
+            with contextlib.suppress(LeaseError):  # expired meanwhile
+                self._leases.abandon(room.id, now=self._clock())
+        for future in (handle.is_announced, handle.is_matched):
+            if not future.done():
+                future.set_result(False)
+        if not handle.ticket.done():
+            handle.ticket.set_result(None)
+        self._handles.pop(handle.announce.key, None)
+
+    def _forget_if_over(self, handle: Handle) -> None:
+        if handle.lease is None and handle.ticket.done():
+            self._handles.pop(handle.announce.key, None)
+
+    def _fail(self, reason: str) -> None:
+        with self._changed:
+            if not self._dead:
+                self._dead = reason
+                if not (self._closing or self._is_ending):
+                    _log.error("%s", reason)
+            for handle in tuple(self._handles.values()):
+                self._end(handle)
+            self._changed.notify_all()
+
+
+def hub_settings(config: Config, spec: KVSpec) -> HubSettings:
+    """What the connector's ranks and the hub need of the configuration."""
+    return HubSettings(
+        spec=spec,
+        tokens_per_block=config.engine.tokens_per_block,
+        chunk_tokens=config.codec.chunk_tokens,
+        layout="" if config.connector.kv_layout == "auto" else config.connector.kv_layout,
+        async_load_tokens=config.connector.async_load_tokens,
+        save_timeout_seconds=config.connector.save_timeout_seconds,
+        save_generated=config.save.generated,
+        lease_ttl_seconds=config.fetch.lease_ttl_seconds,
+    )
+
+
+def open_hub(
+    config: Config,
+    spec: KVSpec,
+    *,
+    folder: Path,
+    arena: Arena,
+    rank_arenas: Sequence[RankArena],
+    leases: LeaseTable,
+    clock: Callable[[], float],
+) -> ConnectorHub:
+    """The connector's other end, in the run folder.
+
+    Raises:
+        EngineError: its socket cannot be bound.
+    """
+    return ConnectorHub(
+        folder / SOCKET_NAME,
+        arenas=rank_arenas,
+        arena=arena,
+        leases=leases,
+        settings=hub_settings(config, spec),
+        clock=clock,
+    )

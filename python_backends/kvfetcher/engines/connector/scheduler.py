@@ -1,0 +1,317 @@
+"""The connector's decisions, on rank 0: which request is which, what to load, what to save.
+
+Called from the engine's thread only, except `receive`, which the link's reader thread calls; the few
+fields that both touch are under one lock that is held for microseconds. No method blocks on anything
+else, none does I/O, and what a public method raises never reaches the engine (`_shielded`).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from kvfetcher.engines.connector.messages import (
+    Announce,
+    Announced,
+    Finished,
+    Matched,
+    Withdraw,
+    Withdrawn,
+)
+from kvfetcher.errors import EngineError
+from kvfetcher.leases import tokens_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from kvfetcher.engines.connector.link import Sender
+    from kvfetcher.engines.connector.messages import Message
+
+_log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+MAX_ANNOUNCED = 4096
+"""Announcements that no request has claimed; older ones are forgotten (a miss, not a fault)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Copy arena blocks into pool blocks, one to one and in order."""
+
+    request_id: int
+    key: str
+    arena_blocks: tuple[int, ...]
+    pool_blocks: tuple[int, ...]
+    is_async: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Metadata:
+    """What rank 0 tells every rank in one iteration. Executed once: `sequence` says whether it was."""
+
+    sequence: int
+    loads: tuple[Load, ...] = ()
+
+
+@dataclass(slots=True)
+class SchedulerCounters:
+    """Totals since the start."""
+
+    matched: int = 0
+    unmatched: int = 0
+    loads: int = 0
+    loaded_tokens: int = 0
+    faults: int = 0
+    """Exceptions that were kept from the engine."""
+
+
+@dataclass(slots=True)
+class _Tracked:
+    """A request of the engine that was announced."""
+
+    announce: Announce
+    load_tokens: int = 0
+    first_token: int = 0
+    is_async: bool = False
+    load: Load | None = None
+    """Allocated, not yet told to the workers."""
+    told: bool = False
+    """The workers copy or have copied: from now on they say `Copied`."""
+    parked: bool = False
+    """An asynchronous load that the engine has not reported as over."""
+    tokens_with_kv: int = 0
+
+
+@dataclass(slots=True)
+class Announcements:
+    """Requests that are to come, by the number and the digest of their tokens. Thread-safe."""
+
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _waiting: OrderedDict[str, Announce] = field(default_factory=OrderedDict)
+    _lengths: dict[int, int] = field(default_factory=dict)
+
+    def add(self, announce: Announce) -> None:
+        with self._lock:
+            self._waiting[announce.key] = announce
+            self._count(announce, 1)
+            while len(self._waiting) > MAX_ANNOUNCED:
+                _, oldest = self._waiting.popitem(last=False)
+                self._count(oldest, -1)
+
+    def remove(self, key: str) -> bool:
+        """Forget one; False where a request has taken it."""
+        with self._lock:
+            announce = self._waiting.pop(key, None)
+            if announce is not None:
+                self._count(announce, -1)
+            return announce is not None
+
+    def take(self, token_ids: Sequence[int], salt: str | None) -> Announce | None:
+        """The announcement of a request with these tokens, which is its own from now on.
+
+        Args:
+            token_ids: the whole prompt.
+            salt: what the engine knows of the cache salt; None = it does not tell.
+        """
+        with self._lock:
+            if len(token_ids) not in self._lengths:
+                return None  # nobody announced a prompt of this length: nothing is hashed
+        digest = tokens_digest(token_ids)
+        with self._lock:
+            same = [a for a in self._waiting.values() if a.tokens_digest == digest]
+            if salt is not None:
+                same = [a for a in same if a.cache_salt == salt]
+            # Equal prompts of different tenants, and the engine does not say whose this one is:
+            # what is saved would carry the wrong salt.
+            if not same or len({a.cache_salt for a in same}) > 1:
+                return None
+            del self._waiting[same[0].key]
+            self._count(same[0], -1)
+            return same[0]
+
+    def _count(self, announce: Announce, change: int) -> None:
+        length = announce.num_prompt_tokens
+        self._lengths[length] = self._lengths.get(length, 0) + change
+        if not self._lengths[length]:
+            del self._lengths[length]
+
+
+def usable_tokens(lease_tokens: int, *, prompt_tokens: int, computed: int, block: int) -> int:
+    """Tokens to offer beyond `computed`: whole blocks, and at least one prompt token is left over.
+
+    0 where the engine's own prefix does not end with a block, since only whole blocks can be loaded.
+    """
+    if computed % block:
+        return 0
+    end = min(lease_tokens, prompt_tokens - 1) // block * block
+    return max(0, end - computed)
+
+
+def _shielded(default: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Keep a method's exception from the engine: count it, log it, return `default`."""
+
+    def wrap(method: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(method)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return method(*args, **kwargs)
+            except Exception:  # noqa: BLE001  an engine of many requests must not end for one
+                args[0].counters.faults += 1  # type: ignore[attr-defined]
+                _log.exception("connector: %s failed", method.__name__)
+                return default
+
+        return call
+
+    return wrap
+
+
+class ConnectorScheduler:
+    """See the module's text; the methods are those of TensorRT-LLM's scheduler class.
+
+    Args:
+        sender: the link to the owner.
+        tokens_per_block: of engine and arena.
+        async_load_tokens: loads of at least so many tokens are asynchronous; 0 = none is.
+    """
+
+    def __init__(self, sender: Sender, *, tokens_per_block: int, async_load_tokens: int) -> None:
+        self._sender = sender
+        self._block = tokens_per_block
+        self._async_load_tokens = async_load_tokens
+        self._announced = Announcements()
+        self._tracked: dict[int, _Tracked] = {}
+        self._sequence = 0
+        self.counters = SchedulerCounters()
+
+    def receive(self, message: Message) -> None:
+        """A message of the owner, from the link's thread."""
+        if isinstance(message, Announce):
+            self._announced.add(message)
+            self._sender.send(Announced(message.key))
+        elif isinstance(message, Withdraw):
+            # Atomic with `take`: a request either has the announcement or will not get it.
+            self._sender.send(Withdrawn(message.key, used=not self._announced.remove(message.key)))
+
+    @_shielded((0, False))
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int, bool]:
+        token_ids = request.get_tokens(0)
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None:
+            announce = self._announced.take(token_ids, _salt_of(request))
+            if announce is None:
+                self.counters.unmatched += 1
+                return 0, False
+            self.counters.matched += 1
+            tracked = self._tracked[request.request_id] = _Tracked(announce)
+        else:  # allocated again
+            tracked.tokens_with_kv = 0
+            if tracked.told or not tracked.load_tokens:
+                # Its lease was read or declined: the arena's blocks may be another's by now.
+                tracked.load, tracked.load_tokens = None, 0
+                return 0, False
+        return self._offer(tracked, len(token_ids), num_computed_tokens)
+
+    def _offer(self, tracked: _Tracked, prompt_tokens: int, computed: int) -> tuple[int, bool]:
+        announce = tracked.announce
+        number = usable_tokens(
+            announce.lease_tokens, prompt_tokens=prompt_tokens, computed=computed, block=self._block
+        )
+        tracked.load = None
+        tracked.first_token, tracked.load_tokens = computed, number
+        tracked.is_async = bool(number and 0 < self._async_load_tokens <= number)
+        reason = ""
+        if announce.lease_tokens and not number:
+            reason = f"the engine holds {computed} tokens of this prompt itself"
+        self._sender.send(Matched(announce.key, computed, number, reason))
+        return number, tracked.is_async
+
+    @_shielded(None)
+    def update_state_after_alloc(self, request: Any, block_ids: list[int]) -> None:
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None or not tracked.load_tokens or tracked.told:
+            return
+        first = tracked.first_token // self._block
+        end = first + tracked.load_tokens // self._block
+        tracked.load = Load(
+            request_id=request.request_id,
+            key=tracked.announce.key,
+            arena_blocks=tracked.announce.lease_blocks[first:end],
+            pool_blocks=tuple(block_ids[first:end]),
+            is_async=tracked.is_async,
+        )
+
+    @_shielded(None)
+    def build_connector_meta(self, scheduler_output: Any) -> Metadata:
+        self._note_progress(scheduler_output)
+        loads = []
+        for request_id, tracked in self._tracked.items():
+            if tracked.load_tokens and not tracked.told and tracked.load is None:
+                # The engine counts on these tokens. Raised here it becomes a None that every worker
+                # takes for what it is: the end, and not a wrong answer.
+                raise EngineError(f"request {request_id} was offered tokens and got no blocks")
+            if tracked.load is not None:
+                loads.append(tracked.load)
+                tracked.told, tracked.parked = True, tracked.is_async
+                self.counters.loads += 1
+                self.counters.loaded_tokens += tracked.load_tokens
+                tracked.load = None
+        self._sequence += 1
+        return Metadata(self._sequence, tuple(loads))
+
+    def _note_progress(self, scheduler_output: Any) -> None:
+        """Learn how many tokens of each request will have KV after this iteration."""
+        for is_new, requests in (
+            (True, scheduler_output.new_requests),
+            (False, scheduler_output.cached_requests),
+        ):
+            for data in requests:
+                tracked = self._tracked.get(data.request_id)
+                if tracked is None:
+                    continue
+                tracked.parked = False
+                end = data.computed_position + data.num_scheduled_tokens
+                if is_new and not tracked.is_async:
+                    end += tracked.load_tokens  # the first report leaves these out
+                tracked.tokens_with_kv = max(tracked.tokens_with_kv, end)
+
+    # True = the workers hold the blocks until they know better: right even after a fault here.
+    @_shielded(True)
+    def request_finished(self, request: Any, cache_block_ids: list[int]) -> bool:
+        tracked = self._tracked.pop(request.request_id, None)
+        if tracked is None:
+            return False
+        announce = tracked.announce
+        if tracked.load_tokens and not tracked.told:
+            # Ended between allocation and the batch: the workers never heard of the load.
+            self._sender.send(Matched(announce.key, tracked.first_token, 0, "the request ended"))
+        token_ids = request.get_tokens(0)
+        # The newest token has no KV: it was chosen by the last pass and is the input of the next.
+        held = min(tracked.tokens_with_kv, len(token_ids) - 1, len(cache_block_ids) * self._block)
+        if tracked.parked or not (announce.save or announce.probe):
+            held = 0
+        is_pinned = bool(held or tracked.parked)
+        self._sender.send(
+            Finished(
+                key=announce.key,
+                request_id=request.request_id,
+                is_pinned=is_pinned,
+                tokens_with_kv=held,
+                token_ids=tuple(token_ids[announce.num_prompt_tokens : held]),
+                pool_blocks=tuple(cache_block_ids),
+            )
+        )
+        return is_pinned
+
+
+def _salt_of(request: Any) -> str | None:
+    """The request's cache salt where this version of the engine tells it, else None."""
+    salt = getattr(request, "cache_salt", None)
+    return salt if isinstance(salt, str) else None

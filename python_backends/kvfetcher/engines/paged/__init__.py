@@ -1,0 +1,1 @@
+"""The torch engine on paged KV memory, driven through TensorRT-LLM's KV-connector interface."""

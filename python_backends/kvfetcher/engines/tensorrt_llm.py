@@ -1,0 +1,423 @@
+"""TensorRT-LLM (1.2.x, PyTorch backend) behind its LLM API, with the KV connector.
+
+The LLM runs in worker processes of its own; this process owns the KV arena, which the connector in the
+workers reaches through the run folder (`trtllm_connector`). Requests go in as token ids, so that what was
+looked up in the store is what the engine runs.
+
+Nothing here was run against TensorRT-LLM itself: python_backends/TENSORRT_LLM.md says what is proven and how.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from kvfetcher import trtllm_connector
+from kvfetcher.config import RUN_DIR_VARIABLE
+from kvfetcher.engines.connector import checks
+from kvfetcher.engines.connector.pool import heads_of_rank
+from kvfetcher.engines.identity import (
+    config_rope_facts,
+    rope_text,
+    tokenizer_digest,
+    weights_digest,
+)
+from kvfetcher.engines.tokens import PRIOR_TOKENS_PER_SECOND, TokenStep
+from kvfetcher.errors import ConfigError, EngineError, RequestError
+from kvfetcher.prefill_rate import PrefillEstimator
+from kvfetcher.spec import KVSpec, ModelIdentity
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping
+
+    from kvfetcher.config import Config
+    from kvfetcher.engines.base import FinishReason, RopeFacts, SamplingParams
+    from kvfetcher.prefill_rate import PrefillModel
+    from kvfetcher.spec import KVDtype
+
+CONNECTOR = {
+    "connector_module": "kvfetcher.trtllm_connector",
+    "connector_scheduler_class": "KVFetcherScheduler",
+    "connector_worker_class": "KVFetcherWorker",
+}
+
+# kv_cache_config.dtype by engine.kv_dtype; "auto" is the type that the model computes in.
+_CACHE_DTYPES: dict[KVDtype, str] = {
+    "bfloat16": "auto",
+    "float16": "auto",
+    "float8_e4m3fn": "fp8",
+}
+# Shorter prompts are dominated by fixed costs and say little of the rate.
+_MIN_RATE_TOKENS = 256
+
+_log = logging.getLogger(__name__)
+
+
+class LlmArguments(NamedTuple):
+    """What `LLM()` is called with."""
+
+    values: dict[str, Any]
+    num_ranks: int
+    """Tensor-parallel processes."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrtllmModel:
+    """What must be known of a model that TensorRT-LLM serves; see `connected.ServedModel`."""
+
+    folder: Path
+    tokenizer: Any
+    device: str
+    spec: KVSpec
+    identity: ModelIdentity
+    rope: RopeFacts
+    eos_ids: tuple[int, ...]
+    vocab_size: int
+    max_positions: int
+
+
+def import_tensorrt_llm() -> Any:
+    """The package `tensorrt_llm`.
+
+    Raises:
+        ConfigError: it is not installed, or cannot be imported.
+    """
+    try:
+        return importlib.import_module("tensorrt_llm")
+    except Exception as exc:
+        # Its import loads CUDA libraries and fails in many ways on a machine without them.
+        raise ConfigError(
+            'engine.kind = "tensorrt_llm", but tensorrt_llm cannot be imported'
+            f" ({type(exc).__name__}: {exc}); run in an image that has it"
+            ' (nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3), or set engine.kind = "torch"'
+        ) from exc
+
+
+def llm_arguments(config: Config, folder: Path) -> LlmArguments:
+    """Arguments of `LLM()`: those of `engine.llm_args`, and what the connector needs.
+
+    Args:
+        config: the whole configuration.
+        folder: of the model.
+
+    Raises:
+        ConfigError: the file cannot be read, or says otherwise than what must be.
+    """
+    values = _read_yaml(config.engine.llm_args) if config.engine.llm_args else {}
+    values.pop("triton_config", None)  # of Triton's own llmapi model; ours is in config.pbtxt
+    if values.get("kv_connector_config", CONNECTOR) != CONNECTOR:
+        raise ConfigError(
+            f"{config.engine.llm_args}: kv_connector_config names another connector; leave it out"
+        )
+    required: dict[str, dict[str, Any]] = {
+        "kv_cache_config": {
+            "enable_block_reuse": True,
+            "enable_partial_reuse": False,
+            "tokens_per_block": config.engine.tokens_per_block,
+            "dtype": _CACHE_DTYPES[config.engine.kv_dtype],
+        },
+        "scheduler_config": {"capacity_scheduler_policy": "GUARANTEED_NO_EVICT"},
+    }
+    for section, wanted in required.items():
+        given = values.get(section) or {}
+        if not isinstance(given, dict):
+            raise ConfigError(f"{config.engine.llm_args}: {section} must be a mapping")
+        for key, value in wanted.items():
+            if given.get(key, value) != value:
+                raise ConfigError(
+                    f"{config.engine.llm_args}: {section}.{key} = {given[key]!r}, the KV connector"
+                    f" needs {value!r}; remove the line"
+                    + (" or set engine.tokens_per_block" if key == "tokens_per_block" else "")
+                    + (" or set engine.kv_dtype" if key == "dtype" else "")
+                )
+        values[section] = {**given, **wanted}
+    values |= {
+        "model": str(folder),
+        "backend": "pytorch",
+        "kv_connector_config": dict(CONNECTOR),
+    }
+    reasons = checks.refusals(_as_object(values))
+    if reasons:
+        raise ConfigError(f"{config.engine.llm_args or 'engine'}: " + "; ".join(reasons))
+    num_ranks = values.get("tensor_parallel_size", 1)
+    if type(num_ranks) is not int or num_ranks < 1:
+        raise ConfigError(f"tensor_parallel_size must be at least 1, got {num_ranks!r}")
+    return LlmArguments(values, num_ranks)
+
+
+def read_model(folder: Path, config: Config, *, version: str, num_ranks: int) -> TrtllmModel:
+    """Geometry and identity of a model folder, without its weights in memory.
+
+    Args:
+        folder: Hugging Face's.
+        config: engine.kv_dtype.
+        version: of TensorRT-LLM; part of the identity, as its kernels are.
+        num_ranks: tensor-parallel processes.
+
+    Raises:
+        ConfigError: the model cannot run behind the connector.
+        EngineError: the folder cannot be read.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        model = AutoConfig.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as exc:
+        raise EngineError(f"model folder {folder} cannot be read: {exc}") from exc
+    checks.refuse_model(model)
+    spec = _spec_of(model, config.engine.kv_dtype)
+    heads_of_rank(spec.num_kv_heads, rank=0, num_ranks=num_ranks)  # raises where it cannot be
+    computes_in = str(getattr(model, "dtype", None) or getattr(model, "torch_dtype", None))
+    computes_in = computes_in.removeprefix("torch.")
+    if spec.dtype != "float8_e4m3fn" and computes_in != spec.dtype:
+        raise ConfigError(
+            f"engine.kv_dtype = {spec.dtype!r}, but the model computes in {computes_in} and"
+            " TensorRT-LLM keeps KV in that type or in fp8; set engine.kv_dtype to it or to"
+            ' "float8_e4m3fn"'
+        )
+    identity = ModelIdentity(
+        weights=weights_digest(folder),
+        tokenizer=tokenizer_digest(folder),
+        lora="",
+        rope=rope_text(model),
+        compute=f"tensorrt_llm {version} pytorch {computes_in}, KV as {spec.dtype}",
+        spec=spec,
+    )
+    eos = getattr(model, "eos_token_id", None)
+    if eos is None:
+        eos = tokenizer.eos_token_id
+    return TrtllmModel(
+        folder=folder,
+        tokenizer=tokenizer,
+        device=f"cuda x {num_ranks}",
+        spec=spec,
+        identity=identity,
+        rope=config_rope_facts(model, num_layers=spec.num_layers, head_dim=spec.head_dim),
+        eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),
+        vocab_size=model.vocab_size,
+        max_positions=model.max_position_embeddings,
+    )
+
+
+class LlmRun:
+    """One request of the LLM API; see `tokens.TokenRun`."""
+
+    def __init__(self, result: Any) -> None:
+        self._result = result
+        self.queue_seconds = 0.0
+
+    async def steps(self) -> AsyncIterator[TokenStep]:
+        seen = 0
+        try:
+            async for output in self._result:
+                completion = output.outputs[0]
+                # Cumulative in every version; the differences are counted here.
+                new = tuple(int(token) for token in completion.token_ids[seen:])
+                if seen == 0 and new:
+                    self._note_first(completion)
+                seen += len(new)
+                reason = completion.finish_reason
+                if new or reason:
+                    yield TokenStep(new, _reason(reason))
+                if reason:
+                    return
+        except (RuntimeError, ValueError, ConnectionError, OSError) as exc:
+            raise EngineError(f"TensorRT-LLM failed at a request: {exc}") from exc
+
+    def abort(self) -> None:
+        try:
+            self._result.abort()
+        except Exception:  # noqa: BLE001  over already, or its workers are gone: nothing to end
+            _log.info("a request could not be aborted", exc_info=True)
+
+    def _note_first(self, completion: Any) -> None:
+        """How long it waited, where this version's metrics say so."""
+        timing = getattr(getattr(completion, "request_perf_metrics", None), "timing_metrics", None)
+        arrival = getattr(timing, "arrival_time", None)
+        scheduled = getattr(timing, "first_scheduled_time", None)
+        if arrival is not None and scheduled is not None:
+            waited = scheduled - arrival  # a timedelta
+            self.queue_seconds = max(0.0, float(waited.total_seconds()))
+
+
+class LlmSource:
+    """See the module's text; methods as in `tokens.TokenSource`.
+
+    Args:
+        llm: TensorRT-LLM's `LLM`; closed with this.
+        sampling_params: its class `SamplingParams`.
+    """
+
+    def __init__(self, llm: Any, sampling_params: Any) -> None:
+        self._llm = llm
+        self._sampling_params = sampling_params
+        accepted = inspect.signature(llm.generate_async).parameters
+        self._takes_salt = "cache_salt" in accepted
+        self._lock = threading.Lock()
+        self._estimator = PrefillEstimator(prior_tokens_per_second=PRIOR_TOKENS_PER_SECOND)
+        self._prefill = self._estimator.model()
+        self._closed = False
+
+    @property
+    def prefill(self) -> PrefillModel:
+        return self._prefill
+
+    def note_first_token(self, start: int, num_tokens: int, seconds: float) -> None:
+        if num_tokens >= _MIN_RATE_TOKENS:
+            with self._lock:
+                self._estimator.observe(start, num_tokens, seconds)
+                self._prefill = self._estimator.model()
+
+    def start(
+        self,
+        prompt: tuple[int, ...],
+        sampling: SamplingParams,
+        *,
+        max_tokens: int,
+        eos_ids: tuple[int, ...],
+        cache_salt: str,
+    ) -> LlmRun:
+        if self._closed:
+            raise EngineError("the engine is closed")
+        options: dict[str, Any] = {}
+        if cache_salt:
+            if not self._takes_salt:
+                raise RequestError(
+                    "this version of TensorRT-LLM knows no cache_salt, and would share KV on the GPU"
+                    " between requests of different salts; send none, or upgrade it"
+                )
+            options["cache_salt"] = cache_salt
+        try:
+            result = self._llm.generate_async(
+                {"prompt_token_ids": list(prompt)},
+                sampling_params=self._sampling_params(
+                    **sampling_arguments(sampling, max_tokens=max_tokens, eos_ids=eos_ids)
+                ),
+                streaming=True,
+                **options,
+            )
+        except ValueError as exc:
+            raise RequestError(f"TensorRT-LLM refuses the request: {exc}") from exc
+        return LlmRun(result)
+
+    def close(self) -> None:
+        with self._lock:
+            was_closed, self._closed = self._closed, True
+        if not was_closed:
+            self._llm.shutdown()
+
+
+def sampling_arguments(
+    sampling: SamplingParams, *, max_tokens: int, eos_ids: tuple[int, ...]
+) -> dict[str, Any]:
+    """Our sampling parameters as keyword arguments of TensorRT-LLM's `SamplingParams`.
+
+    Stop words are not among them: the text is made here, and a stop word aborts the request.
+    """
+    arguments: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "detokenize": False,
+        "add_special_tokens": False,
+        "return_perf_metrics": True,
+    }
+    if eos_ids:
+        # end_id alone is stopped at by the sampler; the others are stop tokens.
+        arguments |= {"end_id": eos_ids[0], "pad_id": eos_ids[0]}
+        if len(eos_ids) > 1:
+            arguments["stop_token_ids"] = list(eos_ids[1:])
+    else:
+        arguments |= {"end_id": -1, "pad_id": 0}
+    if sampling.min_length:
+        arguments["min_tokens"] = sampling.min_length
+    if not sampling.greedy:
+        arguments["temperature"] = sampling.temperature
+        if sampling.top_k:
+            arguments["top_k"] = sampling.top_k
+        if sampling.top_p < 1:
+            arguments["top_p"] = sampling.top_p
+        if sampling.seed is not None:
+            arguments["seed"] = sampling.seed
+    return arguments
+
+
+def start_llm(arguments: LlmArguments, *, run_folder: Path) -> LlmSource:
+    """Start TensorRT-LLM; takes minutes for a large model.
+
+    Args:
+        arguments: of `LLM()`.
+        run_folder: where the connector in the workers finds the arena's owner.
+
+    Raises:
+        ConfigError: TensorRT-LLM is not there, or its connector interface is another.
+        EngineError: it does not start.
+    """
+    package = import_tensorrt_llm()
+    checks.check_interface(trtllm_connector.find_interface())
+    # The workers are children of this process and have another parent than the other models.
+    os.environ[RUN_DIR_VARIABLE] = str(run_folder)
+    try:
+        llm = package.LLM(**arguments.values)
+    except Exception as exc:
+        raise EngineError(
+            f"TensorRT-LLM {package.__version__} did not start: {type(exc).__name__}: {exc}; its log"
+            " above has the reason"
+        ) from exc
+    return LlmSource(llm, package.SamplingParams)
+
+
+def _spec_of(model: Any, kv_dtype: KVDtype) -> KVSpec:
+    if latent := getattr(model, "kv_lora_rank", None):  # MLA: one latent vector per token
+        return KVSpec(
+            num_layers=model.num_hidden_layers,
+            num_kv_heads=1,
+            head_dim=latent + model.qk_rope_head_dim,
+            kv_factor=1,
+            dtype=kv_dtype,
+        )
+    heads = model.num_attention_heads
+    return KVSpec(
+        num_layers=model.num_hidden_layers,
+        num_kv_heads=getattr(model, "num_key_value_heads", None) or heads,
+        head_dim=getattr(model, "head_dim", None) or model.hidden_size // heads,
+        dtype=kv_dtype,
+    )
+
+
+def _reason(text: str | None) -> FinishReason:
+    if text is None:
+        return ""
+    if text in ("stop", "length", "cancelled"):
+        return text  # type: ignore[return-value]
+    raise EngineError(f"TensorRT-LLM ended a request with {text!r}")
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+    except OSError as exc:
+        raise ConfigError(f"engine.llm_args: {path} cannot be read: {exc.strerror}") from exc
+    except yaml.YAMLError as exc:
+        raise ConfigError(f"engine.llm_args: {path} is not YAML: {exc}") from exc
+    if not isinstance(data, dict):
+        raise ConfigError(f"engine.llm_args: {path} must hold a mapping of LLM() arguments")
+    return data
+
+
+def _as_object(values: Mapping[str, Any]) -> SimpleNamespace:
+    """Nested mappings with attributes, as TensorRT-LLM's argument classes have them."""
+    return SimpleNamespace(
+        **{
+            str(name): _as_object(value) if isinstance(value, dict) else value
+            for name, value in values.items()
+        }
+    )

@@ -1,0 +1,275 @@
+"""The KV connector that TensorRT-LLM loads into its worker processes.
+
+    kv_connector_config:
+      connector_module: kvfetcher.trtllm_connector
+      connector_scheduler_class: KVFetcherScheduler
+      connector_worker_class: KVFetcherWorker
+
+Both classes are made when they are first asked for, over the abstract classes of the TensorRT-LLM that
+is installed. `bind` makes them over any other module with the same interface: the paged torch engine
+and the tests run these very classes over `engines.paged.contract`.
+
+They find the process that owns the KV arena through $KVFETCHER_RUN_DIR, which its engine's processes
+inherit; settings come from there (`messages.Welcome`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import threading
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from kvfetcher.arena import Arena
+from kvfetcher.control import run_dir
+from kvfetcher.engines.connector import checks
+from kvfetcher.engines.connector.copies import BlockCopier
+from kvfetcher.engines.connector.link import OwnerLink
+from kvfetcher.engines.connector.messages import SOCKET_NAME
+from kvfetcher.engines.connector.pool import LAYOUTS, PagedPool, heads_of_rank
+from kvfetcher.engines.connector.scheduler import ConnectorScheduler
+from kvfetcher.engines.connector.worker import ConnectorWorker
+from kvfetcher.errors import ConfigError
+from kvfetcher.spec import KVSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import torch
+
+    from kvfetcher.engines.connector.messages import Message
+
+# Newest first: 1.3 moved the module, 1.1 and 1.2 have the old path.
+INTERFACES = (
+    "tensorrt_llm._torch.pyexecutor.connectors.kv_cache_connector",
+    "tensorrt_llm._torch.pyexecutor.kv_cache_connector",
+)
+
+_CONNECT_SECONDS = 60.0
+_MAKING = threading.Lock()
+
+_log = logging.getLogger(__name__)
+
+
+class ConnectorClasses(NamedTuple):
+    """What TensorRT-LLM is given."""
+
+    scheduler: type
+    worker: type
+
+
+class RankPlace(NamedTuple):
+    """Which rank of how many a connector object is."""
+
+    rank: int
+    num_ranks: int
+
+
+def find_interface() -> Any:
+    """The module with TensorRT-LLM's abstract connector classes.
+
+    Raises:
+        ConfigError: TensorRT-LLM is not installed, or has no KV connector.
+    """
+    reasons = []
+    for name in INTERFACES:
+        try:
+            return importlib.import_module(name)
+        except ImportError as exc:
+            reasons.append(f"{name}: {exc}")
+    raise ConfigError(
+        "TensorRT-LLM's KV connector interface cannot be imported; it needs TensorRT-LLM 1.2.x, as in"
+        f" the NGC images tritonserver:26.04 to 26.07-trtllm-python-py3 ({'; '.join(reasons)})"
+    )
+
+
+def bind(
+    api: Any,
+    *,
+    place: Callable[[], RankPlace] | None = None,
+    socket_path: Path | None = None,
+) -> ConnectorClasses:
+    """Make the connector classes over the abstract classes in `api`.
+
+    Args:
+        api: module with KvCacheConnectorScheduler and KvCacheConnectorWorker.
+        place: tells a new worker which rank it is; None = MPI's environment (`place_from_mpi`).
+        socket_path: of the arena's owner; None = in $KVFETCHER_RUN_DIR.
+
+    Raises:
+        ConfigError: the interface is not one that this build implements.
+    """
+    checks.check_interface(api)
+    locate = place or place_from_mpi
+    # Both objects of rank 0 are made at one time in two threads, and share one link.
+    shared = _SharedLink(locate, socket_path)
+
+    class KVFetcherScheduler(api.KvCacheConnectorScheduler):
+        """Rank 0's half; `core` decides (`engines.connector.scheduler`)."""
+
+        def __init__(self, llm_args: Any) -> None:
+            super().__init__(llm_args)
+            _refuse(llm_args)
+            link = shared.join("scheduler")
+            self.core = ConnectorScheduler(
+                link,
+                tokens_per_block=link.welcome.tokens_per_block,
+                async_load_tokens=link.welcome.async_load_tokens,
+            )
+            shared.listen("scheduler", self.core.receive)
+
+        def wait_for_initialization(self) -> None:
+            """Nothing: the link is up once the object exists."""
+
+        def get_num_new_matched_tokens(
+            self, request: Any, num_computed_tokens: int
+        ) -> tuple[int, bool]:
+            return self.core.get_num_new_matched_tokens(request, num_computed_tokens)
+
+        def update_state_after_alloc(self, request: Any, block_ids: list[int]) -> None:
+            self.core.update_state_after_alloc(request, block_ids)
+
+        def build_connector_meta(self, scheduler_output: Any) -> object:
+            return self.core.build_connector_meta(scheduler_output)
+
+        def request_finished(self, request: Any, cache_block_ids: list[int]) -> bool:
+            return self.core.request_finished(request, cache_block_ids)
+
+        def close(self) -> None:
+            """For engines in one process; TensorRT-LLM just ends its processes."""
+            shared.leave("scheduler")
+
+    class KVFetcherWorker(api.KvCacheConnectorWorker):
+        """Every rank's half; `core` copies (`engines.connector.worker`)."""
+
+        def __init__(self, llm_args: Any) -> None:
+            super().__init__(llm_args)
+            _refuse(llm_args)
+            self._link = shared.join("worker")
+            self._arena: Arena | None = None
+            welcome = self._link.welcome
+            self.core = ConnectorWorker(
+                self._link,
+                layout=next((name for name in LAYOUTS if name == welcome.layout), None),
+                save_timeout_seconds=welcome.save_timeout_seconds,
+            )
+            shared.listen("worker", self.core.receive)
+
+        def register_kv_caches(self, kv_cache_tensor: torch.Tensor) -> None:
+            """Check the pool against the owner's facts. Raises: the engine must not start otherwise."""
+            welcome, (rank, num_ranks) = self._link.welcome, shared.place
+            spec = KVSpec(**welcome.spec)
+            heads = heads_of_rank(spec.num_kv_heads, rank=rank, num_ranks=num_ranks)
+            pool = PagedPool(
+                kv_cache_tensor, spec=spec, heads=heads, tokens_per_block=welcome.tokens_per_block
+            )
+            self._arena = Arena.attach(welcome.arena, generation=welcome.generation)
+            copier = BlockCopier(self._arena, arena_first_head=welcome.arena_first_head, pool=pool)
+            facts = (
+                f"{checks.interface_text(api)}\nrank {rank} of {num_ranks}: pool"
+                f" {list(kv_cache_tensor.shape)} {kv_cache_tensor.dtype} on"
+                f" {kv_cache_tensor.device}, KV heads {heads.start} to {heads.stop - 1}"
+            )
+            _log.info("KV connector: %s", facts)
+            self.core.register(pool, copier, facts=facts)
+
+        def start_load_kv(self, stream: Any) -> None:
+            self.core.start_load_kv(self.get_connector_meta(), stream)
+
+        def wait_for_layer_load(self, layer_idx: int, stream: Any) -> None:
+            """Nothing: loads are ordered before the whole pass (a CUDA graph runs no layer hooks)."""
+
+        def save_kv_layer(self, layer_idx: int, stream: Any) -> None:
+            """Nothing: a request is saved when it is over."""
+
+        def wait_for_save(self, stream: Any) -> None:
+            self.core.wait_for_save(stream)
+
+        def get_finished(
+            self, finished_gen_req_ids: list[int], started_loading_req_ids: list[int]
+        ) -> tuple[list[int], list[int]]:
+            return self.core.get_finished(finished_gen_req_ids, started_loading_req_ids)
+
+        def close(self) -> None:
+            """For engines in one process; TensorRT-LLM just ends its processes."""
+            self.core.close()
+            shared.leave("worker")
+            if self._arena is not None:
+                self._arena.close()
+
+    return ConnectorClasses(KVFetcherScheduler, KVFetcherWorker)
+
+
+def place_from_mpi() -> RankPlace:
+    """This process's place among TensorRT-LLM's workers."""
+    from tensorrt_llm._utils import mpi_rank, mpi_world_size
+
+    return RankPlace(mpi_rank(), mpi_world_size())
+
+
+class _SharedLink:
+    """One link for the scheduler and the worker of a process, whichever comes first."""
+
+    def __init__(self, locate: Callable[[], RankPlace], path: Path | None) -> None:
+        self._locate = locate
+        self._path = path
+        self._lock = threading.Lock()
+        self._link: OwnerLink | None = None
+        self._members: set[str] = set()
+        self._listeners: dict[str, Callable[[Message], None]] = {}
+        self._started = False
+        self.place = RankPlace(0, 1)
+
+    def join(self, name: str) -> OwnerLink:
+        with self._lock:
+            if self._link is None:
+                self.place = self._locate()
+                path = self._path or run_dir() / SOCKET_NAME
+                self._link = OwnerLink(
+                    path,
+                    rank=self.place.rank,
+                    num_ranks=self.place.num_ranks,
+                    timeout_seconds=_CONNECT_SECONDS,
+                )
+            self._members.add(name)
+            return self._link
+
+    def listen(self, name: str, receive: Callable[[Message], None]) -> None:
+        with self._lock:
+            self._listeners[name] = receive
+            link, self._started, was_started = self._link, True, self._started
+        if link is not None and not was_started:
+            link.start(self._receive)
+
+    def leave(self, name: str) -> None:
+        with self._lock:
+            self._members.discard(name)
+            link = None if self._members else self._link
+            if link is not None:
+                self._link, self._started, self._listeners = None, False, {}
+        if link is not None:
+            link.close()
+
+    def _receive(self, message: Message) -> None:
+        for receive in tuple(self._listeners.values()):
+            receive(message)
+
+
+def _refuse(llm_args: Any) -> None:
+    if reasons := checks.refusals(llm_args):
+        raise ConfigError(
+            "the KV connector does not run with these TensorRT-LLM arguments: " + "; ".join(reasons)
+        )
+
+
+def __getattr__(name: str) -> Any:
+    """`KVFetcherScheduler` and `KVFetcherWorker` over the TensorRT-LLM that is installed."""
+    if name not in ("KVFetcherScheduler", "KVFetcherWorker"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # TensorRT-LLM makes both objects of rank 0 at one time in two threads; they must share one link.
+    with _MAKING:
+        if name not in globals():
+            classes = bind(find_interface())
+            globals().update(KVFetcherScheduler=classes.scheduler, KVFetcherWorker=classes.worker)
+    return globals()[name]

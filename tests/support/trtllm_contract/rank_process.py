@@ -1,0 +1,72 @@
+"""One rank as a process of its own: `python -m support.trtllm_contract.rank_process JSON`.
+
+Rank 0 reads one JSON object per line, {"submit": [[id, prompt, max_tokens], ...], "cancel": [id, ...]},
+steps all ranks once, and answers with what it has: {"tokens": {...}, "ends": {...}, "idle": bool}.
+The end of the input ends all ranks.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from kvfetcher import trtllm_connector
+from kvfetcher.engines.loader import load_model
+from kvfetcher.engines.paged import contract
+from kvfetcher.engines.paged.executor import NewRequest, Rules
+from kvfetcher.engines.paged.model import PagedModel
+from support.trtllm_contract.engine import BLOCK, PART, llm_args
+from support.trtllm_contract.loop import ContractLoop, GreedySink
+from support.trtllm_contract.ranks import ProcessRanks
+
+
+def main(settings):
+    torch.set_num_threads(1)
+    ranks = ProcessRanks(settings["meeting"], settings["rank"], settings["num_ranks"])
+    leads = ranks.rank == 0
+    classes = trtllm_connector.bind(
+        contract,
+        place=lambda: trtllm_connector.RankPlace(ranks.rank, ranks.size),
+        socket_path=Path(settings["socket"]),
+    )
+    worker = classes.worker(llm_args())
+    sink = GreedySink() if leads else None
+    loaded = load_model(Path(settings["model"]), device="cpu", kv_dtype="bfloat16")
+    loop = ContractLoop(
+        PagedModel(
+            loaded,
+            ranks=ranks,
+            num_blocks=64,
+            tokens_per_block=BLOCK,
+            layout=settings["layout"],
+        ),
+        ranks=ranks,
+        scheduler=classes.scheduler(llm_args()) if leads else None,
+        worker=worker,
+        rules=Rules(part_tokens=PART, max_batch=4, tokens_per_block=BLOCK, reuse=False),
+        sink=sink,
+    )
+    with torch.inference_mode():
+        while (command := ranks.broadcast(next_command() if leads else None)) is not None:
+            if leads:
+                for request_id, prompt, max_tokens in command["submit"]:
+                    loop.submit(NewRequest(request_id, tuple(prompt), max_tokens, ""))
+                for request_id in command["cancel"]:
+                    loop.cancel(request_id)
+            loop.step()
+            if leads:
+                answer = {"tokens": sink.tokens, "ends": sink.ends, "idle": loop.is_idle}
+                sys.stdout.write(json.dumps(answer) + "\n")
+                sys.stdout.flush()
+    worker.close()
+    ranks.close()
+
+
+def next_command():
+    line = sys.stdin.readline()
+    return json.loads(line) if line else None
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,156 @@
+"""What of TensorRT-LLM's LLM API the engine uses, over the paged executor: names and behaviour as documented.
+
+Put the folder above on sys.path to import it as `tensorrt_llm`. It is strict where the real one is:
+unknown arguments are errors, connector classes are found by name and made in two threads at once.
+"""
+
+import importlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+from kvfetcher.engines import base
+from kvfetcher.engines.loader import load_model
+from kvfetcher.engines.paged.contract import OneRank
+from kvfetcher.engines.paged.executor import PagedExecutor, Rules
+from kvfetcher.engines.paged.model import PagedModel
+from kvfetcher.engines.paged.source import PagedSource
+
+__version__ = "1.2.1"
+
+_KV_CACHE = {
+    "enable_block_reuse": True,
+    "enable_partial_reuse": True,
+    "tokens_per_block": 32,
+    "dtype": "auto",
+    "host_cache_size": None,
+    "max_attention_window": None,
+    "free_gpu_memory_fraction": 0.9,
+}
+
+
+@dataclass
+class SamplingParams:
+    end_id: int | None = None
+    pad_id: int | None = None
+    max_tokens: int = 32
+    stop_token_ids: list[int] | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    min_tokens: int | None = None
+    detokenize: bool = True
+    add_special_tokens: bool = True
+    return_perf_metrics: bool = False
+
+
+@dataclass
+class CompletionOutput:
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    request_perf_metrics: object = None
+
+
+class RequestOutput:
+    """Cumulative tokens; iterating gives the object itself after every step."""
+
+    def __init__(self, run):
+        self._run = run
+        self.outputs = [CompletionOutput()]
+
+    def abort(self):
+        self._run.abort()
+
+    async def __aiter__(self):
+        async for step in self._run.steps():
+            self.outputs[0].token_ids.extend(step.token_ids)
+            self.outputs[0].finish_reason = step.finish_reason or None
+            yield self
+
+
+class LLM:
+    def __init__(
+        self,
+        model,
+        *,
+        backend="pytorch",
+        tensor_parallel_size=1,
+        kv_cache_config=None,
+        scheduler_config=None,
+        kv_connector_config=None,
+        max_batch_size=8,
+    ):
+        unknown = set(kv_cache_config or {}) - set(_KV_CACHE)
+        if unknown:
+            raise ValueError(f"Extra inputs are not permitted: {sorted(unknown)}")
+        cache = SimpleNamespace(**_KV_CACHE | (kv_cache_config or {}))
+        args = SimpleNamespace(
+            model=model,
+            backend=backend,
+            tensor_parallel_size=tensor_parallel_size,
+            kv_cache_config=cache,
+            scheduler_config=SimpleNamespace(**(scheduler_config or {})),
+            max_beam_width=1,
+        )
+        module = importlib.import_module(kv_connector_config["connector_module"])
+        with ThreadPoolExecutor(2) as pool:
+            worker, scheduler = pool.map(
+                lambda name: getattr(module, kv_connector_config[name])(args),
+                ("connector_worker_class", "connector_scheduler_class"),
+            )
+        self._parts = (worker, scheduler)
+        ranks = OneRank()
+
+        def make(sink):
+            dtype = "float8_e4m3fn" if cache.dtype == "fp8" else "bfloat16"
+            paged = PagedModel(
+                load_model(Path(model), device="cpu", kv_dtype=dtype),
+                ranks=ranks,
+                num_blocks=64,
+                tokens_per_block=cache.tokens_per_block,
+                layout="HND",
+            )
+            return PagedExecutor(
+                paged,
+                ranks=ranks,
+                scheduler=scheduler,
+                worker=worker,
+                rules=Rules(
+                    part_tokens=16,
+                    max_batch=max_batch_size,
+                    tokens_per_block=cache.tokens_per_block,
+                    reuse=cache.enable_block_reuse,
+                    tells_salt=False,
+                ),
+                sink=sink,
+            )
+
+        self._source = PagedSource(make)
+
+    def generate_async(
+        self, inputs, sampling_params=None, lora_request=None, streaming=False, cache_salt=None
+    ):
+        params = sampling_params
+        end = [] if params.end_id == -1 else [params.end_id]
+        run = self._source.start(
+            tuple(inputs["prompt_token_ids"]),
+            base.SamplingParams(
+                max_tokens=params.max_tokens,
+                temperature=params.temperature or 0.0,
+                top_k=params.top_k or 0,
+                top_p=params.top_p or 1.0,
+                seed=params.seed,
+                min_length=params.min_tokens or 0,
+            ),
+            max_tokens=params.max_tokens,
+            eos_ids=(*end, *(params.stop_token_ids or ())),
+            cache_salt=cache_salt or "",
+        )
+        return RequestOutput(run)
+
+    def shutdown(self):
+        self._source.close()
+        for part in self._parts:
+            part.close()

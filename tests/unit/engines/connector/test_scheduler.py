@@ -1,0 +1,212 @@
+"""Decisions on rank 0: recognition, clamping, and faults that stay inside."""
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvfetcher.engines.connector import scheduler as scheduler_module
+from kvfetcher.engines.connector.messages import (
+    Announce,
+    Announced,
+    Finished,
+    Matched,
+    Withdraw,
+    Withdrawn,
+)
+from kvfetcher.engines.connector.scheduler import ConnectorScheduler, usable_tokens
+from kvfetcher.leases import tokens_digest
+
+BLOCK = 8
+PROMPT = list(range(100, 170))
+
+
+@dataclass
+class Outbox:
+    sent: list = field(default_factory=list)
+
+    def send(self, message):
+        self.sent.append(message)
+
+    def of(self, kind):
+        return [message for message in self.sent if isinstance(message, kind)]
+
+
+@dataclass
+class Request:
+    request_id: int = 1
+    tokens: list = field(default_factory=lambda: list(PROMPT))
+
+    def get_tokens(self, beam):
+        assert beam == 0
+        return self.tokens
+
+
+class Salted(Request):
+    cache_salt = "b"
+
+
+def announce(key="k", prompt=PROMPT, salt="", lease=64, save=True, probe=False):
+    return Announce(
+        key=key,
+        tokens_digest=tokens_digest(prompt),
+        num_prompt_tokens=len(prompt),
+        cache_salt=salt,
+        lease_tokens=lease,
+        lease_blocks=tuple(range(40, 40 + lease // BLOCK)),
+        save=save,
+        probe=probe,
+    )
+
+
+@pytest.fixture
+def outbox():
+    return Outbox()
+
+
+@pytest.fixture
+def scheduler(outbox):
+    return ConnectorScheduler(outbox, tokens_per_block=BLOCK, async_load_tokens=0)
+
+
+def output(*new, cached=()):
+    return SimpleNamespace(new_requests=list(new), cached_requests=list(cached))
+
+
+def data(request_id=1, position=0, number=70):
+    return SimpleNamespace(
+        request_id=request_id, computed_position=position, num_scheduled_tokens=number
+    )
+
+
+@given(
+    lease=st.integers(0, 200),
+    prompt=st.integers(1, 200),
+    computed=st.integers(0, 199),
+    block=st.integers(1, 64),
+)
+def test_offer_is_whole_blocks_and_leaves_a_token(lease, prompt, computed, block):
+    computed = min(computed, prompt - 1)
+    number = usable_tokens(lease, prompt_tokens=prompt, computed=computed, block=block)
+    assert number >= 0
+    assert number % block == 0
+    if number:
+        assert computed % block == 0
+        assert computed + number <= min(lease, prompt - 1)
+        assert computed + number + block > min(lease, prompt - 1)
+
+
+def test_load_covers_what_the_engine_lacks(scheduler, outbox):
+    scheduler.receive(announce())
+    assert outbox.sent == [Announced("k")]
+    assert scheduler.get_num_new_matched_tokens(Request(), 16) == (48, False)
+    scheduler.update_state_after_alloc(Request(), list(range(9)))
+    meta = scheduler.build_connector_meta(output(data(position=16, number=6)))
+    (load,) = meta.loads
+    assert load.arena_blocks == tuple(range(42, 48))
+    assert load.pool_blocks == tuple(range(2, 8))
+    assert scheduler.build_connector_meta(output()).loads == ()
+    assert scheduler.build_connector_meta(output()).sequence == meta.sequence + 2
+
+
+def test_unknown_prompts_are_not_hashed(scheduler, monkeypatch):
+    scheduler.receive(announce())
+    monkeypatch.setattr(scheduler_module, "tokens_digest", None)
+    assert scheduler.get_num_new_matched_tokens(Request(tokens=PROMPT[:-1]), 0) == (0, False)
+    assert scheduler.counters.faults == 0
+
+
+def test_prompt_of_another_tokens_is_not_matched(scheduler):
+    scheduler.receive(announce())
+    assert scheduler.get_num_new_matched_tokens(Request(tokens=PROMPT[::-1]), 0) == (0, False)
+    assert scheduler.counters.unmatched == 1
+
+
+def test_equal_prompts_of_two_salts_match_only_where_the_salt_is_told(scheduler):
+    scheduler.receive(announce("a", salt="a"))
+    scheduler.receive(announce("b", salt="b"))
+    assert scheduler.get_num_new_matched_tokens(Request(1), 0) == (0, False)
+    assert scheduler.get_num_new_matched_tokens(Salted(2), 0) == (64, False)
+    assert scheduler.get_num_new_matched_tokens(Request(3), 0) == (64, False)  # only a is left
+
+
+def test_withdrawn_request_is_not_matched(scheduler, outbox):
+    scheduler.receive(announce())
+    scheduler.receive(Withdraw("k"))
+    assert outbox.of(Withdrawn) == [Withdrawn("k", used=False)]
+    assert scheduler.get_num_new_matched_tokens(Request(), 0) == (0, False)
+    scheduler.receive(announce())
+    scheduler.get_num_new_matched_tokens(Request(), 0)
+    scheduler.receive(Withdraw("k"))
+    assert outbox.of(Withdrawn)[-1] == Withdrawn("k", used=True)
+
+
+def test_announcements_are_bounded(scheduler, monkeypatch):
+    monkeypatch.setattr(scheduler_module, "MAX_ANNOUNCED", 3)
+    for number in range(5):
+        scheduler.receive(announce(f"k{number}", prompt=[number] * (20 + number), lease=16))
+    assert scheduler.get_num_new_matched_tokens(Request(1, [1] * 21), 0) == (0, False)
+    assert scheduler.get_num_new_matched_tokens(Request(2, [2] * 22), 0) == (16, False)
+    assert len(scheduler._announced._lengths) == 2
+
+
+def test_request_that_ends_before_its_load_gives_the_lease_back(scheduler, outbox):
+    scheduler.receive(announce())
+    scheduler.get_num_new_matched_tokens(Request(), 0)
+    scheduler.update_state_after_alloc(Request(), list(range(9)))
+    assert scheduler.request_finished(Request(), list(range(9))) is False
+    assert outbox.of(Matched)[-1].num_loaded_tokens == 0
+    assert not outbox.of(Finished)[0].is_pinned
+
+
+def test_replay_before_the_load_is_offered_again_and_after_it_is_not(scheduler):
+    scheduler.receive(announce())
+    assert scheduler.get_num_new_matched_tokens(Request(), 0) == (64, False)
+    assert scheduler.get_num_new_matched_tokens(Request(), 0) == (64, False)
+    scheduler.update_state_after_alloc(Request(), list(range(10, 19)))
+    assert scheduler.build_connector_meta(output(data())).loads[0].pool_blocks[0] == 10
+    assert scheduler.get_num_new_matched_tokens(Request(), 0) == (0, False)
+
+
+def test_parked_request_keeps_its_blocks_when_it_is_cancelled(outbox):
+    scheduler = ConnectorScheduler(outbox, tokens_per_block=BLOCK, async_load_tokens=8)
+    scheduler.receive(announce())
+    assert scheduler.get_num_new_matched_tokens(Request(), 0) == (64, True)
+    scheduler.update_state_after_alloc(Request(), list(range(9)))
+    assert scheduler.build_connector_meta(output()).loads[0].is_async
+    assert scheduler.request_finished(Request(), list(range(9))) is True
+    (finished,) = outbox.of(Finished)
+    assert finished.is_pinned
+    assert finished.tokens_with_kv == 0
+
+
+def test_finished_tells_what_has_kv(scheduler, outbox):
+    scheduler.receive(announce())
+    scheduler.get_num_new_matched_tokens(Request(), 0)
+    scheduler.update_state_after_alloc(Request(), list(range(9)))
+    scheduler.build_connector_meta(output(data(position=0, number=6)))  # the load is left out
+    scheduler.build_connector_meta(output(cached=[data(position=70, number=1)]))
+    tokens = [*PROMPT, 7, 8]
+    assert scheduler.request_finished(Request(tokens=tokens), list(range(9))) is True
+    (finished,) = outbox.of(Finished)
+    assert finished.tokens_with_kv == 71
+    assert finished.token_ids == (7,)
+
+
+def test_faults_stay_inside_and_are_counted(scheduler):
+    broken = SimpleNamespace(request_id=1)
+    scheduler.receive(announce())
+    assert scheduler.get_num_new_matched_tokens(broken, 0) == (0, False)
+    scheduler.get_num_new_matched_tokens(Request(), 0)
+    scheduler.update_state_after_alloc(Request(), None)
+    assert scheduler.request_finished(broken, []) is True  # blocks are held rather than lost
+    assert scheduler.counters.faults == 3
+
+
+def test_offer_without_blocks_is_no_metadata_at_all(scheduler):
+    scheduler.receive(announce())
+    scheduler.get_num_new_matched_tokens(Request(), 0)
+    assert scheduler.build_connector_meta(output(data())) is None
+    assert scheduler.counters.faults == 1

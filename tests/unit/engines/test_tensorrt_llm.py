@@ -1,0 +1,333 @@
+"""The TensorRT-LLM engine over a stand-in of its LLM API (support/trtllm_stand_in)."""
+
+import asyncio
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import support
+from kvfetcher import trtllm_connector
+from kvfetcher.config import CodecConfig, Config, ConnectorConfig, EngineConfig
+from kvfetcher.engines import tensorrt_llm
+from kvfetcher.engines.base import GenerateRequest, SamplingParams
+from kvfetcher.engines.host import EngineHost
+from kvfetcher.errors import ConfigError, EngineError, RequestError
+from kvfetcher.leases import LeaseClaim, tokens_digest
+from support.engine_rig import BLOCK, CHUNK, SLICE, collect, edit_json, some_ids, write_model
+
+STAND_IN = Path(support.__path__[0]) / "trtllm_stand_in"
+
+
+def forget_tensorrt_llm():
+    for name in [n for n in sys.modules if n.split(".")[0] == "tensorrt_llm"]:
+        del sys.modules[name]
+    for name in ("KVFetcherScheduler", "KVFetcherWorker"):
+        trtllm_connector.__dict__.pop(name, None)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    forget_tensorrt_llm()
+    monkeypatch.syspath_prepend(str(STAND_IN))
+    yield
+    forget_tensorrt_llm()
+
+
+@pytest.fixture(scope="module")
+def bf16_folder(tmp_path_factory):
+    folder = write_model(tmp_path_factory.mktemp("bf16"))
+    edit_json(folder / "config.json", dtype="bfloat16")  # TensorRT-LLM computes in this
+    return folder
+
+
+def config_of(folder, *, connector=None, **engine):
+    settings = {
+        "kind": "tensorrt_llm",
+        "model": str(folder),
+        "tokens_per_block": BLOCK,
+        "prefill_slice_tokens": SLICE,
+        "arena_bytes": 1 << 20,
+    }
+    return Config(
+        engine=EngineConfig(**settings | engine),
+        connector=ConnectorConfig(**connector or {}),
+        codec=CodecConfig(chunk_tokens=CHUNK),
+    )
+
+
+@pytest.fixture
+def host(stand_in, bf16_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("KVFETCHER_RUN_DIR", str(tmp_path))
+    with EngineHost(config_of(bf16_folder), run_folder=tmp_path, arena_folder=tmp_path) as opened:
+        yield opened
+
+
+def request(ids, *, max_tokens=12, save=False, lease=None, salt="", **sampling):
+    return GenerateRequest(
+        tuple(ids),
+        SamplingParams(max_tokens=max_tokens, **sampling),
+        save=save,
+        lease=lease,
+        cache_salt=salt,
+    )
+
+
+async def test_a_hit_gives_the_tokens_and_bytes_of_computing(host, bf16_folder, tmp_path):
+    described = host.engine.describe()
+    assert described.engine == "tensorrt_llm"
+    assert described.identity.compute == "tensorrt_llm 1.2.1 pytorch bfloat16, KV as bfloat16"
+    assert host.engine.stats()["kv_layouts"] == ["HND"]
+    ids = some_ids(75)
+    full = await collect(host.engine.generate(request(ids, save=True)))
+    assert full.reason in ("stop", "length")
+    values = np.concatenate([host.arena.read(t) for t in full.ticket.targets], axis=3)
+    # Another prompt of the same length, with this one's KV in its lease: only a load explains it.
+    other = some_ids(64, seed=8) + ids[64:]
+    lease = host.leases.lease(64, 60.0, now=time.monotonic())
+    host.arena.write(host.arena.target(lease.block_ids, 64), 0, values[:, :, :, :64])
+    host.leases.seal(lease.id, 64, tokens_digest(other[:64]), now=time.monotonic())
+    claim = LeaseClaim(lease.id, 64, host.arena.generation)
+    loaded = await collect(host.engine.generate(request(other, lease=claim)))
+    assert loaded.ids == full.ids
+    assert loaded.timings[0].cached_tokens == 64
+
+
+async def test_stream_ends_when_its_client_goes(host):
+    seen = []
+    events = host.engine.generate(
+        request(some_ids(20), max_tokens=400, min_length=400), is_cancelled=lambda: len(seen) > 2
+    )
+    async for event in events:
+        seen.append(event)  # noqa: PERF401  `is_cancelled` looks at it meanwhile
+    assert seen[-1].finish_reason == "cancelled"
+    async with asyncio.timeout(5):
+        while host.engine.stats()["connector"]["open"]:
+            await asyncio.sleep(0.01)
+
+
+async def test_stop_word_aborts_the_request(host):
+    plain = await collect(host.engine.generate(request(some_ids(20), max_tokens=30, min_length=30)))
+    word = plain.text[3:5]
+    output = await collect(
+        host.engine.generate(
+            request(some_ids(20), max_tokens=30, min_length=30, stop_words=(word,))
+        )
+    )
+    assert output.reason == "stop"
+    assert output.text == plain.text[: plain.text.index(word)]
+
+
+async def test_salt_is_passed_on_and_refused_where_it_cannot_be(host, monkeypatch):
+    salted = await collect(host.engine.generate(request(some_ids(40), salt="tenant")))
+    assert salted.reason
+    monkeypatch.setattr(host.engine._source, "_takes_salt", False)
+    with pytest.raises(RequestError, match="knows no cache_salt"):
+        await collect(host.engine.generate(request(some_ids(40), salt="tenant")))
+
+
+async def test_refusals_and_failures_of_the_llm_are_told_apart(host, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("too long")
+
+    monkeypatch.setattr(host.engine._source._llm, "generate_async", refuse)
+    with pytest.raises(RequestError, match="refuses the request: too long"):
+        await collect(host.engine.generate(request(some_ids(20))))
+
+    class Broken:
+        async def __aiter__(self):
+            raise RuntimeError("CUDA error")
+            yield
+
+        def abort(self):
+            raise RuntimeError("no worker")
+
+    monkeypatch.setattr(host.engine._source._llm, "generate_async", lambda *_, **__: Broken())
+    with pytest.raises(EngineError, match="failed at a request: CUDA error"):
+        await collect(host.engine.generate(request(some_ids(20))))
+    assert host.engine.stats()["failed"] == 2
+
+
+def test_without_tensorrt_llm_the_error_names_the_image(bf16_folder, tmp_path):
+    forget_tensorrt_llm()
+    with pytest.raises(ConfigError, match="trtllm-python-py3"):
+        EngineHost(config_of(bf16_folder), run_folder=tmp_path, arena_folder=tmp_path)
+    with pytest.raises(ConfigError, match="interface cannot be imported"):
+        trtllm_connector.find_interface()
+    assert not list(tmp_path.iterdir())
+
+
+def test_llm_that_does_not_start_is_an_engine_error(stand_in, bf16_folder, tmp_path):
+    yaml = tmp_path / "model.yaml"
+    yaml.write_text("kv_cache_config: {unheard_of: 1}\n")
+    config = config_of(bf16_folder, llm_args=str(yaml))
+    with pytest.raises(EngineError, match=r"1\.2\.1 did not start: ValueError: Extra inputs"):
+        EngineHost(config, run_folder=tmp_path, arena_folder=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.yaml"]
+
+
+def test_newer_module_path_is_found_too(stand_in, monkeypatch):
+    import types
+
+    from kvfetcher.engines.paged import contract
+
+    new = types.ModuleType(trtllm_connector.INTERFACES[0])
+    new.KvCacheConnectorScheduler = contract.KvCacheConnectorScheduler
+    new.KvCacheConnectorWorker = contract.KvCacheConnectorWorker
+    parent = types.ModuleType(new.__name__.rpartition(".")[0])
+    parent.__path__ = []
+    monkeypatch.setitem(sys.modules, parent.__name__, parent)
+    monkeypatch.setitem(sys.modules, new.__name__, new)
+    assert trtllm_connector.find_interface() is new
+    assert issubclass(trtllm_connector.KVFetcherWorker, contract.KvCacheConnectorWorker)
+    with pytest.raises(AttributeError, match="Nobody"):
+        _ = trtllm_connector.Nobody
+
+
+class TestArguments:
+    def test_what_the_connector_needs_is_filled_in(self, bf16_folder, tmp_path):
+        yaml = tmp_path / "model.yaml"
+        yaml.write_text(
+            "tensor_parallel_size: 2\n"
+            "kv_cache_config: {free_gpu_memory_fraction: 0.7}\n"
+            "triton_config: {decoupled: true}\n"
+        )
+        values, num_ranks = tensorrt_llm.llm_arguments(
+            config_of(bf16_folder, llm_args=str(yaml), kv_dtype="float8_e4m3fn"), bf16_folder
+        )
+        assert num_ranks == 2
+        assert values == {
+            "model": str(bf16_folder),
+            "backend": "pytorch",
+            "tensor_parallel_size": 2,
+            "kv_cache_config": {
+                "free_gpu_memory_fraction": 0.7,
+                "enable_block_reuse": True,
+                "enable_partial_reuse": False,
+                "tokens_per_block": BLOCK,
+                "dtype": "fp8",
+            },
+            "scheduler_config": {"capacity_scheduler_policy": "GUARANTEED_NO_EVICT"},
+            "kv_connector_config": tensorrt_llm.CONNECTOR,
+        }
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("kv_cache_config: {enable_partial_reuse: true}", "needs False; remove the line"),
+            ("kv_cache_config: {tokens_per_block: 64}", "set engine.tokens_per_block"),
+            ("kv_cache_config: {dtype: nvfp4}", "set engine.kv_dtype"),
+            ("kv_cache_config: 3", "must be a mapping"),
+            ("scheduler_config: {capacity_scheduler_policy: MAX_UTILIZATION}", "NO_EVICT"),
+            ("kv_cache_config: {host_cache_size: 1000}", "set it to 0"),
+            ("kv_cache_config: {max_attention_window: [512, 4096]}", "VSWA"),
+            ("max_beam_width: 4", "max_beam_width is above 1"),
+            ("pipeline_parallel_size: 2", "use tensor_parallel_size alone"),
+            ("context_parallel_size: 2", "use tensor_parallel_size alone"),
+            ("enable_attention_dp: true", "enable_attention_dp"),
+            ("speculative_config: {decoding_type: Eagle}", "speculative_config"),
+            ("tensor_parallel_size: none", "must be at least 1"),
+            ("kv_connector_config: {connector: lmcache}", "names another connector"),
+            ("- 1", "must hold a mapping"),
+            ("a: [", "is not YAML"),
+        ],
+    )
+    def test_what_cannot_run_is_refused_by_name(self, bf16_folder, tmp_path, text, message):
+        yaml = tmp_path / "model.yaml"
+        yaml.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            tensorrt_llm.llm_arguments(config_of(bf16_folder, llm_args=str(yaml)), bf16_folder)
+
+    def test_missing_file(self, bf16_folder):
+        with pytest.raises(ConfigError, match=r"nowhere\.yaml cannot be read"):
+            tensorrt_llm.llm_arguments(config_of(bf16_folder, llm_args="nowhere.yaml"), bf16_folder)
+
+
+class TestModel:
+    def read(self, folder, num_ranks=1, **engine):
+        return tensorrt_llm.read_model(
+            folder, config_of(folder, **engine), version="1.2.1", num_ranks=num_ranks
+        )
+
+    def test_facts_are_those_of_the_loaded_model(self, bf16_folder, loaded):
+        model = self.read(bf16_folder, num_ranks=2)
+        assert model.spec == loaded.spec
+        assert model.rope == loaded.rope
+        assert model.identity.weights == loaded.identity.weights
+        assert model.identity.rope == loaded.identity.rope
+        assert model.eos_ids == (256,)
+
+    def test_kv_dtype_must_be_what_the_engine_keeps(self, bf16_folder):
+        with pytest.raises(ConfigError, match="computes in bfloat16"):
+            self.read(bf16_folder, kv_dtype="float16")
+        assert self.read(bf16_folder, kv_dtype="float8_e4m3fn").spec.dtype == "float8_e4m3fn"
+
+    def test_heads_must_fit_the_ranks(self, bf16_folder):
+        with pytest.raises(ConfigError, match="cannot be dealt out to 3"):
+            self.read(bf16_folder, num_ranks=3)
+
+    def test_mixed_layers_are_refused(self, tmp_path):
+        folder = write_model(tmp_path / "m")
+        edit_json(folder / "config.json", hybrid_override_pattern="M-M*")
+        with pytest.raises(ConfigError, match="uniform full attention"):
+            self.read(folder)
+
+    def test_no_model(self, tmp_path):
+        with pytest.raises(EngineError, match="cannot be read"):
+            self.read(tmp_path)
+
+
+def test_sampling_arguments():
+    greedy = tensorrt_llm.sampling_arguments(SamplingParams(), max_tokens=5, eos_ids=())
+    assert greedy == {
+        "max_tokens": 5,
+        "detokenize": False,
+        "add_special_tokens": False,
+        "return_perf_metrics": True,
+        "end_id": -1,
+        "pad_id": 0,
+    }
+    sampled = tensorrt_llm.sampling_arguments(
+        SamplingParams(max_tokens=9, temperature=0.7, top_k=5, top_p=0.9, seed=3, min_length=2),
+        max_tokens=9,
+        eos_ids=(1, 2, 3),
+    )
+    assert sampled["end_id"] == 1
+    assert sampled["stop_token_ids"] == [2, 3]
+    assert (sampled["temperature"], sampled["top_k"], sampled["top_p"]) == (0.7, 5, 0.9)
+    assert (sampled["seed"], sampled["min_tokens"]) == (3, 2)
+
+
+async def test_prefill_is_learnt_from_what_was_computed_alone(host):
+    source = host.engine._source
+    source.note_first_token(0, 100, 1.0)  # too short to say anything
+    assert source.prefill.num_slices == 0
+    noted = []
+    source.note_first_token = lambda *facts: noted.append(facts)
+    await collect(host.engine.generate(request(some_ids(75, seed=3))))
+    ((start, computed, seconds),) = noted
+    assert (start, computed) == (0, 75)
+    assert 0 < seconds < 60
+    await asyncio.gather(
+        *(collect(host.engine.generate(request(some_ids(75, seed=i)))) for i in (4, 5))
+    )
+    assert len(noted) <= 2  # only the last of them may have been alone
+    del source.note_first_token
+    source.note_first_token(0, 1000, 1.0)
+    assert source.prefill.base_seconds == pytest.approx(1e-3)
+
+
+def test_waiting_time_comes_from_the_metrics_where_there_are_any():
+    run = tensorrt_llm.LlmRun(None)
+    timing = SimpleNamespace(
+        arrival_time=timedelta(seconds=5), first_scheduled_time=timedelta(seconds=5.25)
+    )
+    run._note_first(SimpleNamespace(request_perf_metrics=SimpleNamespace(timing_metrics=timing)))
+    assert run.queue_seconds == 0.25
+    run = tensorrt_llm.LlmRun(None)
+    run._note_first(SimpleNamespace())
+    assert run.queue_seconds == 0
