@@ -7,7 +7,6 @@ Exit status: 0 done; 1 a known error, told in one line (more where a server's lo
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import importlib
 import json
@@ -16,25 +15,28 @@ import os
 import shlex
 import signal
 import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvfetcher import __version__, wire
 from kvfetcher.config import CONFIG_VARIABLE, explain_config, load_config
-from kvfetcher.errors import ChunkNotFoundError, KVFetcherError, StoreError
+from kvfetcher.errors import KVFetcherError, StoreError
+from kvfetcher.progress import StatusLine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from kvfetcher.config import Config
-
-_NOT_A_TERMINAL_SECONDS = 10.0
+    from kvfetcher.config import CodecConfig, Config
 
 # Commands with a command line of their own, imported only when they run.
 _ELSEWHERE = {
     "generate": ("kvfetcher_client.cli", "main", "Ask a running server."),
+    "warm": (
+        "kvfetcher_client.cli",
+        "main_warm",
+        "Bring a prompt's stored chunks near a running server.",
+    ),
     "calibrate": (
         "kvfetcher.transform.commands",
         "main_calibrate",
@@ -44,6 +46,16 @@ _ELSEWHERE = {
         "kvfetcher.transform.commands",
         "main_certify",
         "Measure the quality of a calibration again.",
+    ),
+    "store": (
+        "kvfetcher.storage.commands",
+        "main",
+        "Look into the store, check it, purge it; `kvfetcher store --help`.",
+    ),
+    "doctor": (
+        "kvfetcher.doctor.command",
+        "main_doctor",
+        "Check this machine; `kvfetcher doctor --help`.",
     ),
     "bench": ("kvfetcher.bench", "main", "Measure; `kvfetcher bench codec --help`."),
 }
@@ -123,18 +135,6 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("file", metavar="FILE", help="a chunk object; - for stdin")
     inspect.add_argument("--json", action="store_true", help="print all of it as JSON")
 
-    store = command("store", _store_ls, "Look into the store.")
-    verbs = store.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    ls = verbs.add_parser("ls", help="List objects: bytes, time, name.")
-    ls.set_defaults(run=_store_ls)
-    ls.add_argument("prefix", nargs="?", default="", help="only names that start with this")
-    stat = verbs.add_parser("stat", help="Count objects and bytes, or look at one object.")
-    stat.set_defaults(run=_store_stat)
-    stat.add_argument("name", nargs="?", help="an object name")
-    for sub in (ls, stat):
-        _add_config(sub)
-        sub.add_argument("--json", action="store_true", help="print JSON")
-
     command("version", _version, "Print the version.")
     return parser
 
@@ -144,7 +144,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from kvfetcher.server import TritonServer
+    from kvfetcher.server import Supervisor, TritonServer
     from kvfetcher.server.repository import find_repository
 
     config = load_config(arguments.config)
@@ -157,8 +157,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     repository = find_repository(arguments.model_repository)
     with _signals_interrupt():
         if (repository / wire.TENSORRT_LLM).is_dir():
-            _prepare_model(config)
-        line = _StatusLine()
+            folder = _prepare_model(config)
+            config = replace(config, codec=_choose_profile(config, folder))
+        line = StatusLine()
         server = TritonServer(
             config,
             model_repository=repository,
@@ -177,7 +178,7 @@ def _serve(arguments: argparse.Namespace) -> int:
                 f" metrics {server.metrics_url}; log {server.log_path}; Ctrl-C stops",
                 file=sys.stderr,
             )
-            server.wait()
+            Supervisor(server).run()
         except KeyboardInterrupt:
             print("kvfetcher: stopping (Ctrl-C again to kill)", file=sys.stderr)
         finally:
@@ -197,13 +198,22 @@ def _prepare(arguments: argparse.Namespace) -> None:
     _prepare_model(config)
 
 
-def _prepare_model(config: Config) -> None:
+def _prepare_model(config: Config) -> Path:
     from kvfetcher.engines.models import prepare_model
 
     folder = prepare_model(
         config.engine.model, progress=lambda text: print(f"kvfetcher: {text}", file=sys.stderr)
     )
     print(f"kvfetcher: model {folder.name}: {folder.path}", file=sys.stderr)
+    return folder.path
+
+
+def _choose_profile(config: Config, model: Path) -> CodecConfig:
+    from kvfetcher.server.profile import choose_profile
+
+    chosen = choose_profile(config.codec, model)
+    print(f"kvfetcher: profile {chosen.codec.profile} ({chosen.reason})", file=sys.stderr)
+    return chosen.codec
 
 
 def _config(arguments: argparse.Namespace) -> None:
@@ -255,56 +265,6 @@ def _inspect(arguments: argparse.Namespace) -> None:
         )
 
 
-def _store_ls(arguments: argparse.Namespace) -> None:
-    found = asyncio.run(_list(load_config(arguments.config), arguments.prefix))
-    if arguments.json:
-        _print_json(found)
-        return
-    for info in found:
-        modified = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(info["modified_time_seconds"]))
-        print(f"{info['num_bytes']:>12} {modified} {info['name']}")
-
-
-def _store_stat(arguments: argparse.Namespace) -> None:
-    config = load_config(arguments.config)
-    if arguments.name is None:
-        found = asyncio.run(_list(config, ""))
-        facts: dict[str, Any] = {
-            "objects": len(found),
-            "num_bytes": sum(info["num_bytes"] for info in found),
-        }
-    else:
-        facts = asyncio.run(_stat(config, arguments.name))
-    if arguments.json:
-        _print_json(facts)
-        return
-    for name, value in facts.items():
-        print(f"{name}: {value}")
-
-
-async def _list(config: Config, prefix: str) -> list[dict[str, Any]]:
-    from kvfetcher.storage import open_store
-
-    store = open_store(config.store)
-    try:
-        return [asdict(info) async for info in store.list_prefix(prefix)]
-    finally:
-        await store.close()
-
-
-async def _stat(config: Config, name: str) -> dict[str, Any]:
-    from kvfetcher.storage import open_store
-
-    store = open_store(config.store)
-    try:
-        info = await store.head(name)
-    finally:
-        await store.close()
-    if info is None:
-        raise ChunkNotFoundError(f"store has no object {name}; `kvfetcher store ls` lists them")
-    return asdict(info)
-
-
 def _version(arguments: argparse.Namespace) -> None:
     print(__version__)
 
@@ -327,28 +287,6 @@ def _signals_interrupt() -> Iterator[None]:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
-
-
-class _StatusLine:
-    """One line of talk on stderr, rewritten on a terminal, seldom repeated elsewhere."""
-
-    def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
-        self._next = 0.0
-        self._open = False
-
-    def show(self, text: str) -> None:
-        if self._terminal:
-            print(f"\r\x1b[Kkvfetcher: {text}", end="", file=sys.stderr, flush=True)
-            self._open = True
-        elif time.monotonic() >= self._next:
-            print(f"kvfetcher: {text}", file=sys.stderr, flush=True)
-            self._next = time.monotonic() + _NOT_A_TERMINAL_SECONDS
-
-    def end(self) -> None:
-        if self._open:
-            print(file=sys.stderr)
-            self._open = False
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ DOCUMENT = (
 CHUNK_TOKENS = 64  # short chunks keep prompts, and so the tests, short
 
 
-def make_config(store: Path, **sections: dict[str, object]) -> Config:
+def make_config(store: Path, /, **sections: dict[str, object]) -> Config:
     """The tests' configuration: free ports, `store`, short chunks; sections override fields."""
     config = server_config()
     fields = {
@@ -54,7 +54,7 @@ class Running:
         return Path(self.config.store.path)
 
     def chunk_files(self) -> list[Path]:
-        return sorted(p for p in self.store.glob("??/??/*") if p.is_file())
+        return sorted(p for p in self.store.glob("*/*/*/*") if p.is_file())
 
     def settle(self, *, timeout_seconds: float = 60.0) -> list[Path]:
         """The store's chunk files once no request runs and nothing is left to save."""
@@ -71,7 +71,7 @@ class Running:
 class start_server:
     """Context manager: a server over `store`."""
 
-    def __init__(self, store: Path, **sections: dict[str, object]) -> None:
+    def __init__(self, store: Path, /, **sections: dict[str, object]) -> None:
         self._config = make_config(store, **sections)
 
     def __enter__(self) -> Running:

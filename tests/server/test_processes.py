@@ -81,7 +81,9 @@ def test_requests_are_answered_without_decoders(tmp_path, prompt):
             os.kill(pid, signal.SIGKILL)
         again = running.client.generate(question, max_tokens=4)
         assert again.output_ids == first.output_ids
-        assert (again.report.hit_tokens, again.report.reason) == (0, "decode_error")
+        assert again.report.hit_tokens == 0
+        # Triton's error, or the gate's patience with a fetch that does not move: what ends first.
+        assert again.report.reason in ("decode_error", "fell_behind")
         running.settle()  # every lease came back
         running.server.kill()  # tritonserver 2.51 does not stop cleanly without its stubs
 

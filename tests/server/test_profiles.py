@@ -51,7 +51,8 @@ def test_a_lossy_profile_is_saved_hit_and_smaller(profile, tiny_model, tmp_path,
     ) as running:
         miss = running.client.generate(QUESTION, max_tokens=4)
         assert len(running.settle()) == miss.report.prompt_tokens // CHUNK_TOKENS
-        hit = running.client.generate(QUESTION, max_tokens=4)
+        # Not `auto`: a model this small computes faster than it fetches.
+        hit = running.client.generate(QUESTION, max_tokens=4, kv_policy="fetch")
         assert (hit.report.raw["outcome"], hit.report.hit_tokens) == ("hit", 3 * CHUNK_TOKENS)
         assert hit.report.raw["profile"].startswith(profile)
         assert hit.report.raw["engine"]["cached_tokens"] == hit.report.hit_tokens
@@ -70,3 +71,35 @@ def test_a_profile_without_its_calibration_is_refused_before_any_request(tiny_mo
         ),
     ):
         pass
+
+
+def test_a_raw_profile_is_hit_without_a_decoder(tiny_model, tmp_path):
+    with start_server(
+        tmp_path / "store", engine={"model": str(tiny_model)}, codec={"profile": "raw"}
+    ) as running:
+        miss = running.client.generate(QUESTION, max_tokens=4)
+        running.settle()
+        # Not `auto`: a model this small computes faster than it fetches.
+        hit = running.client.generate(QUESTION, max_tokens=4, kv_policy="fetch")
+        assert (hit.report.raw["outcome"], hit.report.hit_tokens) == ("hit", 3 * CHUNK_TOKENS)
+        assert set(hit.report.raw["decoders"]) == {"none"}
+        assert hit.output_ids == miss.output_ids
+        running.settle()
+
+
+def test_a_chunk_in_several_sizes_is_hit_in_some_of_them(tiny_model, tmp_path):
+    sizes = ("144x144", "256x640")
+    with start_server(
+        tmp_path / "store",
+        engine={"model": str(tiny_model)},
+        codec={"profile": "exact", "frame_sizes": sizes, "raw_copy": True},
+    ) as running:
+        miss = running.client.generate(QUESTION, max_tokens=4, kv_policy="recompute")
+        running.settle()
+        hit = running.client.generate(QUESTION, max_tokens=4, kv_policy="fetch")
+        assert (hit.report.raw["outcome"], hit.report.hit_tokens) == ("hit", 3 * CHUNK_TOKENS)
+        taken = hit.report.raw["variants"]
+        assert set(taken) <= {*sizes, "raw"}
+        assert sum(taken.values()) == hit.report.raw["units"] > 0
+        assert hit.output_ids == miss.output_ids
+        running.settle()

@@ -12,6 +12,7 @@ import http.client
 import logging
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -32,8 +33,14 @@ from kvfetcher.config import (
 from kvfetcher.errors import ServerError
 from kvfetcher.server.installation import Installation, find_installation
 from kvfetcher.server.ports import check_ports
-from kvfetcher.server.repository import find_repository, served_repository
+from kvfetcher.server.repository import (
+    find_repository,
+    is_decoupled,
+    mark_changed,
+    served_repository,
+)
 from kvfetcher.server.rundir import SHARED_MEMORY, RunDir, remove_leftovers
+from kvfetcher.server.stubs import Stub, find_stubs
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -47,6 +54,14 @@ _TAIL_LINES = 30
 
 # Between a model's stop and the server's own: Triton logs and frees after its exit timeout.
 _STOP_GRACE_SECONDS = 5.0
+
+# Where a stub died while it had a request, Triton 2.51 keeps its model for ever (the response
+# factory of that request leaks) and ends only at its exit timeout. Once no stub is left, all models
+# have been finalised and nothing is worth the wait.
+_EMPTY_SECONDS = 3.0
+_STOP_POLL_SECONDS = 0.2
+
+_CONTROL_HEADER = "kvfetcher-control"
 
 # Per model instance, growing in steps of 1 MiB by itself; a unit's planes are a few MiB.
 _STUB_SHARED_BYTES = 4 << 20
@@ -96,6 +111,8 @@ class TritonServer:
         self._progress = progress
         self._run_dir: RunDir | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        # Loading and unloading is for the launcher alone, not for every client of the endpoints.
+        self._control_token = secrets.token_hex(16)
 
     @property
     def http_url(self) -> str:
@@ -133,6 +150,11 @@ class TritonServer:
             raise ServerError("the server is not started")
         return self._process.pid
 
+    @property
+    def exit_status(self) -> int | None:
+        """How tritonserver ended, as `subprocess` counts; None while it runs."""
+        return None if self._process is None else self._process.poll()
+
     def __enter__(self) -> Self:
         self.start()
         return self
@@ -165,22 +187,15 @@ class TritonServer:
             self._spawn(installation, repository)
             self._wait_ready(sum(1 for p in repository.iterdir() if p.is_dir()))
         except BaseException as exc:
-            tail = self._tail()
+            tail = self.log_tail()
             self._kill_all()
             if isinstance(exc, ServerError) and tail:
                 raise ServerError(f"{exc}\n{tail}") from exc
             raise
 
-    def wait(self) -> None:
-        """Block until the server ends by itself.
-
-        Raises:
-            ServerError: it did; with its status and the last lines of its log.
-        """
-        if self._process is None:
-            raise ServerError("the server is not started")
-        status = self._process.wait()
-        raise ServerError(f"tritonserver ended by itself ({_status_text(status)})\n{self._tail()}")
+    def is_started(self) -> bool:
+        """Whether `start` was called and `stop` not yet; it may have ended meanwhile."""
+        return self._process is not None
 
     def is_alive(self) -> bool:
         """Whether the tritonserver process runs (ready or not)."""
@@ -199,6 +214,66 @@ class TritonServer:
         finally:
             connection.close()
 
+    def stubs(self) -> tuple[Stub, ...]:
+        """The processes of the models' instances that run now."""
+        return () if self._process is None else find_stubs(self._process.pid)
+
+    def is_decoupled(self, model: str) -> bool:
+        """Whether a model answers its requests with a stream of responses."""
+        return is_decoupled(self._served, model)
+
+    def reload(self, model: str) -> None:
+        """Replace a model's processes by new ones, and load again what depends on it.
+
+        The old ones serve until the new ones are ready; requests that are with a dead process are
+        answered with an error, but those of a decoupled model never are (2.51).
+
+        Raises:
+            ServerError: tritonserver does not answer, or the model does not load; the old one
+                stays.
+        """
+        mark_changed(self._served, model)
+        connection = http.client.HTTPConnection(
+            _reachable(self.config.server.host),
+            self.config.server.http_port,
+            timeout=self.config.server.ready_timeout_seconds,
+        )
+        try:
+            connection.request(
+                "POST",
+                f"/v2/repository/models/{model}/load",
+                "{}",
+                {_CONTROL_HEADER: self._control_token},
+            )
+            response = connection.getresponse()
+            text = response.read().decode(errors="replace")
+        except (OSError, http.client.HTTPException) as exc:
+            raise ServerError(
+                f"tritonserver did not load {model} again: {exc or type(exc).__name__}"
+            ) from exc
+        finally:
+            connection.close()
+        if response.status != 200:
+            raise ServerError(f"tritonserver did not load {model} again: {text}")
+
+    def keep_log(self) -> Path:
+        """Make the log outlive the run folder, until the next failure. Returns where it is."""
+        if self._chosen_log_path is not None:
+            return self.log_path
+        kept = cache_home() / "tritonserver" / "last-failure.log"
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(self.log_path, kept)
+        return kept
+
+    def log_tail(self) -> str:
+        """The last lines of the log that tell more than that all goes well."""
+        try:
+            lines = self.log_path.read_text(errors="replace").splitlines()
+        except (OSError, ServerError):
+            return ""
+        telling = [line for line in lines if line and not _CHATTER.match(line)]
+        return "\n".join(telling[-_TAIL_LINES:])
+
     def stop(self) -> bool:
         """Stop cleanly, then by force; remove the run folder and the files in /dev/shm.
 
@@ -206,17 +281,14 @@ class TritonServer:
         Ctrl-C meanwhile kills at once. May be repeated.
 
         Returns:
-            Whether it stopped cleanly by itself.
+            Whether all models were finalised before it ended.
         """
         clean = False
         try:
             if self.is_alive():
                 assert self._process is not None
                 self._process.send_signal(signal.SIGINT)
-                self._process.wait(self.config.server.stop_timeout_seconds + _STOP_GRACE_SECONDS)
-                clean = self._process.returncode == 0
-        except subprocess.TimeoutExpired:
-            _log.warning("tritonserver did not stop in time and is killed")
+                clean = self._wait_stopped()
         except KeyboardInterrupt:
             _log.warning("tritonserver is killed")
         finally:
@@ -229,11 +301,33 @@ class TritonServer:
             self._process.kill()
             self._process.wait()
 
+    def _wait_stopped(self) -> bool:
+        assert self._process is not None
+        wait_seconds = self.config.server.stop_timeout_seconds + _STOP_GRACE_SECONDS
+        deadline = time.monotonic() + wait_seconds
+        last_stub = time.monotonic()
+        while (status := self._process.poll()) is None:
+            now = time.monotonic()
+            if self.stubs():
+                last_stub = now
+            elif now > last_stub + _EMPTY_SECONDS:
+                _log.info("all models have ended; tritonserver is killed")
+                return True
+            if now > deadline:
+                _log.warning("tritonserver did not stop in time and is killed")
+                return False
+            time.sleep(_STOP_POLL_SECONDS)
+        return status == 0
+
+    @property
+    def _served(self) -> Path:
+        return self.run_dir / "model_repository"
+
     def _spawn(self, installation: Installation, repository: Path) -> None:
         run_dir = self.run_dir
         config_path = run_dir / "config.toml"
         config_path.write_text(dump_config(self.config))
-        served = served_repository(repository, self.config, run_dir / "model_repository")
+        served = served_repository(repository, self.config, self._served)
         command = [
             *(sys.executable, "-I", "-S", "-c", _EXEC, str(os.getpid())),
             str(installation.executable),
@@ -266,8 +360,14 @@ class TritonServer:
             "shm-default-byte-size": _STUB_SHARED_BYTES,
             "stub-timeout-seconds": int(server.ready_timeout_seconds),
         }
+        control = f"model-repository:{_CONTROL_HEADER}={self._control_token}"
         return [
             f"--model-repository={repository}",
+            # So that `reload` works.
+            "--model-control-mode=explicit",
+            "--load-model=*",
+            f"--http-restricted-api={control}",
+            f"--grpc-restricted-protocol={control}",
             f"--backend-directory={installation.backend_folder}",
             *(f"--backend-config=python,{key}={value}" for key, value in python.items()),
             # Every config.pbtxt here is complete. Asking the models would start each stub twice.
@@ -290,14 +390,14 @@ class TritonServer:
             now = time.monotonic()
             if (status := self._process.poll()) is not None:
                 raise ServerError(
-                    f"tritonserver ended while starting ({_status_text(status)}); its log is kept"
-                    f" in {self._keep_log()}; the last lines:"
+                    f"tritonserver ended while starting ({status_text(status)}); its log is kept"
+                    f" in {self.keep_log()}; the last lines:"
                 )
             if now - start > self.config.server.ready_timeout_seconds:
                 raise ServerError(
                     f"tritonserver was not ready after"
                     f" {self.config.server.ready_timeout_seconds:g} s"
-                    f" (server.ready_timeout_seconds); its log is kept in {self._keep_log()};"
+                    f" (server.ready_timeout_seconds); its log is kept in {self.keep_log()};"
                     " the last lines:"
                 )
             if self._progress is not None and now >= next_report:
@@ -305,24 +405,6 @@ class TritonServer:
                 self._progress(now - start, ready, num_models)
                 next_report += _PROGRESS_SECONDS
             time.sleep(_POLL_SECONDS)
-
-    def _keep_log(self) -> Path:
-        """The log of a failed start outlives the run folder, until the next failure."""
-        if self._chosen_log_path is not None:
-            return self.log_path
-        kept = cache_home() / "tritonserver" / "last-failure.log"
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(self.log_path, kept)
-        return kept
-
-    def _tail(self) -> str:
-        """The last lines of the log that tell more than that all goes well."""
-        try:
-            lines = self.log_path.read_text(errors="replace").splitlines()
-        except (OSError, ServerError):
-            return ""
-        telling = [line for line in lines if line and not _CHATTER.match(line)]
-        return "\n".join(telling[-_TAIL_LINES:])
 
     def _kill_all(self) -> None:
         if self._process is not None:
@@ -372,7 +454,8 @@ def _url(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _status_text(status: int) -> str:
+def status_text(status: int) -> str:
+    """An exit status, as `subprocess` counts, in words."""
     if status < 0:
         return f"killed by {signal.Signals(-status).name}"
     return f"exit status {status}"

@@ -1,4 +1,4 @@
-"""Finds the model repository, and adapts a private copy where an instance count differs."""
+"""Finds the model repository, and makes the private copy that is served."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ REPOSITORY_VARIABLE = "KVFETCHER_MODEL_REPOSITORY"
 
 _MAX_CPU_DECODERS = 4
 _COUNT = re.compile(r"(\bcount\s*:\s*)(\d+)")
+_DECOUPLED = re.compile(r"\bdecoupled\s*:\s*true\b")
 
 
 def find_repository(chosen: str | os.PathLike[str] | None = None) -> Path:
@@ -61,32 +62,58 @@ def decode_instances(config: Config) -> int:
 
 
 def served_repository(repository: Path, config: Config, private: Path) -> Path:
-    """The folder that tritonserver is given.
+    """Make the folder that tritonserver is given: `private`, returned.
 
-    That is `repository` itself, unless kv_decode's instance count differs from the configured one:
-    then a folder at `private`, the same models by symbolic links, with that number changed.
+    It holds the models of `repository` as symbolic links, in folders of its own, so that a model
+    can be marked as changed (`mark_changed`), and instance counts of kv_decode and kv_restore
+    as configured.
 
     Raises:
-        ServerError: kv_decode's config.pbtxt has no single instance count to change.
+        ServerError: such a model's config.pbtxt has no single instance count to change.
     """
-    literal = repository / wire.KV_DECODE / "config.pbtxt"
-    if not literal.is_file():
-        return repository
-    text, count = literal.read_text(), decode_instances(config)
+    for model in sorted(path for path in repository.iterdir() if path.is_dir()):
+        for part in model.iterdir():
+            if part.is_dir():
+                version = private / model.name / part.name
+                version.mkdir(parents=True)
+                for file in part.iterdir():
+                    (version / file.name).symlink_to(file)
+            else:
+                (private / model.name).mkdir(parents=True, exist_ok=True)
+                (private / model.name / part.name).symlink_to(part)
+    counts = {
+        wire.KV_DECODE: ("server.decode_instances", decode_instances(config)),
+        wire.KV_RESTORE: ("server.restore_instances", config.server.restore_instances),
+    }
+    for name, (setting, count) in counts.items():
+        changed = private / name / "config.pbtxt"
+        if changed.is_file():
+            text = _with_count(repository / name / "config.pbtxt", count, setting)
+            changed.unlink()
+            changed.write_text(text)
+    return private
+
+
+def mark_changed(private: Path, model: str) -> None:
+    """Make tritonserver's next load of `model` a real one: it ignores models that did not change.
+
+    A new time of config.pbtxt alone would not do (2.51): an equal configuration is no change.
+    """
+    for part in (private / model).iterdir():
+        if part.is_dir():
+            os.utime(part)
+
+
+def is_decoupled(private: Path, model: str) -> bool:
+    """Whether the model's config.pbtxt says so."""
+    return _DECOUPLED.search((private / model / "config.pbtxt").read_text()) is not None
+
+
+def _with_count(literal: Path, count: int, setting: str) -> str:
+    text = literal.read_text()
     found = _COUNT.findall(text)
     if len(found) != 1:
         raise ServerError(
-            f"{literal} must hold one 'count:' to set for server.decode_instances, got {len(found)}"
+            f"{literal} must hold one 'count:' to set for {setting}, got {len(found)}"
         )
-    if int(found[0][1]) == count:
-        return repository
-    changed = private / wire.KV_DECODE
-    changed.mkdir(parents=True)
-    for model in repository.iterdir():
-        if model.name != wire.KV_DECODE:
-            (private / model.name).symlink_to(model)
-    for part in literal.parent.iterdir():
-        if part != literal:
-            (changed / part.name).symlink_to(part)
-    (changed / literal.name).write_text(_COUNT.sub(rf"\g<1>{count}", text))
-    return private
+    return _COUNT.sub(rf"\g<1>{count}", text)

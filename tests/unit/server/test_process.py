@@ -145,8 +145,7 @@ def test_death_of_a_running_server_is_noticed(repository):
         stub = _ask(server)["process"]
         server.kill()
         assert not server.is_alive()
-        with pytest.raises(ServerError, match="ended by itself"):
-            server.wait()
+        assert server.exit_status == -signal.SIGKILL
         assert server.stop() is False
         assert _gone(stub)
 
@@ -212,12 +211,31 @@ def test_serve_stops_cleanly_on_a_signal(repository, number):
     assert not list(Path("/dev/shm").glob(f"kvfetcher-{process.pid}-*"))
 
 
-def test_serve_reports_a_dead_server(repository):
+def _server_process(launcher):
+    """The tritonserver of a `kvfetcher serve`."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    return int(children[0])
+
+
+def test_serve_starts_a_dead_server_again(repository):
     process, _ = _serve(repository)
     with process:
         _read_until(process.stderr, "ready")
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(children[0]), signal.SIGKILL)
+        os.kill(_server_process(process.pid), signal.SIGKILL)
+        _read_until(process.stderr, "ended by itself (killed by SIGKILL); starting tritonserver")
+        _read_until(process.stderr, "its log is kept in")
+        _read_until(process.stderr, "was started again")
+        process.send_signal(signal.SIGINT)
+        assert "stopping" in process.stderr.read()
+        assert process.wait(30) == 0
+
+
+def test_serve_ends_with_a_dead_server_where_repairs_are_off(repository, monkeypatch):
+    monkeypatch.setenv("KVFETCHER_SERVER_MAX_REPAIRS", "0")
+    process, _ = _serve(repository)
+    with process:
+        _read_until(process.stderr, "ready")
+        os.kill(_server_process(process.pid), signal.SIGKILL)
         assert "ended by itself (killed by SIGKILL)" in process.stderr.read()
         assert process.wait(30) == 1
 

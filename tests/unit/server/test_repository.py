@@ -4,7 +4,13 @@ import pytest
 
 from kvfetcher.config import load_config
 from kvfetcher.errors import ServerError
-from kvfetcher.server.repository import decode_instances, find_repository, served_repository
+from kvfetcher.server.repository import (
+    decode_instances,
+    find_repository,
+    is_decoupled,
+    mark_changed,
+    served_repository,
+)
 
 PBTXT = 'name: "kv_decode"\ninstance_group [ { count: 2 kind: KIND_CPU } ]\n'
 
@@ -25,21 +31,37 @@ def repository(tmp_path):
     return folder
 
 
-def test_literal_repository_is_served_where_its_count_fits(repository, tmp_path):
-    assert served_repository(repository, _config(2), tmp_path / "private") == repository
-    assert not (tmp_path / "private").exists()
-
-
-def test_private_copy_changes_the_count_alone(repository, tmp_path):
-    private = served_repository(repository, _config(7), tmp_path / "private")
-    assert (private / "kv_decode" / "config.pbtxt").read_text() == PBTXT.replace("2", "7")
+@pytest.mark.parametrize("count", [2, 7])
+def test_private_copy_has_the_configured_count_and_links_the_rest(repository, tmp_path, count):
+    private = served_repository(repository, _config(count), tmp_path / "private")
+    assert private == tmp_path / "private"
+    changed = PBTXT.replace("2", str(count))
+    assert (private / "kv_decode" / "config.pbtxt").read_text() == changed
     assert (private / "kv_decode" / "1" / "model.py").read_text() == "# kv_decode\n"
-    assert (private / "other" / "1" / "model.py").read_text() == "# other\n"
+    assert (private / "other" / "1" / "model.py").readlink().is_relative_to(repository)
     assert (repository / "kv_decode" / "config.pbtxt").read_text() == PBTXT
 
 
-def test_repository_without_kv_decode_is_served_as_it_is(tmp_path):
-    assert served_repository(tmp_path, _config(3), tmp_path / "private") == tmp_path
+def test_repository_without_kv_decode_is_served_with_its_own_counts(repository, tmp_path):
+    (repository / "kv_decode").rename(repository / "decode")
+    private = served_repository(repository, _config(3), tmp_path / "private")
+    assert (private / "decode" / "config.pbtxt").read_text() == PBTXT
+
+
+def test_marking_a_model_as_changed_leaves_the_repository_alone(repository, tmp_path):
+    private = served_repository(repository, _config(2), tmp_path / "private")
+    before = [(folder / "other" / "1").stat().st_mtime_ns for folder in (private, repository)]
+    mark_changed(private, "other")
+    after = [(folder / "other" / "1").stat().st_mtime_ns for folder in (private, repository)]
+    assert after[0] > before[0]
+    assert after[1] == before[1]
+
+
+def test_decoupled_models_are_told_by_their_configuration(repository, tmp_path):
+    text = "model_transaction_policy { decoupled: true }\n"
+    (repository / "other" / "config.pbtxt").write_text(text)
+    assert is_decoupled(repository, "other")
+    assert not is_decoupled(repository, "kv_decode")
 
 
 @pytest.mark.parametrize("text", ["", PBTXT * 2])

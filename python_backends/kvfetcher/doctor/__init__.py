@@ -1,0 +1,1 @@
+"""`kvfetcher doctor`: what this machine has, whether it works, and what to do where it does not."""

@@ -1,0 +1,197 @@
+"""Checks of packages, tritonserver, shared memory, ports, model and calibration."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from kvfetcher.doctor.check import Check
+from kvfetcher.errors import KVFetcherError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvfetcher.config import Config
+    from kvfetcher.server.installation import Installation
+
+_MIB = 1 << 20
+# What the stubs and tritonserver take besides the arena: a few MiB per model instance.
+_STUB_BYTES = 64 * _MIB
+
+_ALWAYS = {"numpy": "", "tritonclient": "", "av": "codec", "zstandard": "codec"}
+_BY_ENGINE = {
+    "torch": {"torch": "engine", "transformers": "engine", "safetensors": "engine"},
+    "paged": {"torch": "engine", "transformers": "engine", "safetensors": "engine"},
+    "tensorrt_llm": {"tensorrt_llm": ""},
+}
+_BY_STORE = {"redis": {"redis": "redis"}, "s3": {"obstore": "s3"}}
+
+
+def installed_version(package: str) -> str:
+    """Version of an installed package; "" where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def check_packages(
+    config: Config, *, version: Callable[[str], str] = installed_version, has_gpu: bool = False
+) -> Check:
+    """The Python packages that this configuration needs, and numpy's version.
+
+    Args:
+        config: names engine and store.
+        version: of a package; "" = not installed.
+        has_gpu: an NVIDIA driver is here, so PyNvVideoCodec is of use.
+    """
+    wanted = {
+        **_ALWAYS,
+        **_BY_ENGINE.get(config.engine.kind, {}),
+        **_BY_STORE.get(config.store.kind, {}),
+    }
+    found = {name: version(name) for name in wanted}
+    missing = [name for name, have in found.items() if not have]
+    detail = ", ".join(f"{name} {have or 'missing'}" for name, have in found.items())
+    if missing:
+        extras = sorted({wanted[name] for name in missing if wanted[name]})
+        names = " ".join(name for name in missing if not wanted[name])
+        remedy = " ".join([f"'kvfetcher[{','.join(extras)}]'"] * bool(extras) + [names]).strip()
+        return Check("packages", "fail", detail, f"pip install {remedy}")
+    if int(found["numpy"].split(".")[0]) >= 2:
+        return Check(
+            "packages",
+            "fail",
+            f"{detail}: Triton's Python stub reads arrays of numpy 2 garbled, without an error",
+            "pip install 'numpy<2'",
+        )
+    if has_gpu and config.codec.decoder != "cpu" and not version("PyNvVideoCodec"):
+        return Check(
+            "packages",
+            "warn",
+            f"{detail}; PyNvVideoCodec missing: this GPU's NVDEC is not used",
+            "pip install 'kvfetcher[gpu]'",
+        )
+    return Check("packages", "ok", detail)
+
+
+def check_tritonserver(find: Callable[[], Installation]) -> Check:
+    """A tritonserver that can run this interpreter's models."""
+    try:
+        found = find()
+    except KVFetcherError as exc:
+        return Check("tritonserver", "fail", str(exc), "pip install 'kvfetcher[server]'")
+    return Check("tritonserver", "ok", f"{found.executable} ({found.origin})")
+
+
+def check_shared_memory(config: Config, *, free_bytes: int, total_bytes: int) -> Check:
+    """Room in /dev/shm for the arena and Triton's own memory."""
+    needed = config.engine.arena_bytes + _STUB_BYTES
+    detail = (
+        f"/dev/shm: {free_bytes // _MIB} of {total_bytes // _MIB} MiB free; the arena takes"
+        f" {config.engine.arena_bytes // _MIB}, Triton's models about {_STUB_BYTES // _MIB}"
+    )
+    if free_bytes >= needed:
+        return Check("shared memory", "ok", detail)
+    remedy = f"docker run --shm-size={-(-needed // (1 << 30)) + 1}g, or lower engine.arena_bytes"
+    too_small = total_bytes < needed or free_bytes < config.engine.arena_bytes
+    return Check("shared memory", "fail" if too_small else "warn", detail, remedy)
+
+
+def shared_memory_bytes(folder: Path) -> tuple[int, int]:
+    """(free, total) bytes of the file system that `folder` is on."""
+    usage = shutil.disk_usage(folder)
+    return usage.free, usage.total
+
+
+def check_free_ports(config: Config, *, check: Callable[[], None]) -> Check:
+    """The server's three ports; taken ones only warn, since the server itself may hold them."""
+    server = config.server
+    numbers = f"{server.http_port}, {server.grpc_port}, {server.metrics_port} of {server.host}"
+    try:
+        check()
+    except KVFetcherError as exc:
+        remedy = "none, if that is the server of this configuration"
+        return Check("ports", "warn", str(exc), remedy)
+    return Check("ports", "ok", f"{numbers} are free")
+
+
+def check_model(config: Config, *, find: Callable[[str], Path | None]) -> Check:
+    """The engine's model: there, or to be fetched.
+
+    Args:
+        config: names the model.
+        find: the folder of a model by name or path; None = a built-in one that is not here yet.
+    """
+    name = config.engine.model
+    try:
+        folder = find(name)
+    except KVFetcherError as exc:
+        return Check("model", "fail", str(exc), "set engine.model to a Hugging Face model folder")
+    if folder is None:
+        return Check(
+            "model", "warn", f"{name} is fetched at the first start", "run `kvfetcher prepare` now"
+        )
+    return Check("model", "ok", f"{name}: {folder}")
+
+
+class Certified(NamedTuple):
+    """What the certificate of a calibration says of one profile."""
+
+    kl: float
+    ratio: float
+
+
+def check_calibration(config: Config, *, read: Callable[[str, str], Certified | None]) -> Check:
+    """The calibration of the configured profile, and whether its quality was measured.
+
+    Args:
+        config: names profile and artifact.
+        read: what the artifact (a file) certifies of a profile; None = nothing.
+    """
+    from kvfetcher.transform.artifact import LADDER  # numpy comes with it
+
+    codec = config.codec
+    if codec.profile not in LADDER:
+        return Check("calibration", "ok", f"profile {codec.profile} needs none")
+    if not codec.calibration:
+        return Check(
+            "calibration",
+            "fail",
+            f"profile {codec.profile} needs one and codec.calibration names none",
+            "kvfetcher calibrate MODEL --output FILE, then set codec.calibration",
+        )
+    try:
+        certified = read(codec.calibration, codec.profile)
+    except KVFetcherError as exc:
+        return Check("calibration", "fail", str(exc), "kvfetcher calibrate MODEL --output FILE")
+    if certified is None:
+        return Check(
+            "calibration",
+            "warn" if codec.allow_uncertified else "fail",
+            f"{codec.calibration} carries no certificate of its quality",
+            f"kvfetcher certify {codec.calibration}",
+        )
+    return Check(
+        "calibration",
+        "ok",
+        f"{codec.calibration}: {codec.profile} certified, {certified.ratio:.1f}x smaller at KL"
+        f" {certified.kl:.1e}",
+    )
+
+
+def read_certificate(path: str, profile: str) -> Certified | None:
+    """What a calibration artifact certifies of a profile.
+
+    Raises:
+        ConfigError, FormatError: the file is missing or not an artifact.
+    """
+    from kvfetcher.transform.artifact import Calibration
+
+    certificate = Calibration.load(Path(path).expanduser()).certificate
+    if certificate is None:
+        return None
+    facts = certificate["profiles"][profile]
+    return Certified(facts["kl"], facts["ratio"])

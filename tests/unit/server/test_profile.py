@@ -1,0 +1,102 @@
+import pytest
+
+from kvfetcher.codec.profiles import make_profile
+from kvfetcher.config import CodecConfig
+from kvfetcher.engines.identity import weights_digest
+from kvfetcher.errors import ConfigError
+from kvfetcher.server.profile import choose_profile
+from kvfetcher.spec import KVSpec
+from kvfetcher.transform import library
+from support.calibrations import make_calibration
+from support.engine_rig import write_model
+
+CERTIFICATE = {
+    "profiles": {
+        "balanced": {"ratio": 9.75, "kl": 5.1e-4},
+        "tiny": {"ratio": 25.0, "kl": 7e-3},
+    }
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def calibration(model):
+    return make_calibration(KVSpec(3, 2, 8), model=weights_digest(model))
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(library, "_known", {})
+    monkeypatch.setattr(library, "_served", {})
+
+
+def test_a_certified_calibration_makes_balanced_the_profile(model, calibration):
+    path = library.store_calibration(calibration.with_certificate(CERTIFICATE))
+    codec, reason = choose_profile(CodecConfig(), model)
+    assert (codec.profile, codec.calibration) == ("balanced", str(path))
+    assert make_profile(codec).identity == f"balanced/1 calibration={calibration.digest}"
+    assert "9.8 times smaller at KL 5.1e-04" in reason
+
+
+def test_a_later_calibration_does_not_change_what_was_chosen(model, calibration):
+    library.store_calibration(calibration.with_certificate(CERTIFICATE))
+    codec, _ = choose_profile(CodecConfig(), model)
+    later = make_calibration(KVSpec(3, 2, 8), layers=1, model=calibration.model)
+    library.store_calibration(later.with_certificate(CERTIFICATE))
+    assert make_profile(codec).calibration.digest == calibration.digest
+    assert (
+        make_profile(choose_profile(CodecConfig(), model).codec).calibration.digest == later.digest
+    )
+
+
+def test_without_calibration_the_profile_is_exact_and_the_remedy_is_named(model):
+    codec, reason = choose_profile(CodecConfig(), model)
+    assert codec.profile == "exact"
+    assert "kvfetcher calibrate" in reason
+
+
+def test_an_uncertified_calibration_is_passed_over_unless_allowed(model, calibration):
+    library.store_calibration(calibration)
+    codec, reason = choose_profile(CodecConfig(), model)
+    assert codec.profile == "exact"
+    assert "certificate" in reason
+    codec, reason = choose_profile(CodecConfig(allow_uncertified=True), model)
+    assert codec.profile == "balanced"
+    assert "not certified" in reason
+
+
+def test_a_ladder_profile_gets_the_calibration_that_is_kept(model, calibration):
+    path = library.store_calibration(calibration.with_certificate(CERTIFICATE))
+    codec, reason = choose_profile(CodecConfig(profile="tiny"), model)
+    assert (codec.profile, codec.calibration) == ("tiny", str(path))
+    assert "25.0 times" in reason
+
+
+def test_a_ladder_profile_with_an_uncertified_calibration_is_refused(model, calibration):
+    library.store_calibration(calibration)
+    with pytest.raises(ConfigError, match="certificate"):
+        choose_profile(CodecConfig(profile="tiny"), model)
+
+
+def test_what_is_configured_stays(model, calibration, tmp_path):
+    library.store_calibration(calibration.with_certificate(CERTIFICATE))
+    own = tmp_path / "own.safetensors"
+    calibration.with_certificate(CERTIFICATE).save(own)
+    for codec in (
+        CodecConfig(profile="exact"),
+        CodecConfig(profile="near", calibration=str(own)),
+    ):
+        assert choose_profile(codec, model).codec == codec
+    codec, _ = choose_profile(CodecConfig(calibration=str(own)), model)
+    assert (codec.profile, codec.calibration) == ("balanced", str(own))
+
+
+def test_a_ladder_profile_without_any_calibration_is_left_to_be_refused(model):
+    codec, _ = choose_profile(CodecConfig(profile="near"), model)
+    with pytest.raises(ConfigError, match="kvfetcher calibrate"):
+        make_profile(codec)
