@@ -16,7 +16,8 @@ STAMP := $(VENV)/.setup-done
 demo: $(STAMP)
 	PYTHONPATH=tests $(VENV)/bin/python tests/demo/demo.py $(DEMO_ARGS)
 
-# A missing tritonserver fails here instead of skipping.
+# A missing tritonserver fails here instead of skipping. Tests of store `redis` need a redis-server
+# (sudo apt-get install redis-server) and are skipped without one; KVFETCHER_REQUIRE_REDIS=1 fails.
 test: $(STAMP)
 	KVFETCHER_REQUIRE_TRITON=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 

@@ -1,7 +1,8 @@
 """Markers of what a machine may lack: skipped at home, failed where promised.
 
-``KVFETCHER_REQUIRE_TRITON=1`` (set by ``make test``) and ``KVFETCHER_REQUIRE_GPU=1`` run the marked
-tests even where the thing seems to be missing, so that they fail instead of passing unseen.
+``KVFETCHER_REQUIRE_TRITON=1`` (set by ``make test``), ``KVFETCHER_REQUIRE_REDIS=1`` (set by
+``.ci/run``) and ``KVFETCHER_REQUIRE_GPU=1`` run the marked tests even where the thing seems to be
+missing, so that they fail instead of passing unseen.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 
 import pytest
 
+from support.servers import RedisServer, S3Server, has_redis
 from support.triton_server import has_tritonserver
 
 
@@ -25,7 +27,11 @@ def has_nvdec() -> bool:
     return True
 
 
-REQUIRES = {"gpu": has_nvdec, "triton": functools.cache(has_tritonserver)}
+REQUIRES = {
+    "gpu": has_nvdec,
+    "redis": has_redis,
+    "triton": functools.cache(has_tritonserver),
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,3 +51,17 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("KVFETCHER_") and not name.startswith("KVFETCHER_REQUIRE_"):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory):
+    """One server for the whole run; tests empty it before they use it."""
+    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory):
+    """One server for the whole run; each test has a prefix or bucket of its own."""
+    with S3Server(tmp_path_factory.mktemp("s3")) as server:
+        yield server

@@ -1,4 +1,4 @@
-"""`kvfetcher generate`: ask a running server. The answer goes to stdout, talk to stderr.
+"""`kvfetcher generate` and `warm`: ask a running server. Data goes to stdout, talk to stderr.
 
 Exit status: 0 answered; 1 a known error, told in one line; 2 the command line is wrong; 130
 interrupted (the request is cancelled).
@@ -43,6 +43,71 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def main_warm(argv: Sequence[str] | None = None) -> int:
+    """Run `kvfetcher warm`; arguments and exit status as for `main`."""
+    arguments = _warm_parser().parse_args(argv)
+    try:
+        return _warm(arguments)
+    except KVFetcherError as exc:
+        print(f"kvfetcher: {exc}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _warm_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kvfetcher warm",
+        description="Have a running server bring a prompt's stored chunks into its copies near by"
+        " (store.tier_memory_bytes, store.tier_disk_bytes), before a request needs them.",
+    )
+    parser.add_argument("prompt", metavar="TEXT", nargs="?", default="", help="- for stdin")
+    parser.add_argument("--file", metavar="FILE", help="a document to put before the text")
+    parser.add_argument(
+        "--token-ids", metavar="FILE", help="a JSON list of token ids instead of a text"
+    )
+    parser.add_argument("--url", default=DEFAULT_URL, help="host:port (default: %(default)s)")
+    parser.add_argument("--cache-salt", metavar="TEXT", default="", help="of the requests to come")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=DEFAULT_TIMEOUT_SECONDS,
+        metavar="SECONDS",
+        help="longest wait (default: %(default)g)",
+    )
+    return parser
+
+
+def _warm(arguments: argparse.Namespace) -> int:
+    prompt = _token_ids(arguments.token_ids) if arguments.token_ids else _prompt(arguments)
+    with Client(arguments.url, timeout_seconds=arguments.timeout) as client:
+        report = client.warm(prompt, cache_salt=arguments.cache_salt)
+    raw = report.raw
+    if arguments.json:
+        print(json.dumps(dict(raw), ensure_ascii=False))
+    why = f"; {report.reason}: {raw.get('detail', '')}" if report.reason else ""
+    print(
+        f"kvfetcher: {raw.get('outcome', '')}: {raw.get('chunks_hit', 0)} of"
+        f" {raw.get('chunks_stored', 0)} stored chunks are near, {report.bytes_fetched / 1e6:.2f} MB"
+        f" read{why}",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _token_ids(path: str) -> list[int]:
+    try:
+        ids = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise RequestError(f"{path} cannot be read: {exc.strerror}") from exc
+    except ValueError as exc:
+        raise RequestError(f"{path} is not JSON: {exc}") from exc
+    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+        raise RequestError(f"{path} must hold a JSON list of integers")
+    return ids
 
 
 def _parser() -> argparse.ArgumentParser:

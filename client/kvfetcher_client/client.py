@@ -16,15 +16,19 @@ from kvfetcher_client.protocol import (
     Assembler,
     Delta,
     Generation,
+    KVReport,
     Options,
     build_request,
+    build_warm_request,
     check_finished,
+    checked_report,
     is_last,
+    parse_report,
     parse_response,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Generator
+    from collections.abc import AsyncGenerator, Generator, Sequence
     from types import TracebackType
     from typing import Self, Unpack
 
@@ -112,6 +116,30 @@ class Client:
         request = build_request(prompt, options, model=self._model)
         return self._stream(request)
 
+    def warm(self, prompt: str | Sequence[int], *, cache_salt: str = "") -> KVReport:
+        """Have the server bring the stored chunks of a prompt near; nothing is generated.
+
+        Args:
+            prompt: text, or the token ids of the server's tokenizer.
+            cache_salt: as in the requests that will follow.
+
+        Returns:
+            What was found and read. Errors as for `generate`.
+        """
+        if isinstance(prompt, str):
+            return self.generate(prompt, kv_policy="warm", cache_salt=cache_salt).report
+        request = build_warm_request(prompt, cache_salt=cache_salt)
+        call = self._stub.ModelStreamInfer(iter([request]), timeout=self._timeout_seconds)
+        report = None
+        try:
+            for response in call:
+                report = parse_report(self.url, response) or report
+        except grpc.RpcError as exc:
+            raise from_rpc_error(self.url, exc, timeout_seconds=self._timeout_seconds) from exc
+        finally:
+            call.cancel()
+        return checked_report(self.url, report)
+
     def _stream(self, request: service_pb2.ModelInferRequest) -> Generator[Delta]:
         call = self._stub.ModelStreamInfer(iter([request]), timeout=self._timeout_seconds)
         delta: Delta | None = None
@@ -189,6 +217,22 @@ class AsyncClient:
         """Ask, and get the answer piece by piece; as `Client.stream` (``aclose`` cancels)."""
         request = build_request(prompt, options, model=self._model)
         return self._stream(request)
+
+    async def warm(self, prompt: str | Sequence[int], *, cache_salt: str = "") -> KVReport:
+        """Bring the stored chunks of a prompt near; as `Client.warm`."""
+        if isinstance(prompt, str):
+            return (await self.generate(prompt, kv_policy="warm", cache_salt=cache_salt)).report
+        request = build_warm_request(prompt, cache_salt=cache_salt)
+        call: Any = self._stub.ModelStreamInfer(iter([request]), timeout=self._timeout_seconds)
+        report = None
+        try:
+            async for response in call:
+                report = parse_report(self.url, response) or report
+        except grpc.RpcError as exc:
+            raise from_rpc_error(self.url, exc, timeout_seconds=self._timeout_seconds) from exc
+        finally:
+            call.cancel()
+        return checked_report(self.url, report)
 
     async def _stream(self, request: service_pb2.ModelInferRequest) -> AsyncGenerator[Delta]:
         call: Any = self._stub.ModelStreamInfer(iter([request]), timeout=self._timeout_seconds)

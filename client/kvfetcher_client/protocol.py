@@ -41,7 +41,7 @@ class Options(TypedDict, total=False):
     exclude_input_in_output: bool
     """False = the answer begins with the prompt."""
     kv_policy: str
-    """auto, fetch, recompute or no_store."""
+    """auto, fetch, recompute, no_store or warm."""
     cache_salt: str
     """Prefixes are shared only among requests of the same salt."""
 
@@ -164,6 +164,49 @@ def build_request(
         else:
             _add_tensor(request, name, datatype, [_text(name, value)])
     return request
+
+
+def build_warm_request(
+    token_ids: Sequence[int], *, cache_salt: str = ""
+) -> service_pb2.ModelInferRequest:
+    """The message that warms the prefix of a prompt given as token ids (model `kv_fetch`).
+
+    Raises:
+        RequestError: there are no ids, or one is no 32-bit integer.
+    """
+    if not token_ids:
+        raise RequestError("there are no token ids to warm; give at least one")
+    request = service_pb2.ModelInferRequest(model_name=wire.KV_FETCH)
+    ids = [_number(wire.INPUT_IDS, "i", token) for token in token_ids]
+    _add_tensor(request, wire.INPUT_IDS, "INT32", ids)
+    _add_tensor(request, wire.KV_POLICY, "BYTES", [_text(wire.KV_POLICY, "warm")])
+    _add_tensor(request, wire.CACHE_SALT, "BYTES", [_text(wire.CACHE_SALT, cache_salt)])
+    return request
+
+
+def parse_report(url: str, response: service_pb2.ModelStreamInferResponse) -> KVReport | None:
+    """The report in an answer of `kv_fetch`; None for an empty final response.
+
+    Raises:
+        KVFetcherError: the error that the server reports; see `errors.from_message`.
+        ResponseError: a tensor is missing or malformed.
+    """
+    if response.error_message:
+        raise from_message(url, response.error_message)
+    if not response.infer_response.outputs:
+        return None
+    return KVReport.from_json(_output_text(InferResult(response.infer_response), wire.KV_REPORT))
+
+
+def checked_report(url: str, report: KVReport | None) -> KVReport:
+    """The report of a stream that ended.
+
+    Raises:
+        ResponseError: it ended without one.
+    """
+    if report is None:
+        raise ResponseError(f"{url}: the server gave no report; its log tells more")
+    return report
 
 
 def parse_response(url: str, response: service_pb2.ModelStreamInferResponse) -> Delta | None:

@@ -82,7 +82,7 @@ class ChunkHeader:
     """32 bytes, `ModelIdentity.digest`."""
     chunk_key: bytes
     parent_key: bytes
-    """Key of the chunk before this one; 32 zero bytes for the first."""
+    """Key of the chunk before this one; the root of its chain for the first."""
     first_position: int
     token_ids: tuple[int, ...]
     units: tuple[UnitEntry, ...]

@@ -1,4 +1,4 @@
-"""Benchmark results (results/codec_*.json) -> Markdown tables, as the README shows them.
+"""Benchmark results (results/*.json) -> Markdown tables, as README and python_backends/FETCHING.md show them.
 
     python tests/benchmarks/report.py
 
@@ -52,6 +52,52 @@ def line(row: dict) -> str:
     )
 
 
+def fetch_table(report: dict) -> str:
+    """Time to first token over links of several rates."""
+    arms = ("compute", "raw", "coded", "ours")
+    lines = [
+        (
+            f"Profile `{report['profile']}`, stored prefix of {report['prefix_tokens']} tokens,"
+            f" {report['rounds']} rounds in turns, medians (range) in seconds;"
+            f" {report['machine']['cores']} cores of an {report['machine']['cpu']}, commit"
+            f" {report['machine']['commit']}, {report['machine']['date']}."
+        ),
+        "",
+        "| Gbit/s | full prefill | raw bf16 | coded, no gate | ours | ours / best other | ours did |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        cells = [
+            f"{row[arm]['median_seconds']:.2f} ({row[arm]['min_seconds']:.2f} to"
+            f" {row[arm]['max_seconds']:.2f})"
+            for arm in arms
+        ]
+        names = {"-": "coded", "raw": "raw"}
+        units = row["ours"]["variants"]
+        did = ", ".join(f"{n} {names.get(v, v)} units" for v, n in sorted(units.items()))
+        lines.append(
+            f"| {row['gbit_per_second']:g} | {' | '.join(cells)}"
+            f" | {row['ours_over_best_other']:.2f} | {did or 'computed'} |"
+        )
+    return "\n".join(lines)
+
+
+def mixed_table(report: dict) -> str:
+    """Misses with and without hits beside them."""
+    return (
+        f"Misses of {report['miss_tokens']} tokens beside hits of {report['hit_tokens']} tokens over"
+        f" {report['gbit_per_second']:g} Gbit/s, a request every {report['interval_seconds']:g} s:"
+        f" median time to first token of the misses"
+        f" {report['misses_mixed']['median_seconds']:.2f} s,"
+        f" {report['misses_alone']['median_seconds']:.2f} s without the hits"
+        f" ({100 * (report['misses_mixed_over_alone'] - 1):+.0f} %);"
+        f" commit {report['machine']['commit']}, {report['machine']['date']}."
+    )
+
+
 if __name__ == "__main__":
     reports = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("codec_*.json"))]
-    sys.stdout.write("\n\n".join(map(table, reports)) + "\n")
+    texts = [*map(table, reports)]
+    for name, make in (("fetch_*.json", fetch_table), ("mixed_*.json", mixed_table)):
+        texts += [make(json.loads(path.read_text())) for path in sorted(RESULTS.glob(name))]
+    sys.stdout.write("\n\n".join(texts) + "\n")

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "av", "transformers", "PyNvVideoCodec", "pytriton", "scipy")
+HEAVY = ("torch", "av", "transformers", "PyNvVideoCodec", "pytriton", "scipy", "redis", "obstore")
 
 
 def _loaded_by(statement):
@@ -36,3 +36,8 @@ def test_only_the_models_import_tritons_utilities():
     assert "triton_python_backend_utils" not in _loaded_by(
         "import kvfetcher.cli, kvfetcher.server, kvfetcher_client"
     )
+
+
+def test_the_connector_in_the_engines_processes_brings_torch_alone():
+    loaded = _loaded_by("import kvfetcher.trtllm_connector")
+    assert not loaded & {"transformers", "av", "PyNvVideoCodec", "pytriton", "tritonclient"}

@@ -53,6 +53,19 @@ def test_its_tables_come_from_the_results():
         assert report.table(json.loads(path.read_text())) in README, path.name
 
 
+def test_the_page_on_fetching_shows_the_results():
+    spec = importlib.util.spec_from_file_location("report", ROOT / "tests/benchmarks/report.py")
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    page = (ROOT / "python_backends" / "FETCHING.md").read_text()
+    results = ROOT / "tests" / "benchmarks" / "results"
+    for pattern, make in (("fetch_*", report.fetch_table), ("mixed_*", report.mixed_table)):
+        paths = sorted(results.glob(f"{pattern}.json"))
+        assert paths
+        for path in paths:
+            assert make(json.loads(path.read_text())) in page, path.name
+
+
 def test_its_files_exist():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target

@@ -14,6 +14,7 @@ from kvfetcher_client import (
     ResponseTimeoutError,
     ServerUnavailableError,
 )
+from kvfetcher_client.protocol import checked_report
 from support.triton_server import free_ports
 
 pytestmark = pytest.mark.triton
@@ -268,3 +269,29 @@ async def test_async_errors(server, async_client):
         assert not await nobody.is_ready()
         with pytest.raises(ServerUnavailableError, match="is `kvfetcher serve` running"):
             await nobody.generate("x")
+
+
+def test_warming_a_text_is_a_request_of_its_own_policy(client):
+    sent = json.loads(client.generate("inputs", kv_policy="warm", cache_salt="").text)
+    assert sent["kv_policy"]["values"] == ["warm"]
+    assert client.warm("count 5").hit_tokens == 9
+
+
+async def test_async_warming(async_client):
+    assert (await async_client.warm("count 5")).hit_tokens == 9
+    with pytest.raises(RequestError, match="kv_fetch"):
+        await async_client.warm([1, 2, 3])  # this server has no such model
+
+
+def test_warming_token_ids_needs_a_server_with_that_model(client):
+    with pytest.raises(RequestError, match="kv_fetch"):
+        client.warm([1, 2, 3])
+    with pytest.raises(RequestError, match="at least one"):
+        client.warm([])
+    with pytest.raises(RequestError, match="input_ids does not fit"):
+        client.warm([2**40])
+
+
+def test_a_report_that_is_missing_is_an_error():
+    with pytest.raises(ResponseError, match="no report"):
+        checked_report("here", None)

@@ -1,0 +1,84 @@
+"""bench_front: units from files through kv_pipeline, as fast as it takes them; for bench_gpu.py.
+
+Inputs   plan    STRING [1]  JSON: units (paths), targets (BlockTargets), in_flight, and either
+                 seconds (go round until then) or once (each pair of unit and target one time)
+Outputs  result  STRING [1]  JSON: done (count per unit), seconds, latency_ms, decode_ms, restore_ms, how
+"""
+
+import asyncio
+import json
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import triton_python_backend_utils as pb_utils
+
+from kvfetcher import wire
+from kvfetcher.serving.tensors import bytes_tensor, read_text, text_tensor
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self.units = {}
+
+    async def execute(self, requests):
+        return [await self._run(request) for request in requests]
+
+    async def _run(self, request):
+        plan = json.loads(read_text(request, "plan", pb_utils))
+        for path in plan["units"]:
+            if path not in self.units:
+                self.units[path] = Path(path).read_bytes()
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(plan["in_flight"]))
+        jobs = self._jobs(plan)
+        state = {"done": Counter(), "ms": [], "how": Counter(), "errors": []}
+        state |= {"decode_ms": [], "restore_ms": []}
+        start = time.perf_counter()
+        await asyncio.gather(*(self._worker(plan, jobs, state) for _ in range(plan["in_flight"])))
+        result = {
+            "done": dict(state["done"]),
+            "seconds": time.perf_counter() - start,
+            "latency_ms": sorted(state["ms"]),
+            "decode_ms": state["decode_ms"],
+            "restore_ms": state["restore_ms"],
+            "how": dict(state["how"]),
+            "errors": state["errors"][:3],
+        }
+        return pb_utils.InferenceResponse([text_tensor("result", json.dumps(result), pb_utils)])
+
+    def _jobs(self, plan):
+        units, targets = plan["units"], plan["targets"]
+        if plan.get("once"):
+            yield from ((unit, target) for target in targets for unit in units)
+            return
+        end, index = time.perf_counter() + plan["seconds"], plan.get("first", 0)
+        while time.perf_counter() < end:
+            yield units[index % len(units)], targets[index // len(units) % len(targets)]
+            index += 1
+
+    async def _worker(self, plan, jobs, state):
+        for unit, target in jobs:
+            begun = time.perf_counter()
+            response = await pb_utils.InferenceRequest(
+                model_name=wire.KV_PIPELINE,
+                requested_output_names=[wire.KV_STATUS],
+                inputs=[
+                    bytes_tensor(wire.UNIT, self.units[unit], pb_utils, batched=True),
+                    text_tensor(wire.KV_TARGET, target, pb_utils, batched=True),
+                ],
+            ).async_exec()
+            if response.has_error():
+                state["errors"].append(response.error().message())
+                continue
+            status = pb_utils.get_output_tensor_by_name(response, wire.KV_STATUS).as_numpy()
+            facts = json.loads(status.reshape(-1)[0])
+            for name in ("decode_ms", "restore_ms"):
+                state[name].append(facts[name])
+            where = facts.get("planes", "host")
+            state["how"][
+                f"{facts['decoder']}, planes {where}, restored by {facts['restorer']}"
+            ] += 1
+            state["done"][unit] += 1
+            state["ms"].append(round(1e3 * (time.perf_counter() - begun), 3))
