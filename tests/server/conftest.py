@@ -22,6 +22,8 @@ DOCUMENT = (
     Path(__file__).parents[1] / "data" / "documents" / "references_and_borrowing.txt"
 ).read_text()
 CHUNK_TOKENS = 64  # short chunks keep prompts, and so the tests, short
+# What a killed decoder or restorer may still write to rests for as long again as its lease was for.
+LEASE_TTL_SECONDS = 40.0
 
 
 def make_config(store: Path, /, **sections: dict[str, object]) -> Config:
@@ -31,7 +33,7 @@ def make_config(store: Path, /, **sections: dict[str, object]) -> Config:
         "store": {"path": str(store)},
         "codec": {"chunk_tokens": CHUNK_TOKENS},
         "engine": {"prefill_slice_tokens": CHUNK_TOKENS, "arena_bytes": 256 << 20},
-        "fetch": {"min_hit_tokens": CHUNK_TOKENS},
+        "fetch": {"min_hit_tokens": CHUNK_TOKENS, "lease_ttl_seconds": LEASE_TTL_SECONDS},
     }
     for name, values in sections.items():
         fields[name] = {**fields.get(name, {}), **values}
@@ -56,7 +58,7 @@ class Running:
     def chunk_files(self) -> list[Path]:
         return sorted(p for p in self.store.glob("*/*/*/*") if p.is_file())
 
-    def settle(self, *, timeout_seconds: float = 60.0) -> list[Path]:
+    def settle(self, *, timeout_seconds: float = 2 * LEASE_TTL_SECONDS + 20) -> list[Path]:
         """The store's chunk files once no request runs and nothing is left to save."""
         with ControlClient(socket_path(self.server.run_dir), timeout_seconds=10) as control:
             deadline = time.monotonic() + timeout_seconds

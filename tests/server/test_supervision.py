@@ -98,7 +98,6 @@ def test_a_codec_process_killed_under_load_costs_hits_not_answers(
         assert supervisor.look() is None
         time.sleep(0.2)
     after = shared_memory(running)
-    assert after[0] == before[0]
     assert after[1] <= before[1] + (8 << 20), "less than what one instance's memory grows by"
     assert running.client.generate(question, max_tokens=4).report.hit_tokens > 0
 
