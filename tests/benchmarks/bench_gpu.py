@@ -488,6 +488,8 @@ def _generate(pipe) -> None:
     import torch
     from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+    from kvfetcher.engines.forward import forward
+
     config = LlamaConfig(
         hidden_size=4096,
         intermediate_size=14336,
@@ -503,10 +505,10 @@ def _generate(pipe) -> None:
     ids = torch.zeros((1, 1024), dtype=torch.long, device="cuda")
     with torch.inference_mode():
         cache = DynamicCache()
-        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        forward(model, ids, cache)
 
         def step() -> None:
-            model(ids[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            forward(model, ids[:, :1], cache)
             if cache.get_seq_length() > 4096:
                 cache.crop(1024)
 

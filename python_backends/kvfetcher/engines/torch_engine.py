@@ -25,6 +25,7 @@ import torch
 
 from kvfetcher.engines.admission import check_request, claim_lease
 from kvfetcher.engines.base import EngineInfo, GenerateEvent, SaveTicket
+from kvfetcher.engines.forward import forward
 from kvfetcher.engines.kv_cache import SequenceCache
 from kvfetcher.engines.schedule import WaitingLine, chunks_to_save, slice_end
 from kvfetcher.engines.sequence import EventPipe, Sequence
@@ -487,11 +488,7 @@ class TorchEngine:
     def _forward(self, token_ids: list[int], cache: SequenceCache) -> torch.Tensor:
         """Append tokens to the cache; returns the logits [vocab] after the last one."""
         ids = torch.tensor([token_ids], dtype=torch.long, device=self._loaded.device)
-        result = self._loaded.model(
-            ids, past_key_values=cache.for_model, use_cache=True, logits_to_keep=1
-        )
-        logits: torch.Tensor = result.logits[0, -1]
-        return logits
+        return forward(self._loaded.model, ids, cache.for_model)[0, -1]
 
     def _warm_up(self) -> None:
         """One slice over arbitrary tokens: later requests find warm kernels and a known rate."""

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvfetcher.engines.forward import forward
 from kvfetcher.errors import ConfigError, EngineError
 from kvfetcher.spec import KVSpec
 from kvfetcher.transform.rope import LayerRope, Rope, unrotate_keys
@@ -204,14 +205,7 @@ class CaptureModel:
         device = self.model.device
         tokens = torch.tensor([ids], device=device)
         positions = torch.arange(position, position + len(ids), device=device)[None]
-        out = self.model(
-            tokens,
-            past_key_values=cache,
-            position_ids=positions,
-            use_cache=True,
-            logits_to_keep=keep,
-        )
-        return out.logits
+        return forward(self.model, tokens, cache, num_logits=keep, position_ids=positions)
 
 
 def _gradient(leaf: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvfetcher.engines.connector.pool import HeadRange, heads_of_rank
+from kvfetcher.engines.forward import forward
 from kvfetcher.engines.kv_cache import kv_torch_dtype
 from kvfetcher.errors import EngineError
 
@@ -189,11 +190,7 @@ class PagedModel:
         """Run tokens at positions from `start` on; returns the logits [vocab] after the last one."""
         self.kv.point(block_ids, start)
         ids = torch.tensor([token_ids], dtype=torch.long, device=self.loaded.device)
-        result = self.loaded.model(
-            ids, past_key_values=self.kv.for_model, use_cache=True, logits_to_keep=1
-        )
-        logits: torch.Tensor = result.logits[0, -1]
-        return logits
+        return forward(self.loaded.model, ids, self.kv.for_model)[0, -1]
 
 
 def _layers(loaded: LoadedModel) -> Any:
