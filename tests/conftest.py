@@ -12,9 +12,16 @@ import functools
 import os
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from support.servers import RedisServer, S3Server, has_redis
 from support.triton_server import has_tritonserver
+
+# Shared machines stall: how long an example takes says nothing about it.
+settings.register_profile(
+    "shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("shared machine")
 
 
 @functools.cache

@@ -31,8 +31,8 @@ specs = st.builds(
 )
 token_counts = st.integers(1, 70)
 seeds = st.integers(0, 2**32 - 1)
-slow = settings(deadline=None, max_examples=40, derandomize=True)
-quick = settings(deadline=None, max_examples=150, derandomize=True)
+slow = settings(max_examples=40, derandomize=True)
+quick = settings(max_examples=150, derandomize=True)
 
 
 @st.composite
@@ -96,7 +96,7 @@ def test_paper_gives_every_integer_back(spec, tokens, seed, bits, inter, width, 
     np.testing.assert_array_equal(restored, reference_reader.read_unit(encoded))
 
 
-@settings(deadline=None, max_examples=25, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 @given(
     st.integers(1, 3),
     st.integers(72, 110),

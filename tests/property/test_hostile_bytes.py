@@ -51,8 +51,8 @@ CHUNK = encode_chunk(
 )
 HEADER_BYTES = header_size(CHUNK)
 
-many = settings(deadline=None, max_examples=300, derandomize=True)
-some = settings(deadline=None, max_examples=120, derandomize=True)
+many = settings(max_examples=300, derandomize=True)
+some = settings(max_examples=120, derandomize=True)
 unit_names = st.sampled_from(sorted(UNITS))
 
 

@@ -531,7 +531,7 @@ class Fetcher:
         while not fetch.task.done():
             left = waiter.deadline - self._clock()
             if left <= (-grace if fetch.is_running else 0.0):
-                report.replace_reason("deadline", fetch.waits_for)
+                report.replace_reason(*fetch.waits_for)
                 return False
             if request.is_cancelled():
                 raise RequestCancelledError("the request was cancelled while its KV was fetched")

@@ -18,6 +18,7 @@ from kvfetcher.errors import ArenaError, EngineError, KVFetcherError
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from kvfetcher.fetch.report import Reason
     from kvfetcher.fetch.run import RunFacts
     from kvfetcher.leases import LeaseClaim
 
@@ -64,8 +65,8 @@ class SharedFetch:
         """Whether its units are under way: it will end by itself at its deadline."""
         self.is_sealing = False
         """Too late to cancel: holds on the lease are being given out."""
-        self.waits_for = "too many other requests were fetching"
-        """Why it does not run yet."""
+        self.waits_for: tuple[Reason, str] = ("deadline", "too many other requests were fetching")
+        """Why it is not done; what a request is told that waits no longer."""
         self.facts_are_told = False
         """Whether some request's report has what the fetch did: it is counted once."""
 

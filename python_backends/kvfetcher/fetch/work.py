@@ -117,7 +117,6 @@ class FetchWork:
         self, fetch: SharedFetch, order: FetchOrder, facts: RunFacts
     ) -> tuple[str, BlockTarget] | None:
         """Lease blocks, waiting for room as long as somebody waits for the fetch."""
-        fetch.waits_for = "the arena had no room"
         started = self._clock()
         num_tokens = len(order.chunks) * order.facts.chunk_tokens
         try:
@@ -125,6 +124,7 @@ class FetchWork:
                 try:
                     return await self._lease_or_release(num_tokens)
                 except ArenaFullError as exc:
+                    fetch.waits_for = ("arena_full", str(exc))
                     if self._clock() + _ARENA_RETRY_SECONDS >= fetch.deadline():
                         facts.end("arena_full", str(exc))
                         return None
@@ -171,7 +171,8 @@ class FetchWork:
             prompt=order.prompt,
             margin=self._config.gate_margin,
         )
-        fetch.is_running, fetch.waits_for = True, "its units were not finished in time"
+        fetch.is_running = True
+        fetch.waits_for = ("deadline", "its units were not finished in time")
         try:
             num_chunks = await run.finish(fetch.deadline)
             if not num_chunks:

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from kvfetcher import container
-from kvfetcher.errors import EngineError, RequestCancelledError, StoreError, StoreTimeoutError
+from kvfetcher.errors import (
+    ArenaFullError,
+    EngineError,
+    RequestCancelledError,
+    StoreError,
+    StoreTimeoutError,
+)
 from kvfetcher.fetch.fetcher import UnitStatus
 from kvfetcher.storage import TieredStore
 from kvfetcher.storage.base import get_ranges_singly
@@ -165,6 +171,28 @@ async def test_a_full_arena_is_a_miss(world):
     )
     fetched = await world.fetch(world.fetcher(deadline_seconds=0.3))
     assert (fetched.claim, fetched.report.reason) == (None, "arena_full")
+
+
+async def test_who_waits_no_longer_for_room_is_told_of_the_arena(world):
+    await world.save(0)
+
+    answer = asyncio.Event()
+
+    class SlowToRefuse(Leases):
+        num_asked = num_answered = 0
+
+        async def lease(self, num_tokens, ttl_seconds):
+            self.num_asked += 1
+            if self.num_asked > 1:
+                await answer.wait()
+            self.num_answered += 1
+            raise ArenaFullError("no room")
+
+    leases = SlowToRefuse(world.arena)
+    report = (await world.fetch(world.fetcher(leases=leases, deadline_seconds=0.3))).report
+    assert (report.reason, report.detail) == ("arena_full", "no room")
+    answer.set()
+    await until(lambda: leases.num_answered == leases.num_asked)
 
 
 async def test_an_unreachable_engine_is_a_miss(world):

@@ -44,7 +44,7 @@ class Faults(RecordingStore):
         return data
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.sampled_from(FAULTS), min_size=NUM_CHUNKS, max_size=NUM_CHUNKS),
     st.sampled_from([1, 1 << 20]),
@@ -103,7 +103,7 @@ def test_the_hit_ends_at_the_first_fault_and_nothing_is_left(faults, max_read, r
             world.arena.close()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(1, 40), st.integers(1, 4))
 def test_a_cancellation_at_any_moment_leaves_nothing(polls, reads):
     async def run(world):

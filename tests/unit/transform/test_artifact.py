@@ -141,9 +141,7 @@ def test_safetensors_of_something_else_is_refused(artifact, tmp_path):
         Calibration.load(broken(artifact, tmp_path, metadata={"format": "pt"}))
 
 
-@settings(
-    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_files_end_in_format_errors_or_differ_in_digest(
     calibration, artifact, tmp_path, data

@@ -22,7 +22,7 @@ def parts(split):
     return np.concatenate([split.leading, split.trailing * split.scale]).astype(np.float64)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 99),
     rows=st.integers(1, 40),

@@ -44,7 +44,7 @@ def test_dims_outside_the_rotation_stay():
     assert np.abs(rotated[..., 2:10] - k[..., 2:10]).max() > 0.1
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     style=st.sampled_from(["half", "interleaved"]),
     amplitude=st.floats(0.1, 4),

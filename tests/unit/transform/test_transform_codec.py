@@ -171,7 +171,7 @@ def test_values_of_another_geometry_are_refused(calibrated):
         code(TransformProfile("near", calibration), bits, spec, 0)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     dtype=st.sampled_from(["bfloat16", "float16", "float8_e4m3fn"]),
     factor=st.sampled_from([1, 2]),
