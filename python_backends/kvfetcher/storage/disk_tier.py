@@ -223,14 +223,19 @@ class DiskTier:
 
     def _objects(self) -> Iterator[_Used]:
         """All objects; unfinished parts of writers that died long ago go on the way."""
-        for shard in os.scandir(self._folder):
-            for entry in os.scandir(shard.path):
+        for shard in _entries(self._folder):
+            for entry in _entries(shard):
                 with contextlib.suppress(FileNotFoundError):  # another process evicts too
                     if shard.name == _PARTIAL:
                         _remove_if_old(entry)
                         continue
-                    sizes = [file.stat().st_size for file in os.scandir(entry.path)]
+                    sizes = [file.stat().st_size for file in _entries(entry)]
                     yield _Used(entry.stat().st_mtime, sum(sizes), Path(entry.path))
+
+
+def _entries(folder: os.PathLike[str]) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return list(entries)
 
 
 def _remove_if_old(entry: os.DirEntry[str]) -> None:

@@ -167,11 +167,12 @@ class LocalStore:
             return
         self._swept = True
         oldest = time.time() - PARTIAL_MAX_AGE_SECONDS
-        for entry in os.scandir(partials):
-            with contextlib.suppress(FileNotFoundError):  # another process sweeps too
-                if entry.stat().st_mtime < oldest:
-                    Path(entry.path).unlink()
-                    _log.info("removed the unfinished file %s of a writer that died", entry.path)
+        with os.scandir(partials) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):  # another process sweeps too
+                    if entry.stat().st_mtime < oldest:
+                        Path(entry.path).unlink()
+                        _log.info("removed %s, which a writer that died left", entry.path)
 
     def _set_aside(self, path: Path, name: str, reason: str) -> None:
         # The suffix keeps an earlier bad object of the same name.
