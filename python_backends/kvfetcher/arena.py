@@ -9,6 +9,8 @@ File, little-endian: bytes 0-7 magic ``KVFARENA``, 8-11 version (uint32), 12-15 
 text (uint32), the JSON text, zeros up to byte 4096, then the blocks as one C-ordered array
 ``[num_blocks, L, K, H, tokens_per_block, D]`` of the KV dtype's bit patterns. Where the JSON has
 ``gpu``, the file ends there and the blocks lie in that GPU's memory (`kvfetcher.gpu_arena`).
+``heads`` says which of the model's KV heads the blocks hold: all, or one part's of an arena in
+several (`kvfetcher.split_arena`).
 """
 
 from __future__ import annotations
@@ -22,19 +24,19 @@ import mmap
 import os
 import secrets
 import struct
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kvfetcher.errors import ArenaError, ConfigError, LayoutError
-from kvfetcher.spec import KVSpec
+from kvfetcher.spec import HeadRange, KVSpec
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-ARENA_VERSION = 1
+ARENA_VERSION = 2
 HEADER_BYTES = 4096
 MAX_BLOCKS = 1 << 24
 
@@ -51,11 +53,12 @@ def storage_dtype(spec: KVSpec) -> np.dtype[Any]:
 class BlockTarget:
     """Where `num_tokens` tokens lie: in `block_ids`, in order, the last block perhaps partly filled.
 
-    ``arena`` is the path of the arena file and ``generation`` its random name, so that a target
-    kept over an engine's restart is refused instead of read.
+    ``paths`` are those of the arena's files, one for each of its parts in the order of their heads
+    (usually one), and ``generation`` is its random name, so that a target kept over an engine's
+    restart is refused instead of read.
     """
 
-    arena: str
+    paths: tuple[str, ...]
     generation: str
     block_ids: tuple[int, ...]
     num_tokens: int
@@ -71,8 +74,11 @@ class BlockTarget:
                 f"BlockTarget needs at least one token and one block, got {self.num_tokens!r}"
                 f" tokens in {len(ids)} blocks"
             )
-        if not isinstance(self.arena, str) or not isinstance(self.generation, str):
-            raise LayoutError("BlockTarget.arena and .generation must be strings")
+        paths = self.paths
+        if not isinstance(paths, tuple) or not paths or not all(isinstance(p, str) for p in paths):
+            raise LayoutError(f"BlockTarget.paths must be a tuple of strings, got {paths!r}")
+        if not isinstance(self.generation, str):
+            raise LayoutError(f"BlockTarget.generation must be a string, got {self.generation!r}")
 
     def span(self, first_token: int, num_tokens: int, *, tokens_per_block: int) -> BlockTarget:
         """The part that holds tokens [first_token, first_token + num_tokens).
@@ -91,11 +97,12 @@ class BlockTarget:
             )
         first = first_token // tokens_per_block
         last = -(-(first_token + num_tokens) // tokens_per_block)
-        return BlockTarget(self.arena, self.generation, self.block_ids[first:last], num_tokens)
+        return replace(self, block_ids=self.block_ids[first:last], num_tokens=num_tokens)
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable; `arena` is a path, or of an arena in parts the list of its paths."""
         return {
-            "arena": self.arena,
+            "arena": self.paths[0] if len(self.paths) == 1 else list(self.paths),
             "generation": self.generation,
             "block_ids": list(self.block_ids),
             "num_tokens": self.num_tokens,
@@ -111,8 +118,13 @@ class BlockTarget:
         if not isinstance(data, dict) or set(data) != keys:
             got = sorted(data) if isinstance(data, dict) else type(data).__name__
             raise LayoutError(f"a block target has the keys {sorted(keys)}, got {got}")
-        ids = data["block_ids"]
-        return cls(**{**data, "block_ids": tuple(ids) if isinstance(ids, list) else ids})
+        ids, arena = data["block_ids"], data["arena"]
+        return cls(
+            paths=tuple(arena) if isinstance(arena, list) else (arena,),
+            generation=data["generation"],
+            block_ids=tuple(ids) if isinstance(ids, list) else ids,
+            num_tokens=data["num_tokens"],
+        )
 
     @classmethod
     def from_json(cls, text: str) -> BlockTarget:
@@ -129,6 +141,9 @@ class ArenaHeader:
     """What the file says of an arena, whoever holds its blocks."""
 
     spec: KVSpec
+    """Of the whole model."""
+    heads: HeadRange
+    """That the blocks hold."""
     tokens_per_block: int
     num_blocks: int
     generation: str
@@ -137,7 +152,13 @@ class ArenaHeader:
     @property
     def blocks_shape(self) -> tuple[int, ...]:
         """[num_blocks, L, K, H, tokens_per_block, D]."""
-        return (self.num_blocks, *_block_shape(self.spec, self.tokens_per_block))
+        spec, heads = self.spec, self.heads.count
+        lead = (self.num_blocks, spec.num_layers, spec.kv_factor)
+        return (*lead, heads, self.tokens_per_block, spec.head_dim)
+
+    @property
+    def blocks_bytes(self) -> int:
+        return math.prod(self.blocks_shape) * self.spec.item_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +201,22 @@ class Arena:
 
     @property
     def spec(self) -> KVSpec:
+        """Of the whole model; `heads` says what of it lies here."""
         return self.header.spec
+
+    @property
+    def heads(self) -> HeadRange:
+        return self.header.heads
+
+    @property
+    def parts(self) -> tuple[Arena, ...]:
+        """What lies in one piece each, by its heads: this arena itself unless it is split."""
+        return (self,)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of the parts' files."""
+        return tuple(str(part.path) for part in self.parts)
 
     @property
     def tokens_per_block(self) -> int:
@@ -196,7 +232,7 @@ class Arena:
 
     @property
     def gpu(self) -> int | None:
-        """Index of the GPU that the blocks lie on; None = host memory."""
+        """Index of the GPU that the (first part's) blocks lie on; None = host memory."""
         return None if self.header.gpu is None else self.header.gpu.index
 
     @classmethod
@@ -213,7 +249,16 @@ class Arena:
             ArenaError: the file cannot be made, or the file system lacks the space.
         """
         header = plan_arena(spec, tokens_per_block=tokens_per_block, num_bytes=num_bytes)
-        total = HEADER_BYTES + math.prod(header.blocks_shape) * spec.item_bytes
+        return cls.create_from(header, path)
+
+    @classmethod
+    def create_from(cls, header: ArenaHeader, path: str | Path) -> Arena:
+        """`create` as `plan_arena` says, perhaps with some of the heads only.
+
+        Raises:
+            ArenaError: as `create`.
+        """
+        total = HEADER_BYTES + header.blocks_bytes
         fd = write_arena_file(Path(path), header, num_bytes=total)
         try:
             memory = mmap.mmap(fd, total)
@@ -227,7 +272,8 @@ class Arena:
     def sweep(folder: Path, pattern: str) -> int:
         """Remove arena files in `folder` whose owner died without `unlink`.
 
-        Only files of this user whose names match the glob `pattern`. An owner holds a lock on its file,
+        Only files of this user whose names match the glob `pattern`, and parts (`split_arena`) of
+        such a name. An owner holds a lock on its file,
         which the kernel drops with the process, so the living are left alone, those in other
         containers that share the folder too.
 
@@ -235,7 +281,8 @@ class Arena:
             How many were removed.
         """
         removed = 0
-        for path in [*folder.glob(pattern), *folder.glob(f".{pattern}.*.partial")]:
+        patterns = (pattern, f"{pattern}.[0-9]*", f".{pattern}.*.partial")
+        for path in [found for name in patterns for found in folder.glob(name)]:
             try:
                 fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             except OSError:  # somebody else's, or just gone
@@ -290,7 +337,7 @@ class Arena:
 
     def target(self, block_ids: tuple[int, ...], num_tokens: int) -> BlockTarget:
         """A target in this arena; checked like one that came from elsewhere."""
-        target = BlockTarget(str(self.path), self.generation, block_ids, num_tokens)
+        target = BlockTarget(self.paths, self.generation, block_ids, num_tokens)
         self._check(target)
         return target
 
@@ -329,7 +376,7 @@ class Arena:
         """
         layers = self._read_layers(target, layer_start, num_layers)
         spec, step = self.spec, self.tokens_per_block
-        shape = (len(layers), spec.kv_factor, spec.num_kv_heads, target.num_tokens, spec.head_dim)
+        shape = (len(layers), spec.kv_factor, self.heads.count, target.num_tokens, spec.head_dim)
         values = np.empty(shape, storage_dtype(spec))
         blocks = self.blocks
         for index, block_id in enumerate(target.block_ids):
@@ -387,7 +434,7 @@ class Arena:
         expected = (
             len(layers),
             spec.kv_factor,
-            spec.num_kv_heads,
+            self.heads.count,
             target.num_tokens,
             spec.head_dim,
         )
@@ -415,12 +462,8 @@ class Arena:
             )
 
 
-def _block_shape(spec: KVSpec, tokens_per_block: int) -> tuple[int, ...]:
-    return (spec.num_layers, spec.kv_factor, spec.num_kv_heads, tokens_per_block, spec.head_dim)
-
-
 def plan_arena(spec: KVSpec, *, tokens_per_block: int, num_bytes: int) -> ArenaHeader:
-    """The header of a new arena in host memory that takes at most `num_bytes`.
+    """The header of a new arena of all heads in host memory that takes at most `num_bytes`.
 
     Raises:
         ConfigError: `num_bytes` holds no block, or more than MAX_BLOCKS.
@@ -438,7 +481,8 @@ def plan_arena(spec: KVSpec, *, tokens_per_block: int, num_bytes: int) -> ArenaH
             f" {MAX_BLOCKS} are possible; lower engine.arena_bytes or raise"
             " engine.tokens_per_block"
         )
-    return ArenaHeader(spec, tokens_per_block, num_blocks, secrets.token_hex(16))
+    heads = HeadRange(0, spec.num_kv_heads)
+    return ArenaHeader(spec, heads, tokens_per_block, num_blocks, secrets.token_hex(16))
 
 
 def write_arena_file(path: Path, header: ArenaHeader, *, num_bytes: int) -> int:
@@ -495,8 +539,7 @@ def _open_arena_file(path: Path) -> tuple[int, ArenaHeader]:
         ) from exc
     try:
         header = _parse_header(path, os.pread(fd, HEADER_BYTES, 0))
-        block_bytes = header.spec.bytes_per_token * header.tokens_per_block
-        total = HEADER_BYTES + (0 if header.gpu else header.num_blocks * block_bytes)
+        total = HEADER_BYTES + (0 if header.gpu else header.blocks_bytes)
         size = os.fstat(fd).st_size
         if size != total:
             raise ArenaError(f"arena {path} has {size} bytes, its header says {total}")
@@ -517,7 +560,9 @@ def _parse_header(path: Path, header: bytes) -> ArenaHeader:
         if _PREFIX.size + length > len(header):
             raise ValueError(f"JSON text of {length} bytes")
         data = json.loads(header[_PREFIX.size : _PREFIX.size + length])
-        spec = KVSpec(**data["spec"])
+        spec, heads = KVSpec(**data["spec"]), HeadRange(**data["heads"])
+        if not 0 <= heads.start < heads.stop <= spec.num_kv_heads:
+            raise ValueError(f"{heads} of {spec.num_kv_heads} heads")
         tokens_per_block, num_blocks = int(data["tokens_per_block"]), int(data["num_blocks"])
         generation = str(data["generation"])
         if tokens_per_block < 1 or not 1 <= num_blocks <= MAX_BLOCKS:
@@ -528,4 +573,4 @@ def _parse_header(path: Path, header: bytes) -> ArenaHeader:
             bytes.fromhex(memory.handle)
     except (ValueError, KeyError, TypeError, ConfigError) as exc:
         raise ArenaError(f"arena {path} has an unreadable header: {exc}") from exc
-    return ArenaHeader(spec, tokens_per_block, num_blocks, generation, memory)
+    return ArenaHeader(spec, heads, tokens_per_block, num_blocks, generation, memory)

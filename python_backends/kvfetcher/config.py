@@ -111,12 +111,15 @@ class EngineConfig(_Section):
     )
     tokens_per_block: int = _option(32, "tokens of one paged KV block", low=1, high=1024)
     arena_bytes: int = _option(
-        1 << 30, "size of the shared KV arena (fetched and to-be-saved KV)", low=1 << 20
+        1 << 30,
+        "size of the shared KV arena, over all ranks (fetched and to-be-saved KV)",
+        low=1 << 20,
     )
     # Not `auto` yet: no engine has read its KV from a GPU's arena on real hardware.
     arena: Literal["auto", "host", "gpu"] = _option(
         "host",
-        "where the arena lies; auto = on the GPU that the model runs on, else in host memory",
+        "where the arena lies; auto = on the GPU that the model runs on (of each tensor-parallel rank, its"
+        " heads), else in host memory",
     )
     prefill_slice_tokens: int = _option(
         256,

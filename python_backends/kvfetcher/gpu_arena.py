@@ -74,18 +74,27 @@ class GpuArena(Arena):
             ConfigError: `num_bytes` holds no block, or too many.
             ArenaError: the GPU lacks the memory, or the file cannot be made.
         """
-        path = Path(path)
         plan = plan_arena(
             spec, tokens_per_block=tokens_per_block, num_bytes=num_bytes + HEADER_BYTES
         )
+        return cls.create_on_from(plan, gpu, path)
+
+    @classmethod
+    def create_on_from(cls, plan: ArenaHeader, gpu: int, path: str | Path) -> GpuArena:
+        """`create_on` as `plan_arena` says, perhaps with some of the heads only.
+
+        Raises:
+            ArenaError: as `create_on`.
+        """
+        path = Path(path)
         context = cuda_context(gpu)
         try:
-            address = context.allocate(num_bytes)
+            address = context.allocate(plan.blocks_bytes)
         except GpuError as exc:
             free, total = context.memory_info()
             raise ArenaError(
-                f"a KV arena of {num_bytes} bytes does not fit on GPU {gpu}, which has {free} of"
-                f" {total} free ({exc}); lower engine.arena_bytes"
+                f"a KV arena of {plan.blocks_bytes} bytes does not fit on GPU {gpu}, which has"
+                f" {free} of {total} free ({exc}); lower engine.arena_bytes"
             ) from exc
         try:
             handle = context.share(address).hex()
@@ -134,8 +143,9 @@ class GpuArena(Arena):
             LayoutError: shape, dtype, layers or block ids do not fit.
         """
         layers = self.check_values(target, layer_start, tuple(values.shape))
-        bits = as_bits(values, self.spec)
         blocks, step = self.blocks, self.tokens_per_block
+        # In one piece to this GPU; the blocks are then filled there.
+        bits = as_bits(values, self.spec).to(blocks.device)
         for index, block_id in enumerate(target.block_ids):
             part = bits[:, :, :, index * step : (index + 1) * step]
             blocks[block_id, layers.start : layers.stop, :, :, : part.shape[3]] = part

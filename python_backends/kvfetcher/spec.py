@@ -73,6 +73,43 @@ class KVSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadRange:
+    """KV heads [start, stop) of the whole model."""
+
+    start: int
+    stop: int
+
+    @property
+    def count(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def slice(self) -> slice:
+        """Of the heads of a canonical array of the whole model."""
+        return slice(self.start, self.stop)
+
+
+def heads_of_rank(num_kv_heads: int, *, rank: int, num_ranks: int) -> HeadRange:
+    """The KV heads of a tensor-parallel rank; with more ranks than heads, neighbours share one.
+
+    Raises:
+        ConfigError: the heads cannot be dealt out evenly.
+    """
+    if not 0 <= rank < num_ranks:
+        raise ConfigError(f"rank {rank} is not one of {num_ranks}")
+    if num_kv_heads % num_ranks == 0:
+        each = num_kv_heads // num_ranks
+        return HeadRange(rank * each, (rank + 1) * each)
+    if num_ranks % num_kv_heads == 0:
+        head = rank // (num_ranks // num_kv_heads)
+        return HeadRange(head, head + 1)
+    raise ConfigError(
+        f"{num_kv_heads} KV heads cannot be dealt out to {num_ranks} tensor-parallel ranks; use a"
+        " number of ranks that divides the heads or is a multiple of them"
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class ModelIdentity:
     """Everything that KV values depend on besides the tokens before them (promise 2).
 

@@ -26,11 +26,11 @@ from kvfetcher.engines.connector import checks
 from kvfetcher.engines.connector.copies import BlockCopier
 from kvfetcher.engines.connector.link import OwnerLink
 from kvfetcher.engines.connector.messages import SOCKET_NAME
-from kvfetcher.engines.connector.pool import LAYOUTS, PagedPool, heads_of_rank
+from kvfetcher.engines.connector.pool import LAYOUTS, PagedPool
 from kvfetcher.engines.connector.scheduler import ConnectorScheduler
 from kvfetcher.engines.connector.worker import ConnectorWorker
 from kvfetcher.errors import ConfigError
-from kvfetcher.spec import KVSpec
+from kvfetcher.spec import KVSpec, heads_of_rank
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -165,7 +165,7 @@ def bind(
                 kv_cache_tensor, spec=spec, heads=heads, tokens_per_block=welcome.tokens_per_block
             )
             self._arena = Arena.attach(welcome.arena, generation=welcome.generation)
-            copier = BlockCopier(self._arena, arena_first_head=welcome.arena_first_head, pool=pool)
+            copier = BlockCopier(self._arena, pool)
             facts = (
                 f"{checks.interface_text(api)}\nrank {rank} of {num_ranks}: pool"
                 f" {list(kv_cache_tensor.shape)} {kv_cache_tensor.dtype} on"

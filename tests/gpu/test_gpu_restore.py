@@ -137,6 +137,20 @@ def test_exact_gives_the_same_bits(restorer, dtype, num_tokens):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_values_beside_an_arena_are_the_same_and_checked(restorer, dtype):
+    spec = spec_of(dtype)
+    for data in units_of(ExactProfile(unit_layers=2), spec, special_values(spec, TOKENS)):
+        unit, decoded = parse_unit(data), decode_unit(data, VideoDecoder())
+        expected = restore_parsed(unit, decoded)
+        got = restorer.restore(unit, on_gpu(decoded, high_bits=True))
+        np.testing.assert_array_equal(got.cpu().numpy().view(expected.dtype), expected)
+        damaged = decoded.copy()
+        damaged.reshape(-1)[:40] ^= 1
+        with pytest.raises(ChecksumError):
+            restorer.restore(unit, on_gpu(damaged, high_bits=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_uncalibrated_gives_the_same_bits(restorer, dtype):
     spec = spec_of(dtype)
     values = float32_to_bits(correlated_values(spec, TOKENS), dtype)

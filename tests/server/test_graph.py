@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,8 @@ from kvfetcher.control import ControlClient, socket_path
 from kvfetcher.engines.base import GenerateRequest, SamplingParams
 from kvfetcher.engines.host import EngineHost
 from kvfetcher.errors import KVFetcherError, RequestError
+from kvfetcher.spec import HeadRange, KVSpec
+from kvfetcher.split_arena import attach_arena, create_arena
 
 from .conftest import CHUNK_TOKENS, start_server
 
@@ -94,7 +97,7 @@ async def test_restored_kv_equals_the_engines_own_byte_for_byte(running, prompt,
     assert claim["num_tokens"] == (len(ids) - 1) // CHUNK_TOKENS * CHUNK_TOKENS
     with ControlClient(socket_path(running.server.run_dir), timeout_seconds=10) as control:
         target = control.renew(claim["lease_id"])
-        arena = Arena.attach(target.arena)
+        arena = attach_arena(target.paths, generation=target.generation)
         restored = arena.read(target)
         arena.close()
         control.release(claim["lease_id"])
@@ -260,9 +263,53 @@ def test_kv_encode_and_kv_pipeline_are_usable_alone(running):
     assert b"".join(parts) == values.tobytes()
 
 
+def test_kv_restore_and_kv_encode_work_on_the_part_of_each_rank(running, tmp_path):
+    """An arena in four parts, as of four tensor-parallel ranks, against one in one piece."""
+    spec = KVSpec(num_layers=6, num_kv_heads=4, head_dim=32)
+    values = np.random.default_rng(0).integers(0, 1 << 16, (6, 2, 4, 48, 32), np.uint16)
+    sizes = {"spec": spec, "tokens_per_block": 16, "num_bytes": 1 << 20}
+    places = {HeadRange(head, head + 1): None for head in range(4)}
+    split = create_arena(tmp_path / "split", **sizes, places=places)
+    whole = Arena.create(tmp_path / "whole", **sizes)
+
+    def encode(target):
+        inputs = [
+            tensor("input_ids", np.arange(48, dtype=np.int32), "INT32"),
+            tensor("kv_spec", text(json.dumps({"spec": spec.to_dict()})), "BYTES"),
+            tensor("kv_target", text(target), "BYTES"),
+        ]
+        return running.triton.infer(wire.KV_ENCODE, inputs).as_numpy("chunk").tobytes()
+
+    def restore(chunk, target):
+        for entry in container.parse_header(chunk).units:
+            unit = np.frombuffer(chunk[entry.offset : entry.stop], np.uint8)[None]
+            inputs = [
+                tensor("unit", unit, "UINT8"),
+                tensor("kv_target", text(target)[None], "BYTES"),
+            ]
+            running.triton.infer(wire.KV_PIPELINE, inputs)
+
+    chunks = []
+    for arena in (split, whole):
+        source = arena.target((2, 0, 5), 48)
+        arena.write(source, 0, values)
+        chunks.append(encode(source.to_json()))
+        restore(chunks[0], arena.target((3, 7, 1), 48).to_json())
+    assert chunks[0] == chunks[1]
+    together = np.concatenate([part.blocks for part in split.parts], axis=3)
+    np.testing.assert_array_equal(together[:8], whole.blocks[:8])
+    np.testing.assert_array_equal(split.read(split.target((3, 7, 1), 48)), values)
+
+    target = split.target((3, 7, 1), 48)
+    lacking = dataclasses.replace(target, paths=target.paths[:3])
+    with pytest.raises(InferenceServerException, match="a part is missing"):
+        restore(chunks[0], lacking.to_json())
+    for arena in (split, whole):
+        arena.close()
+
+
 def test_units_of_different_sizes_share_a_batch_and_a_bad_one_fails_alone(running):
     from kvfetcher.codec import profiles
-    from kvfetcher.spec import KVSpec
 
     units = []
     for tokens in (16, 40, 64):

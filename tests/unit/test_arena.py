@@ -128,9 +128,10 @@ def test_recreated_arena_refuses_targets_and_attachers_of_the_old_one(arena):
         (lambda b: b[:12] + b"\xff\xff\xff\xff" + b[16:], "unreadable header"),
         (lambda b: b[:16] + b"[" + b[17:], "unreadable header"),
         (lambda b: b.replace(b'"num_layers":4', b'"num_layers":0'), "unreadable header"),
+        (lambda b: b.replace(b'"stop":2', b'"stop":3'), "unreadable header"),
         (lambda b: b[:-1], "its header says"),
     ],
-    ids=["empty", "magic", "version", "length", "json", "spec", "cut"],
+    ids=["empty", "magic", "version", "length", "json", "spec", "heads", "cut"],
 )
 def test_attach_refuses_damaged_files(arena, damage, message):
     arena.path.write_bytes(damage(arena.path.read_bytes()))
@@ -177,8 +178,14 @@ def test_closed_arena_is_refused_and_unlink_removes_the_file(arena):
 
 
 def test_target_json_round_trips():
-    target = BlockTarget("/a", "g", (3, 1), 40)
-    assert BlockTarget.from_json(target.to_json()) == target
+    for paths in (("/a",), ("/a.0", "/a.1")):
+        target = BlockTarget(paths, "g", (3, 1), 40)
+        assert BlockTarget.from_json(target.to_json()) == target
+
+
+def test_target_in_one_file_is_written_as_ever():
+    text = BlockTarget(("/a",), "g", (3, 1), 40).to_json()
+    assert text == '{"arena":"/a","generation":"g","block_ids":[3,1],"num_tokens":40}'
 
 
 @pytest.mark.parametrize(
@@ -192,6 +199,9 @@ def test_target_json_round_trips():
         {"num_tokens": 0},
         {"num_tokens": "4"},
         {"arena": 1},
+        {"arena": []},
+        {"arena": ["/a", 1]},
+        {"generation": 1},
         {"extra": 1},
     ],
 )
@@ -208,8 +218,8 @@ def test_target_text_that_is_no_object_is_refused(text):
 
 
 def test_span_is_the_part_of_a_target():
-    target = BlockTarget("/a", "g", (7, 3, 5), 10)
-    assert target.span(4, 6, tokens_per_block=4) == BlockTarget("/a", "g", (3, 5), 6)
+    target = BlockTarget(("/a",), "g", (7, 3, 5), 10)
+    assert target.span(4, 6, tokens_per_block=4) == BlockTarget(("/a",), "g", (3, 5), 6)
     with pytest.raises(LayoutError, match="does not begin a block"):
         target.span(3, 2, tokens_per_block=4)
     with pytest.raises(LayoutError, match="not within"):

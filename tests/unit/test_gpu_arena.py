@@ -3,7 +3,6 @@
 CUDA itself, and sharing between processes, are in tests/gpu and in bench_gpu.py.
 """
 
-import ctypes
 from dataclasses import replace
 
 import numpy as np
@@ -14,63 +13,18 @@ from kvfetcher import gpu_arena
 from kvfetcher.arena import Arena, read_arena_header
 from kvfetcher.config import EngineConfig
 from kvfetcher.engines.host import open_arena
-from kvfetcher.errors import ArenaError, ConfigError, GpuError, LayoutError
+from kvfetcher.errors import ArenaError, ConfigError, LayoutError
 from kvfetcher.gpu_arena import GpuArena
-from kvfetcher.spec import KVSpec
+from kvfetcher.spec import HeadRange, KVSpec
+from kvfetcher.split_arena import attach_arena, create_arena
+from support.host_as_gpu import gpus_in_host_memory
 
 SPEC = KVSpec(num_layers=4, num_kv_heads=2, head_dim=8)
 
 
-class HostAsGpu:
-    """`CudaContext` over host memory."""
-
-    def __init__(self):
-        self.memory = {}
-        self.is_full = False
-        self.opened = 0
-
-    def allocate(self, num_bytes):
-        if self.is_full:
-            raise GpuError("out of memory")
-        buffer = (ctypes.c_uint8 * num_bytes)()
-        address = ctypes.addressof(buffer)
-        self.memory[address] = buffer
-        return address
-
-    def free(self, address):
-        del self.memory[address]
-
-    def share(self, address):
-        return address.to_bytes(64, "little")
-
-    def open_shared(self, handle):
-        address = int.from_bytes(handle, "little")
-        if address not in self.memory:
-            raise GpuError("its owner is gone")
-        self.opened += 1
-        return address
-
-    def close_shared(self, address):
-        self.opened -= 1
-
-    def memory_info(self):
-        return 5, 10
-
-
 @pytest.fixture
 def gpu(monkeypatch):
-    made = HostAsGpu()
-
-    def as_tensor(address, shape, *, item_bytes, gpu):
-        size = int(np.prod(shape)) * item_bytes
-        buffer = (ctypes.c_uint8 * size).from_address(address)
-        kind = np.int16 if item_bytes == 2 else np.uint8
-        return torch.from_numpy(np.frombuffer(buffer, kind).reshape(shape))
-
-    monkeypatch.setattr(gpu_arena, "cuda_context", lambda index: made)
-    monkeypatch.setattr(gpu_arena, "as_tensor", as_tensor)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
-    return made
+    return gpus_in_host_memory(monkeypatch)[0]
 
 
 @pytest.fixture
@@ -174,8 +128,76 @@ def test_engine_arena_goes_where_the_setting_wants_it(gpu, tmp_path):
         ("auto", cpu, None), ("auto", cuda, 0), ("host", cuda, None), ("gpu", cuda, 0),
     ):  # fmt: skip
         config = EngineConfig(arena=choice, arena_bytes=1 << 20)
-        made = open_arena(tmp_path / "arena", SPEC, config, device=device)
+        made = open_arena(tmp_path / "arena", SPEC, config, devices=(device,))
         assert made.gpu == expected
         made.close()
     with pytest.raises(ConfigError, match=r"engine\.arena = 'gpu'"):
-        open_arena(tmp_path / "arena", SPEC, EngineConfig(arena="gpu"), device=cpu)
+        open_arena(tmp_path / "arena", SPEC, EngineConfig(arena="gpu"), devices=(cpu,))
+
+
+def test_ranks_get_their_heads_on_their_gpu_or_in_host_memory(monkeypatch, tmp_path):
+    spec = replace(SPEC, num_kv_heads=4)
+    gpus = gpus_in_host_memory(monkeypatch)
+    two, four, eight = (tuple(f"cuda:{i}" for i in range(n)) for n in (2, 4, 8))
+    halves, quarters = [(0, 2), (2, 4)], [(0, 1), (1, 2), (2, 3), (3, 4)]
+    for choice, devices, heads, places in (
+        ("gpu", two, halves, [0, 1]),
+        ("auto", four, quarters, [0, 1, 2, 3]),
+        (
+            "auto",
+            eight,
+            quarters,
+            [0, 2, 4, 6],
+        ),  # neighbours share a head; the first of them has it
+        ("host", two, halves, [None, None]),
+        ("auto", ("cpu", "cpu"), halves, [None, None]),
+    ):
+        config = EngineConfig(arena=choice, arena_bytes=1 << 20, tokens_per_block=4)
+        made = open_arena(tmp_path / "arena", spec, config, devices=devices)
+        assert [(part.heads.start, part.heads.stop) for part in made.parts] == heads
+        assert [part.gpu for part in made.parts] == places
+        block_bytes = made.tokens_per_block * spec.bytes_per_token
+        assert (1 << 20) - 5 * block_bytes < made.num_blocks * block_bytes <= 1 << 20
+        made.close()
+        made.unlink()
+        assert not any(gpu.memory for gpu in gpus.values())
+        assert not list(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match="cannot be dealt out to 3"):
+        open_arena(tmp_path / "arena", spec, EngineConfig(), devices=("cpu",) * 3)
+
+
+def test_parts_on_two_gpus_hold_what_one_arena_in_host_memory_holds(monkeypatch, tmp_path):
+    gpus_in_host_memory(monkeypatch)
+    arena = create_arena(
+        tmp_path / "arena",
+        spec=SPEC,
+        tokens_per_block=4,
+        num_bytes=40_960,
+        places={HeadRange(0, 1): 0, HeadRange(1, 2): 1},
+    )
+    host = Arena.create(tmp_path / "host", spec=SPEC, tokens_per_block=4, num_bytes=1 << 16)
+    for part in arena.parts:
+        part.blocks.fill_(0)
+    for one in (host, arena):
+        one.write(one.target((3, 1), 7), 2, values(7, num_layers=2))
+    together = torch.cat([part.blocks for part in arena.parts], dim=3)
+    assert np.array_equal(together.numpy().view(np.uint16)[:4], host.blocks[:4])
+    other = attach_arena(arena.paths, generation=arena.generation)
+    assert np.array_equal(other.read(arena.target((3, 1), 7)), host.read(host.target((3, 1), 7)))
+    for one in (host, other, arena):
+        one.close()
+
+
+def test_gpu_that_lacks_the_memory_frees_the_parts_on_the_others(monkeypatch, tmp_path):
+    gpus = gpus_in_host_memory(monkeypatch)
+    gpus[1].is_full = True
+    with pytest.raises(ArenaError, match="does not fit on GPU 1"):
+        create_arena(
+            tmp_path / "arena",
+            spec=SPEC,
+            tokens_per_block=4,
+            num_bytes=40_960,
+            places={HeadRange(0, 1): 0, HeadRange(1, 2): 1},
+        )
+    assert not gpus[0].memory
+    assert not list(tmp_path.iterdir())

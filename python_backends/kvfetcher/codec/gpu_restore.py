@@ -6,8 +6,8 @@ is rounded to its 11 bits, eight times finer than bfloat16's result; sums are fl
 from the CPU's by at most one step of the KV dtype but for sums that cancel (H200, 8B shape: 0.02 % of
 the values differ); `exact` and `uncalibrated` give the CPU's bits.
 
-Memory beside the arena: two bytes per sample of the unit at hand (at most 2 * MAX_SAMPLES), and per
-calibration the inverse transforms, which stay (two bytes per entry).
+Memory beside the arena: two bytes per sample of the unit at hand (at most 2 * MAX_SAMPLES), with
+`restore` the unit's values, and per calibration the inverse transforms, which stay (two bytes per entry).
 """
 
 from __future__ import annotations
@@ -188,6 +188,19 @@ class GpuRestorer:
             except ChecksumError as exc:
                 found.append(exc)
         return found
+
+    def restore(self, unit: Unit, planes: GpuPlanes) -> torch.Tensor:
+        """A unit's values [Lg, K, H, T, D] as bit patterns, in memory of their own; finished.
+
+        Raises:
+            ChecksumError: its digest differs.
+            FormatError, LayoutError, UnsupportedVersionError: as `begin`.
+        """
+        to = Destination.fresh(unit, self._device)
+        (error,) = self.finish([self.begin(unit, planes, to)])
+        if error is not None:
+            raise error
+        return to.blocks[0]
 
     # Profiles
 

@@ -195,7 +195,8 @@ class EngineInfo:
     identity: ModelIdentity
     tokens_per_block: int
     chunk_tokens: int
-    arena: str
+    arena: tuple[str, ...]
+    """Paths of its files, one for each part."""
     generation: str
     eos_ids: tuple[int, ...]
     vocab_size: int

@@ -135,7 +135,7 @@ class ConnectedEngine:
             identity=model.identity,
             tokens_per_block=self._arena.tokens_per_block,
             chunk_tokens=self._config.codec.chunk_tokens,
-            arena=str(self._arena.path),
+            arena=self._arena.paths,
             generation=self._arena.generation,
             eos_ids=model.eos_ids,
             vocab_size=model.vocab_size,

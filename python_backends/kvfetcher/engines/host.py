@@ -14,12 +14,14 @@ from kvfetcher.engines.opening import prepare_engine
 from kvfetcher.engines.streams import Streams
 from kvfetcher.errors import ConfigError
 from kvfetcher.leases import LeaseTable
+from kvfetcher.spec import heads_of_rank
+from kvfetcher.split_arena import create_arena
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kvfetcher.config import Config, EngineConfig
-    from kvfetcher.spec import KVSpec
+    from kvfetcher.spec import HeadRange, KVSpec
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -36,7 +38,7 @@ class EngineHost:
         progress: gets one sentence before each long step.
 
     Raises:
-        ConfigError, EngineError, ArenaError: see `prepare_model`, `prepare_engine`, `Arena.create`.
+        ConfigError, EngineError, ArenaError: see `prepare_model`, `prepare_engine`, `open_arena`.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class EngineHost:
                 arena_folder / _arena_name(socket.parent.name),
                 opening.spec,
                 config.engine,
-                device=opening.device,
+                devices=opening.devices,
             )
             stack.callback(self.arena.close)
             stack.callback(self.arena.unlink)
@@ -91,25 +93,41 @@ class EngineHost:
         self._stack.close()
 
 
-def open_arena(path: Path, spec: KVSpec, config: EngineConfig, *, device: str) -> Arena:
-    """A new arena where `engine.arena` wants it; `device` is where the model is.
+def open_arena(
+    path: Path, spec: KVSpec, config: EngineConfig, *, devices: tuple[str, ...]
+) -> Arena:
+    """A new arena where `engine.arena` wants it, with a part for each range of heads that ranks hold.
+
+    Args:
+        path: of its file, or of its parts' (`split_arena.create_arena`).
+        spec: of the whole model.
+        config: where, and how large.
+        devices: where the model is, by tensor-parallel rank. Ranks that hold the same heads share
+            a part, which lies at the first of them.
 
     Raises:
-        ConfigError: it is wanted on a GPU and the model runs on the CPU, or it holds no block.
+        ConfigError: it is wanted on a GPU and the model runs on the CPU, it holds no block, or the
+            heads cannot be dealt out to the ranks.
         ArenaError: there is not so much memory.
     """
-    sizes = {"tokens_per_block": config.tokens_per_block, "num_bytes": config.arena_bytes}
-    if config.arena == "host" or (config.arena == "auto" and not device.startswith("cuda")):
-        return Arena.create(path, spec=spec, **sizes)
-    if not device.startswith("cuda"):
+    has_gpus = all(device.startswith("cuda") for device in devices)
+    if config.arena == "gpu" and not has_gpus:
         raise ConfigError(
-            f"engine.arena = 'gpu', but the model runs on {device}; set engine.device to cuda or"
+            f"engine.arena = 'gpu', but the model runs on {devices[0]}; set engine.device to cuda or"
             " engine.arena to auto"
         )
-    from kvfetcher.gpu_arena import GpuArena
-
-    index = int(device.partition(":")[2] or 0)
-    return GpuArena.create_on(index, path, spec=spec, **sizes)
+    places: dict[HeadRange, int | None] = {}
+    for rank, device in enumerate(devices):
+        heads = heads_of_rank(spec.num_kv_heads, rank=rank, num_ranks=len(devices))
+        on_gpu = config.arena != "host" and has_gpus
+        places.setdefault(heads, int(device.partition(":")[2] or 0) if on_gpu else None)
+    return create_arena(
+        path,
+        spec=spec,
+        tokens_per_block=config.tokens_per_block,
+        num_bytes=config.arena_bytes,
+        places=places,
+    )
 
 
 def _arena_name(run: str) -> str:

@@ -28,8 +28,8 @@ class Opening(Protocol):
     def spec(self) -> KVSpec: ...
 
     @property
-    def device(self) -> str:
-        """Where an arena is nearest to the model: "cuda:N", or "cpu"."""
+    def devices(self) -> tuple[str, ...]:
+        """Where the model runs, by tensor-parallel rank: "cuda:N", or "cpu"."""
         ...
 
     def open(self, arena: Arena, leases: LeaseTable, closing: contextlib.ExitStack) -> Engine:
@@ -72,7 +72,7 @@ class _Torch:
             model, device=config.engine.device, kv_dtype=config.engine.kv_dtype
         )
         self.spec = self._loaded.spec
-        self.device = str(self._loaded.device)
+        self.devices = (str(self._loaded.device),)
 
     def open(self, arena: Arena, leases: LeaseTable, closing: contextlib.ExitStack) -> Engine:
         from kvfetcher.engines.torch_engine import TorchEngine
@@ -90,7 +90,7 @@ class _Paged:
             model, device=config.engine.device, kv_dtype=config.engine.kv_dtype
         )
         self.spec = self._loaded.spec
-        self.device = str(self._loaded.device)
+        self.devices = (str(self._loaded.device),)
 
     def open(self, arena: Arena, leases: LeaseTable, closing: contextlib.ExitStack) -> Engine:
         from kvfetcher.engines.paged.host import open_paged_engine
@@ -121,12 +121,12 @@ class _TensorrtLlm:
             model, config, version=version, num_ranks=self._arguments.num_ranks
         )
         self.spec = self._model.spec
-        # All ranks read their heads from one arena; on one of their GPUs it would be far from the rest.
-        self.device = "cuda:0" if self._arguments.num_ranks == 1 else "cpu"
+        # TensorRT-LLM's ranks take the visible GPUs in order.
+        self.devices = tuple(f"cuda:{rank}" for rank in range(self._arguments.num_ranks))
 
     def open(self, arena: Arena, leases: LeaseTable, closing: contextlib.ExitStack) -> Engine:
         from kvfetcher.engines.connected import ConnectedEngine
-        from kvfetcher.engines.connector.hub import RankArena, open_hub
+        from kvfetcher.engines.connector.hub import open_hub
         from kvfetcher.engines.tensorrt_llm import start_llm
 
         hub = open_hub(
@@ -134,8 +134,7 @@ class _TensorrtLlm:
             self.spec,
             folder=self._run_folder,
             arena=arena,
-            rank_arenas=[RankArena(str(arena.path), arena.generation, 0)]
-            * self._arguments.num_ranks,
+            num_ranks=self._arguments.num_ranks,
             leases=leases,
             clock=time.monotonic,
         )

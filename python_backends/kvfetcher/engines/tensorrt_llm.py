@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from kvfetcher import trtllm_connector
 from kvfetcher.config import RUN_DIR_VARIABLE
 from kvfetcher.engines.connector import checks
-from kvfetcher.engines.connector.pool import heads_of_rank
 from kvfetcher.engines.identity import (
     config_rope_facts,
     rope_text,
@@ -32,7 +31,7 @@ from kvfetcher.engines.identity import (
 from kvfetcher.engines.tokens import PRIOR_TOKENS_PER_SECOND, TokenStep
 from kvfetcher.errors import ConfigError, EngineError, RequestError
 from kvfetcher.prefill_rate import PrefillEstimator
-from kvfetcher.spec import KVSpec, ModelIdentity
+from kvfetcher.spec import KVSpec, ModelIdentity, heads_of_rank
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping

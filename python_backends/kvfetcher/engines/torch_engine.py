@@ -142,7 +142,7 @@ class TorchEngine:
             identity=loaded.identity,
             tokens_per_block=self._arena.tokens_per_block,
             chunk_tokens=self._chunk_tokens,
-            arena=str(self._arena.path),
+            arena=self._arena.paths,
             generation=self._arena.generation,
             eos_ids=loaded.eos_ids,
             vocab_size=loaded.vocab_size,

@@ -10,23 +10,25 @@ import logging
 import os
 from collections import OrderedDict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from kvfetcher.arena import Arena, BlockTarget, read_arena_header
+from kvfetcher.arena import BlockTarget, read_arena_header
 from kvfetcher.codec import profiles
 from kvfetcher.codec.nvdec import sample_shift
 from kvfetcher.control import run_dir
 from kvfetcher.cuda import cuda_context
 from kvfetcher.errors import GpuError, KVFetcherError, LayoutError
 from kvfetcher.plane_ring import PlaneReader, PlaneRing, PlaneTicket
+from kvfetcher.split_arena import attach_arena
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
+    from kvfetcher.arena import Arena
     from kvfetcher.codec.nvdec import NvdecDecoder
     from kvfetcher.codec.unit import Unit
 
@@ -45,20 +47,20 @@ class Arenas:
     """Attached arenas; an engine restart makes a new one, and the old one is let go."""
 
     def __init__(self) -> None:
-        self._attached: dict[str, Arena] = {}
+        self._attached: dict[tuple[str, ...], Arena] = {}
 
     def of(self, target: BlockTarget) -> Arena:
         """The arena that a target names.
 
         Raises:
-            ArenaError: it is gone, or of another generation.
+            ArenaError: it or a part of it is gone, or of another generation.
         """
-        arena = self._attached.get(target.arena)
+        arena = self._attached.get(target.paths)
         if arena is None or arena.generation != target.generation:
-            fresh = Arena.attach(target.arena, generation=target.generation)
+            fresh = attach_arena(target.paths, generation=target.generation)
             if arena is not None:
                 arena.close()
-            self._attached[target.arena] = arena = fresh
+            self._attached[target.paths] = arena = fresh
         return arena
 
     def close(self) -> None:
@@ -90,7 +92,7 @@ class GpuOutput:
             return False
         known = self._gpus.get(target_json)  # the units of a chunk come one after the other
         if known is None:
-            header = read_arena_header(BlockTarget.from_json(target_json).arena)
+            header = read_arena_header(BlockTarget.from_json(target_json).paths[0])
             known = self._gpus[target_json] = header.gpu is not None
             if len(self._gpus) > _MAX_KNOWN_TARGETS:
                 self._gpus.popitem(last=False)
@@ -134,15 +136,12 @@ class GpuOutput:
 class GpuJob(NamedTuple):
     """One unit that is being restored on a GPU, or was restored by the CPU for it."""
 
-    pending: Any
-    """`PendingRestore`; None = it is done."""
+    restorer: Literal["cpu", "gpu"]
     gpu: int
     ticket: PlaneTicket | None
-    keeps: tuple[Any, ...]
-
-    @property
-    def restorer(self) -> str:
-        return "cpu" if self.pending is None else "gpu"
+    pending: Any = None
+    """`PendingRestore`; None = it is done."""
+    keeps: tuple[Any, ...] = ()
 
 
 class GpuInput:
@@ -161,24 +160,30 @@ class GpuInput:
         arena: Arena,
         target: BlockTarget,
     ) -> GpuJob:
-        """Begin a unit; see `UnitRestorer.start`."""
+        """Begin a unit; see `UnitRestorer.start`. For an arena in parts it is over then."""
         assert arena.gpu is not None
         arena.check_values(target, unit.layer_start, unit.shape)
         ticket = PlaneTicket.from_json(planes_at) if planes_at else None
-        restorer = self._restorer(arena.gpu)
+        is_split = len(arena.parts) > 1
+        # Parts lie on several GPUs: the one that has the planes does the work.
+        gpu = ticket.gpu if is_split and ticket is not None else arena.gpu
+        restorer = self._restorer(gpu)
         try:
             if restorer is None or not restorer.can_restore(unit):
                 host = planes if ticket is None else self._download(unit, ticket)
                 arena.write(target, unit.layer_start, profiles.restore_parsed(unit, host))
-                return GpuJob(None, arena.gpu, ticket, ())
-            on_gpu = self._planes(unit, planes, ticket, arena.gpu)
+                return GpuJob("cpu", gpu, ticket)
+            on_gpu = self._planes(unit, planes, ticket, gpu)
+            if is_split:
+                arena.write(target, unit.layer_start, restorer.restore(unit, on_gpu))
+                return GpuJob("gpu", gpu, ticket)
             destination = self._destination(unit, arena, target)
             pending = restorer.begin(unit, on_gpu, destination)
         except BaseException:
             if ticket is not None:
                 self._give_back(ticket)
             raise
-        return GpuJob(pending, arena.gpu, ticket, (on_gpu, destination))
+        return GpuJob("gpu", gpu, ticket, pending, (on_gpu, destination))
 
     def finish(self, jobs: Sequence[GpuJob]) -> list[KVFetcherError | None]:
         """Wait for all; what is wrong with each, or None."""

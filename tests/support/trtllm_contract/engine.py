@@ -13,13 +13,14 @@ import numpy as np
 import torch
 
 from kvfetcher import trtllm_connector
-from kvfetcher.arena import Arena
-from kvfetcher.engines.connector.hub import ConnectorHub, HubSettings, RankArena
-from kvfetcher.engines.connector.pool import HeadRange, PagedPool
+from kvfetcher.engines.connector.hub import ConnectorHub, HubSettings
+from kvfetcher.engines.connector.pool import PagedPool
 from kvfetcher.engines.paged import contract
 from kvfetcher.engines.paged.executor import NewRequest, Rules
 from kvfetcher.engines.paged.model import PagedModel
 from kvfetcher.leases import tokens_digest
+from kvfetcher.spec import HeadRange, heads_of_rank
+from kvfetcher.split_arena import create_arena
 from support.trtllm_contract.loop import (
     ContractLoop,
     GreedySink,
@@ -44,6 +45,18 @@ def llm_args(**changes):
             capacity_scheduler_policy=changes.pop("policy", "GUARANTEED_NO_EVICT")
         ),
         **{"backend": "pytorch", "max_beam_width": 1} | changes,
+    )
+
+
+def arena_of(spec, folder, *, num_ranks, num_blocks):
+    """An arena in host memory with a part for the heads of every rank."""
+    heads = [
+        heads_of_rank(spec.num_kv_heads, rank=i, num_ranks=num_ranks) for i in range(num_ranks)
+    ]
+    places = dict.fromkeys(heads)
+    num_bytes = 4096 * len(places) + num_blocks * BLOCK * spec.bytes_per_token
+    return create_arena(
+        folder / "arena", spec=spec, tokens_per_block=BLOCK, num_bytes=num_bytes, places=places
     )
 
 
@@ -152,23 +165,18 @@ class ContractEngine:
         tells_salt=True,
         num_blocks=64,
         arena_blocks=96,
-        sharded=False,
     ):
         self._stack = contextlib.ExitStack()
         self.loaded, self.num_ranks = loaded, num_ranks
         self.faults = []
         spec = loaded.spec
-        num_bytes = 4096 + arena_blocks * BLOCK * spec.bytes_per_token
-        self.arena = Arena.create(
-            folder / "arena", spec=spec, tokens_per_block=BLOCK, num_bytes=num_bytes
-        )
+        self.arena = arena_of(spec, folder, num_ranks=num_ranks, num_blocks=arena_blocks)
         self._stack.callback(self.arena.close)
         self.leases = ScribblingLeases(num_blocks=self.arena.num_blocks, tokens_per_block=BLOCK)
         self.leases.arena = self.arena
-        place = RankArena(str(self.arena.path), self.arena.generation, 0)
         self.hub = ConnectorHub(
             folder / "c.sock",
-            arenas=[place] * num_ranks,
+            num_ranks=num_ranks,
             arena=self.arena,
             leases=self.leases,
             settings=HubSettings(

@@ -33,9 +33,8 @@ class ScribblingLeases(LeaseTable):
         super().release(lease_id, now=now, is_claimer=is_claimer)
         if lease_id not in self._entries:
             free = [block for block in blocks if block in self._free]
-            self.arena.blocks[free] = SCRIBBLE & (
-                0xFFFF if self.arena.spec.item_bytes == 2 else 0xFF
-            )
+            for part in self.arena.parts:
+                part.blocks[free] = SCRIBBLE & (0xFFFF if part.spec.item_bytes == 2 else 0xFF)
 
 
 class ContractLoop(PagedExecutor):

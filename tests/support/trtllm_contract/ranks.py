@@ -66,9 +66,10 @@ class ProcessRanks:
         return boxes
 
     def all_reduce(self, tensor):
-        total = tensor.clone()
-        dist.all_reduce(total)
-        return total
+        # Summed in the order of `ThreadRanks`: the bits are then those of its reference.
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.stack(parts).sum(0)
 
     def close(self):
         dist.destroy_process_group()

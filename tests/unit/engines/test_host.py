@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from kvfetcher.arena import Arena
 from kvfetcher.config import CodecConfig, Config, EngineConfig
 from kvfetcher.control import ControlClient, socket_path
 from kvfetcher.engines.base import GenerateRequest, RopeFacts, SamplingParams
@@ -11,6 +10,7 @@ from kvfetcher.engines.host import EngineHost
 from kvfetcher.errors import ArenaError, EngineError
 from kvfetcher.leases import LeaseClaim, tokens_digest
 from kvfetcher.spec import ModelIdentity
+from kvfetcher.split_arena import attach_arena
 from support.engine_rig import BLOCK, CHUNK, SLICE, collect, some_ids
 
 
@@ -41,7 +41,7 @@ async def test_a_saver_and_a_fetcher_work_through_the_socket(tmp_path, model_fol
         facts = client.describe()
         assert ModelIdentity.from_dict(facts["identity"]).spec == host.arena.spec
         assert RopeFacts.from_dict(facts["rope"]).rotary_dim == 8
-        arena = Arena.attach(facts["arena"], generation=facts["generation"])
+        arena = attach_arena(facts["arena"], generation=facts["generation"])
 
         request = GenerateRequest(ids, SamplingParams(max_tokens=6), save=True, cache_salt="s")
         full = await collect(host.engine.generate(request))

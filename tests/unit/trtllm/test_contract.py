@@ -112,13 +112,19 @@ def test_any_schedule(loaded, references, tmp_path_factory, options):
         assert engine.hub.counters.tickets >= 3
 
 
-def test_ranks_that_share_a_kv_head(tmp_path_factory):
+@pytest.mark.parametrize(("num_kv_heads", "num_parts"), [(1, 1), (2, 2), (4, 4), (8, 4)], ids=str)
+def test_4_ranks_each_with_the_part_of_its_heads(tmp_path_factory, num_kv_heads, num_parts):
+    """With fewer KV heads than ranks, neighbours share a head and its part."""
     folder = write_model(
-        tmp_path_factory.mktemp("shared"), num_hidden_layers=2, num_attention_heads=8
+        tmp_path_factory.mktemp("shared"),
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=num_kv_heads,
     )
     loaded = load_model(folder, device="cpu", kv_dtype="bfloat16")
     reference = Reference(loaded, num_ranks=4)
     with engine_of(loaded, tmp_path_factory, num_ranks=4) as engine:
+        assert len(engine.arena.parts) == num_parts
         schedule = [Submit(p, len(p) // 32 * 32, max_tokens=14) for p in PROMPTS[:5]]
         run_schedule(engine, reference, schedule)
         assert engine.schedulers[0].core.counters.loads == 4

@@ -5,10 +5,11 @@ import pytest
 from kvfetcher import trtllm_connector
 from kvfetcher.engines.connector import scheduler as scheduler_module
 from kvfetcher.engines.connector.messages import Copied
-from kvfetcher.engines.connector.pool import HeadRange
 from kvfetcher.engines.connector.scheduler import ConnectorScheduler
 from kvfetcher.engines.connector.worker import ConnectorWorker
-from kvfetcher.errors import EngineError
+from kvfetcher.errors import EngineError, LayoutError
+from kvfetcher.spec import HeadRange
+from kvfetcher.split_arena import SplitArena
 from support.engine_rig import some_ids
 from support.trtllm_contract.engine import ContractEngine, Steps, Submit, run_schedule
 
@@ -114,10 +115,39 @@ def test_lease_that_goes_before_the_copy_is_caught(
     assert "tokens differ" in message
 
 
-def test_wrong_head_slice_is_caught(monkeypatch, loaded, references, tmp_path_factory):
+def test_wrong_head_slice_is_refused_before_the_engine_starts(
+    monkeypatch, loaded, references, tmp_path_factory
+):
+    """The arena's part says whose heads it holds, and it is not the ones that the rank takes for its own."""
     monkeypatch.setattr(
         trtllm_connector,
         "heads_of_rank",
         lambda num_kv_heads, *, rank, num_ranks: HeadRange(0, num_kv_heads // num_ranks),
     )
-    assert "differ" in caught(loaded, references, tmp_path_factory, num_ranks=2)
+    with pytest.raises(LayoutError, match=r"start=1, stop=2.* the pool needs .*start=0, stop=1"):
+        suite(loaded, references, tmp_path_factory, num_ranks=2)
+
+
+def test_heads_restored_into_another_ranks_part_are_caught(
+    monkeypatch, loaded, references, tmp_path_factory
+):
+    right = SplitArena.write
+
+    def wrong(self, target, layer_start, values):
+        right(self, target, layer_start, values[:, :, ::-1])
+
+    monkeypatch.setattr(SplitArena, "write", wrong)
+    message = caught(loaded, references, tmp_path_factory, num_ranks=2)
+    assert "tokens differ" in message or "saved KV differs" in message
+
+
+def test_heads_saved_from_another_ranks_part_are_caught(
+    monkeypatch, loaded, references, tmp_path_factory
+):
+    right = SplitArena.read
+
+    def wrong(self, target, layer_start=0, num_layers=None):
+        return right(self, target, layer_start, num_layers)[:, :, ::-1]
+
+    monkeypatch.setattr(SplitArena, "read", wrong)
+    assert "saved KV differs" in caught(loaded, references, tmp_path_factory, num_ranks=2)

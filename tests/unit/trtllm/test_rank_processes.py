@@ -1,4 +1,4 @@
-"""Two ranks in processes of their own: the connector over real process boundaries."""
+"""Ranks in processes of their own: the connector over real process boundaries."""
 
 import contextlib
 import json
@@ -12,30 +12,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvfetcher.arena import Arena
-from kvfetcher.engines.connector.hub import ConnectorHub, HubSettings, RankArena
+from kvfetcher.engines.connector.hub import ConnectorHub, HubSettings
+from kvfetcher.engines.loader import load_model
 from kvfetcher.leases import LeaseTable, tokens_digest
-from support.engine_rig import some_ids
-from support.trtllm_contract.engine import BLOCK, CHUNK
+from support.engine_rig import some_ids, write_model
+from support.trtllm_contract.engine import BLOCK, CHUNK, Reference, arena_of
 
 TESTS = Path(__file__).parents[2]
 PROMPTS = [tuple(some_ids(length, seed=length)) for length in (40, 64, 65, 97)]
 
 
 class Engine:
-    """Two rank processes and the owner of their arena."""
+    """Rank processes and the owner of their arenas."""
 
-    def __init__(self, loaded, folder, *, layout="HND", async_load_tokens=0):
+    def __init__(self, loaded, folder, *, num_ranks=2, layout="HND", async_load_tokens=0):
         self.stack = contextlib.ExitStack()
-        self.arena = Arena.create(
-            folder / "arena", spec=loaded.spec, tokens_per_block=BLOCK, num_bytes=1 << 18
-        )
+        self.arena = arena_of(loaded.spec, folder, num_ranks=num_ranks, num_blocks=120)
         self.stack.callback(self.arena.close)
         self.leases = LeaseTable(num_blocks=self.arena.num_blocks, tokens_per_block=BLOCK)
-        place = RankArena(str(self.arena.path), self.arena.generation, 0)
         self.hub = ConnectorHub(
             folder / "c.sock",
-            arenas=[place, place],
+            num_ranks=num_ranks,
             arena=self.arena,
             leases=self.leases,
             settings=HubSettings(
@@ -62,7 +59,7 @@ class Engine:
                             "model": str(loaded.folder),
                             "meeting": str(folder / "meeting"),
                             "rank": rank,
-                            "num_ranks": 2,
+                            "num_ranks": num_ranks,
                             "socket": str(self.hub.path),
                             "layout": layout,
                         }
@@ -73,7 +70,7 @@ class Engine:
                 text=True,
                 env={**os.environ, "PYTHONPATH": str(TESTS)},
             )
-            for rank in range(2)
+            for rank in range(num_ranks)
         ]
         self.stack.callback(self.stop)
         self.hub.wait_ready(90)
@@ -133,10 +130,31 @@ class Engine:
         return True
 
 
-@pytest.mark.parametrize(("layout", "async_load_tokens"), [("HND", 0), ("NHD", 1)])
-def test_saves_loads_and_cancels(loaded, tmp_path, layout, async_load_tokens):
-    engine = Engine(loaded, tmp_path, layout=layout, async_load_tokens=async_load_tokens)
+@pytest.fixture(scope="module")
+def four_heads(tmp_path_factory):
+    folder = write_model(
+        tmp_path_factory.mktemp("four"),
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+    )
+    return load_model(folder, device="cpu", kv_dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "layout", "async_load_tokens"), [(1, "NHD", 0), (2, "HND", 0), (4, "NHD", 1)]
+)
+def test_saves_loads_and_cancels(four_heads, tmp_path, num_ranks, layout, async_load_tokens):
+    engine = Engine(
+        four_heads,
+        tmp_path,
+        num_ranks=num_ranks,
+        layout=layout,
+        async_load_tokens=async_load_tokens,
+    )
+    reference = Reference(four_heads, num_ranks=num_ranks)
     with engine.stack:
+        assert len(engine.arena.parts) == num_ranks
         # First everything is computed and saved ...
         engine.step(submit=[engine.announce(i, p) for i, p in enumerate(PROMPTS)])
         state, tickets = engine.drain()
@@ -147,6 +165,10 @@ def test_saves_loads_and_cancels(loaded, tmp_path, layout, async_load_tokens):
                 [engine.arena.read(target) for target in tickets[i].targets], axis=3
             )
             engine.leases.release(tickets[i].lease_id, now=time.monotonic())
+            computed, kv = reference(prompt)
+            assert tuple(tokens[prompt]) == computed[:6]
+            saved = values[prompt].shape[3]
+            np.testing.assert_array_equal(values[prompt], kv[:, :, :, :saved])
         assert engine.is_at_rest()
         # ... then loaded, at random times, and some of it cancelled.
         dice = random.Random(5)

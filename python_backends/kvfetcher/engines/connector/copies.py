@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from kvfetcher.arena import Arena
     from kvfetcher.engines.connector.pool import Layout, PagedPool
+    from kvfetcher.spec import HeadRange, KVSpec
 
 _log = logging.getLogger(__name__)
 
@@ -40,31 +41,21 @@ class BlockCopier:
     """Copies of one rank. `load` and `save` may be called from different threads.
 
     Args:
-        arena: attached; of the pool's tokens per block; holds heads from `arena_first_head` on.
-        arena_first_head: of the whole model's heads.
+        arena: attached; the part with the pool's heads and tokens per block.
         pool: of this rank.
 
     Raises:
         LayoutError: arena and pool do not fit each other.
     """
 
-    def __init__(self, arena: Arena, *, arena_first_head: int, pool: PagedPool) -> None:
-        spec, heads = arena.spec, pool.heads
-        first = heads.start - arena_first_head
-        if (
-            arena.tokens_per_block != pool.tokens_per_block
-            or first < 0
-            or first + heads.count > spec.num_kv_heads
-            or (spec.num_layers, spec.kv_factor, spec.head_dim, spec.dtype)
-            != (pool.spec.num_layers, pool.spec.kv_factor, pool.spec.head_dim, pool.spec.dtype)
-        ):
+    def __init__(self, arena: Arena, pool: PagedPool) -> None:
+        held = (arena.spec, arena.heads, arena.tokens_per_block)
+        needed = (pool.spec, pool.heads, pool.tokens_per_block)
+        if held != needed:
             raise LayoutError(
-                f"arena {arena.path} ({spec}, heads from {arena_first_head}, blocks of"
-                f" {arena.tokens_per_block} tokens) does not hold what the pool needs"
-                f" ({pool.spec}, {heads}, blocks of {pool.tokens_per_block})"
+                f"arena {arena.path} holds {_text(*held)}, the pool needs {_text(*needed)}"
             )
         self._pool = pool
-        self._heads = slice(first, first + heads.count)
         self._is_cuda = pool.device.type == "cuda"
         self._blocks = _as_tensor(arena.blocks)
         self._pinned: int | None = None
@@ -94,9 +85,9 @@ class BlockCopier:
         with _on(stream):
             for source, target in zip(arena_blocks, pool_blocks, strict=True):
                 values = self._blocks[source]
-                if self._is_cuda:  # whole, while it is contiguous: one DMA; heads are cut out there
+                if self._is_cuda:  # in one DMA; put in the pool's order there
                     values = values.to(self._pool.device, non_blocking=True)
-                self._pool.block(target, layout).copy_(values[:, :, self._heads])
+                self._pool.block(target, layout).copy_(values)
             return self._mark(stream)
 
     def save(
@@ -110,13 +101,8 @@ class BlockCopier:
         """Copy pool blocks into arena blocks, one to one; see `load`."""
         with _on(stream):
             for source, target in zip(pool_blocks, arena_blocks, strict=True):
-                values = self._pool.block(source, layout)
-                part = self._blocks[target][:, :, self._heads]
-                if self._is_cuda and part.device.type == "cpu" and not part.is_contiguous():
-                    # Through host memory in one piece; torch would do as much, piece by piece.
-                    part.copy_(values.contiguous().cpu())
-                else:
-                    part.copy_(values.contiguous(), non_blocking=self._is_cuda)
+                values = self._pool.block(source, layout).contiguous()
+                self._blocks[target].copy_(values, non_blocking=self._is_cuda)
             return self._mark(stream)
 
     def side_stream(self, name: str, after: Any) -> Any:
@@ -145,6 +131,10 @@ class BlockCopier:
         event = torch.cuda.Event(blocking=True)
         event.record(stream)
         return Done(event)
+
+
+def _text(spec: KVSpec, heads: HeadRange, tokens_per_block: int) -> str:
+    return f"{heads} of {spec} in blocks of {tokens_per_block} tokens"
 
 
 def _as_tensor(blocks: Any) -> torch.Tensor:

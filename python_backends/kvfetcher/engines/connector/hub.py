@@ -15,7 +15,7 @@ import socket
 import struct
 import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from kvfetcher.engines.base import SaveTicket
 from kvfetcher.engines.connector.messages import (
@@ -39,11 +39,12 @@ from kvfetcher.engines.connector.messages import (
     to_line,
 )
 from kvfetcher.engines.schedule import chunks_to_save
-from kvfetcher.errors import ArenaFullError, EngineError, LeaseError, RequestError
+from kvfetcher.errors import ArenaError, ArenaFullError, EngineError, LeaseError, RequestError
 from kvfetcher.leases import tokens_digest
+from kvfetcher.spec import heads_of_rank
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from pathlib import Path
 
     from kvfetcher.arena import Arena, BlockTarget
@@ -55,14 +56,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _SEND_SECONDS = 5
-
-
-class RankArena(NamedTuple):
-    """Which arena a rank works on. Block ids mean the same in all arenas of an engine."""
-
-    path: str
-    generation: str
-    first_head: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,28 +118,30 @@ class ConnectorHub:
 
     Args:
         path: of the socket; an old file there is replaced.
-        arenas: one per rank.
-        arena: the one that `leases` and tickets name.
-        leases: the table over the arenas' blocks.
+        num_ranks: of the engine.
+        arena: of the whole model, with a part for the heads of every rank.
+        leases: the table over its blocks.
         settings: see `HubSettings`.
         clock: seconds, monotonic; the one that leases are claimed with.
 
     Raises:
         EngineError: the socket cannot be bound.
+        ArenaError: the arena has no part for a rank.
     """
 
     def __init__(
         self,
         path: Path,
         *,
-        arenas: Sequence[RankArena],
+        num_ranks: int,
         arena: Arena,
         leases: LeaseTable,
         settings: HubSettings,
         clock: Callable[[], float],
     ) -> None:
         self.path = path
-        self._arenas = tuple(arenas)
+        self._num_ranks = num_ranks
+        self._paths = [_path_for(rank, num_ranks, arena) for rank in range(num_ranks)]
         self._arena = arena
         self._leases = leases
         self._settings = settings
@@ -164,7 +159,7 @@ class ConnectorHub:
             path.unlink(missing_ok=True)
             self._listener.bind(os.fspath(path))
             path.chmod(0o600)
-            self._listener.listen(len(arenas))
+            self._listener.listen(num_ranks)
         except OSError as exc:
             self._listener.close()
             raise EngineError(f"connector socket {path} cannot be bound: {exc.strerror}") from exc
@@ -203,7 +198,7 @@ class ConnectorHub:
         """Of the pools by rank; "" where it is not known."""
         with self._changed:
             known = self._settings.layout
-            return tuple(self._layouts.get(rank, known) for rank in range(len(self._arenas)))
+            return tuple(self._layouts.get(rank, known) for rank in range(self._num_ranks))
 
     @property
     def facts(self) -> tuple[str, ...]:
@@ -225,12 +220,12 @@ class ConnectorHub:
         """
         with self._changed:
             self._changed.wait_for(
-                lambda: self._dead or len(self._ready) == len(self._arenas), timeout_seconds
+                lambda: self._dead or len(self._ready) == self._num_ranks, timeout_seconds
             )
-            if self._dead or len(self._ready) < len(self._arenas):
+            if self._dead or len(self._ready) < self._num_ranks:
                 raise EngineError(
                     self._dead
-                    or f"{len(self._ready)} of {len(self._arenas)} engine ranks have registered"
+                    or f"{len(self._ready)} of {self._num_ranks} engine ranks have registered"
                     f" their KV pool after {timeout_seconds:g} s; is the KV connector configured"
                     " (kv_connector_config), and does the engine's log say why it failed?"
                 )
@@ -243,9 +238,9 @@ class ConnectorHub:
         """
         with self._changed:
             self._changed.wait_for(
-                lambda: self._dead or len(self._layouts) == len(self._arenas), timeout_seconds
+                lambda: self._dead or len(self._layouts) == self._num_ranks, timeout_seconds
             )
-            known = [self._layouts.get(rank, "") for rank in range(len(self._arenas))]
+            known = [self._layouts.get(rank, "") for rank in range(self._num_ranks)]
             if not all(known):
                 raise EngineError(
                     "the layout of the engine's KV blocks could not be established (by rank:"
@@ -288,7 +283,7 @@ class ConnectorHub:
         )
         handle = Handle(announce, prompt, lease, wants_save=save or probe)
         with self._changed:
-            usable = not self._dead and len(self._ready) == len(self._arenas)
+            usable = not self._dead and len(self._ready) == self._num_ranks
             if not (usable and (probe or self._has_layout())):
                 self._end(handle)
                 return handle
@@ -352,25 +347,24 @@ class ConnectorHub:
         with self._changed:
             if not isinstance(hello, Hello):
                 reason = "the first line must be hello"
-            elif hello.num_ranks != len(self._arenas):
+            elif hello.num_ranks != self._num_ranks:
                 reason = (
-                    f"the engine has {hello.num_ranks} ranks, {len(self._arenas)} were expected"
+                    f"the engine has {hello.num_ranks} ranks, {self._num_ranks} were expected"
                     " (tensor_parallel_size in engine.llm_args)"
                 )
-            elif hello.rank in self._ranks or not 0 <= hello.rank < len(self._arenas):
+            elif hello.rank in self._ranks or not 0 <= hello.rank < self._num_ranks:
                 reason = f"rank {hello.rank} is connected already, or not one of this engine"
             else:
                 self._ranks[hello.rank] = connection
-                arena, settings = self._arenas[hello.rank], self._settings
         if reason or not isinstance(hello, Hello):
             connection.sendall(to_line(Refused(reason)))
             return -1
+        settings = self._settings
         connection.sendall(
             to_line(
                 Welcome(
-                    arena=arena.path,
-                    generation=arena.generation,
-                    arena_first_head=arena.first_head,
+                    arena=self._paths[hello.rank],
+                    generation=self._arena.generation,
                     spec=settings.spec.to_dict(),
                     tokens_per_block=settings.tokens_per_block,
                     layout=settings.layout,
@@ -410,7 +404,7 @@ class ConnectorHub:
                 room = self._advance(handle, rank, message)
             self._changed.notify_all()
         if room is not None:
-            for number in range(len(self._arenas)):
+            for number in range(self._num_ranks):
                 self._send(number, room)
 
     def _advance(
@@ -437,13 +431,13 @@ class ConnectorHub:
                 self._let_go(handle)
         elif isinstance(message, Copied):
             handle._copied.add(rank)
-            if len(handle._copied) == len(self._arenas):
+            if len(handle._copied) == self._num_ranks:
                 self._let_go(handle)
         elif isinstance(message, Finished):
             room = self._make_room(handle, message)
         else:
             handle._saved[rank] = message.ok
-            if len(handle._saved) == len(self._arenas):
+            if len(handle._saved) == self._num_ranks:
                 self._seal(handle)
         self._forget_if_over(handle)
         return room
@@ -539,7 +533,7 @@ class ConnectorHub:
 
     def _has_layout(self) -> bool:
         return bool(self._settings.layout) or (
-            len(self._layouts) == len(self._arenas) and all(self._layouts.values())
+            len(self._layouts) == self._num_ranks and all(self._layouts.values())
         )
 
     def _let_go(self, handle: Handle) -> None:
@@ -576,6 +570,15 @@ class ConnectorHub:
             self._changed.notify_all()
 
 
+def _path_for(rank: int, num_ranks: int, arena: Arena) -> str:
+    """Of the part of `arena` that holds a rank's heads."""
+    heads = heads_of_rank(arena.spec.num_kv_heads, rank=rank, num_ranks=num_ranks)
+    for part in arena.parts:
+        if part.heads == heads:
+            return str(part.path)
+    raise ArenaError(f"arena {arena.path} has no part with the heads of rank {rank}, {heads}")
+
+
 def hub_settings(config: Config, spec: KVSpec) -> HubSettings:
     """What the connector's ranks and the hub need of the configuration."""
     return HubSettings(
@@ -596,18 +599,18 @@ def open_hub(
     *,
     folder: Path,
     arena: Arena,
-    rank_arenas: Sequence[RankArena],
+    num_ranks: int,
     leases: LeaseTable,
     clock: Callable[[], float],
 ) -> ConnectorHub:
     """The connector's other end, in the run folder.
 
     Raises:
-        EngineError: its socket cannot be bound.
+        EngineError, ArenaError: as `ConnectorHub`.
     """
     return ConnectorHub(
         folder / SOCKET_NAME,
-        arenas=rank_arenas,
+        num_ranks=num_ranks,
         arena=arena,
         leases=leases,
         settings=hub_settings(config, spec),

@@ -47,10 +47,8 @@ class Welcome:
 
     KIND: ClassVar[str] = "welcome"
     arena: str
-    """Path of the arena that this rank reads and writes."""
+    """Path of the arena, or of its part, that holds this rank's heads."""
     generation: str
-    arena_first_head: int
-    """Of the whole model's KV heads, the first one that this arena holds."""
     spec: dict[str, Any]
     """Of the whole model (`KVSpec.to_dict`)."""
     tokens_per_block: int

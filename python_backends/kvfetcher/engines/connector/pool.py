@@ -7,15 +7,14 @@ last dimension is ordered depends on the attention backend: ``HND`` = [heads, to
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
-from kvfetcher.errors import ConfigError, LayoutError
+from kvfetcher.errors import LayoutError
 
 if TYPE_CHECKING:
-    from kvfetcher.spec import KVSpec
+    from kvfetcher.spec import HeadRange, KVSpec
 
 Layout = Literal["HND", "NHD"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
@@ -28,38 +27,6 @@ _POOL_DTYPES = {
     # The runtime may type an fp8 pool as plain bytes.
     "float8_e4m3fn": (torch.float8_e4m3fn, torch.uint8),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class HeadRange:
-    """KV heads [start, stop) of the whole model that one rank holds."""
-
-    start: int
-    stop: int
-
-    @property
-    def count(self) -> int:
-        return self.stop - self.start
-
-
-def heads_of_rank(num_kv_heads: int, *, rank: int, num_ranks: int) -> HeadRange:
-    """The KV heads of a tensor-parallel rank; with more ranks than heads, neighbours share one.
-
-    Raises:
-        ConfigError: the heads cannot be dealt out evenly.
-    """
-    if not 0 <= rank < num_ranks:
-        raise ConfigError(f"rank {rank} is not one of {num_ranks}")
-    if num_kv_heads % num_ranks == 0:
-        each = num_kv_heads // num_ranks
-        return HeadRange(rank * each, (rank + 1) * each)
-    if num_ranks % num_kv_heads == 0:
-        head = rank // (num_ranks // num_kv_heads)
-        return HeadRange(head, head + 1)
-    raise ConfigError(
-        f"{num_kv_heads} KV heads cannot be dealt out to {num_ranks} tensor-parallel ranks; use a"
-        " number of ranks that divides the heads or is a multiple of them"
-    )
 
 
 class PagedPool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from kvfetcher import trtllm_connector
 from kvfetcher.engines.connected import ConnectedEngine
-from kvfetcher.engines.connector.hub import RankArena, open_hub
+from kvfetcher.engines.connector.hub import open_hub
 from kvfetcher.engines.paged import contract
 from kvfetcher.engines.paged.executor import PagedExecutor, Rules, Sink
 from kvfetcher.engines.paged.model import PagedModel
@@ -81,7 +81,7 @@ def open_paged_engine(
         loaded.spec,
         folder=folder,
         arena=arena,
-        rank_arenas=[RankArena(str(arena.path), arena.generation, 0)],
+        num_ranks=1,
         leases=leases,
         clock=clock,
     )

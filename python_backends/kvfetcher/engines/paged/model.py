@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvfetcher.engines.connector.pool import HeadRange, heads_of_rank
 from kvfetcher.engines.forward import forward
 from kvfetcher.engines.kv_cache import kv_torch_dtype
 from kvfetcher.errors import EngineError
+from kvfetcher.spec import heads_of_rank
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kvfetcher.engines.connector.pool import Layout
     from kvfetcher.engines.loader import LoadedModel
     from kvfetcher.engines.paged.contract import Ranks
-    from kvfetcher.spec import KVSpec
+    from kvfetcher.spec import HeadRange, KVSpec
 
 
 class PagedKV:

@@ -1,22 +1,26 @@
 """Block copies on a CPU, and what of CUDA can be seen without one."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from kvfetcher.arena import Arena
+from kvfetcher.arena import Arena, plan_arena
 from kvfetcher.engines.connector import copies
 from kvfetcher.engines.connector.copies import BlockCopier
-from kvfetcher.engines.connector.pool import HeadRange, PagedPool
+from kvfetcher.engines.connector.pool import PagedPool
 from kvfetcher.errors import LayoutError
-from kvfetcher.spec import KVSpec
+from kvfetcher.spec import HeadRange, KVSpec
 
 SPEC = KVSpec(num_layers=2, num_kv_heads=4, head_dim=8)
 
 
 @pytest.fixture
 def arena(tmp_path):
-    arena = Arena.create(tmp_path / "a", spec=SPEC, tokens_per_block=4, num_bytes=1 << 16)
+    """Of the heads that `pool_of` gives the pool."""
+    plan = plan_arena(SPEC, tokens_per_block=4, num_bytes=1 << 16)
+    arena = Arena.create_from(replace(plan, heads=HeadRange(2, 4)), tmp_path / "a")
     arena.blocks[:] = np.random.default_rng(0).integers(0, 1 << 15, arena.blocks.shape)
     yield arena
     arena.close()
@@ -29,36 +33,34 @@ def pool_of(heads=HeadRange(2, 4), spec=SPEC, tokens=4):  # noqa: B008  frozen
 
 
 @pytest.mark.parametrize("layout", ["HND", "NHD"])
-@pytest.mark.parametrize("arena_first_head", [0, 2])
-def test_a_ranks_own_heads_travel_both_ways(tmp_path, arena, layout, arena_first_head):
-    pool = pool_of(heads=HeadRange(arena_first_head, arena_first_head + 2))
-    copier = BlockCopier(arena, arena_first_head=0, pool=pool)
+def test_a_ranks_blocks_travel_both_ways(arena, layout):
+    pool = pool_of()
+    copier = BlockCopier(arena, pool)
     before = arena.blocks.copy()
     copier.load((3, 1), (0, 5), layout=layout).wait()
-    heads = slice(arena_first_head, arena_first_head + 2)
     for block, source in ((0, 3), (5, 1)):
         np.testing.assert_array_equal(
-            pool.block(block, layout).numpy().view(np.uint16), before[source][:, :, heads]
+            pool.block(block, layout).numpy().view(np.uint16), before[source]
         )
+    assert not pool.block(1, layout).any()
     copier.save((0, 5), (6, 7), layout=layout).wait()
-    np.testing.assert_array_equal(arena.blocks[6][:, :, heads], before[3][:, :, heads])
-    rest = [head for head in range(4) if head not in range(4)[heads]]
-    np.testing.assert_array_equal(arena.blocks[6][:, :, rest], before[6][:, :, rest])
+    np.testing.assert_array_equal(arena.blocks[[6, 7]], before[[3, 1]])
+    np.testing.assert_array_equal(arena.blocks[:6], before[:6])
     copier.close()
 
 
 @pytest.mark.parametrize(
-    ("pool", "first"),
+    ("pool", "needs"),
     [
-        (pool_of(tokens=8), 0),
-        (pool_of(), 3),
-        (pool_of(heads=HeadRange(4, 6)), 0),
-        (pool_of(spec=KVSpec(3, 4, 8)), 0),
+        (pool_of(tokens=8), "blocks of 8 tokens"),
+        (pool_of(heads=HeadRange(0, 2)), "start=0, stop=2"),
+        (pool_of(heads=HeadRange(2, 3)), "start=2, stop=3"),
+        (pool_of(spec=KVSpec(3, 4, 8)), "num_layers=3"),
     ],
 )
-def test_arena_that_does_not_hold_the_pools_heads_is_refused(arena, pool, first):
-    with pytest.raises(LayoutError, match="does not hold what the pool needs"):
-        BlockCopier(arena, arena_first_head=first, pool=pool)
+def test_arena_that_does_not_hold_the_pools_heads_is_refused(arena, pool, needs):
+    with pytest.raises(LayoutError, match=f"start=2, stop=4.*the pool needs .*{needs}"):
+        BlockCopier(arena, pool)
 
 
 class Runtime:
@@ -85,7 +87,7 @@ def test_memory_that_cannot_be_locked_is_copied_slower(monkeypatch, caplog):
 
 
 def test_lock_is_undone_and_a_failure_of_that_forgotten(monkeypatch, arena):
-    copier = BlockCopier(arena, arena_first_head=0, pool=pool_of())
+    copier = BlockCopier(arena, pool_of())
     runtime = Runtime(status=1)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
 

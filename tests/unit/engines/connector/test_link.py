@@ -7,7 +7,7 @@ import time
 import pytest
 
 from kvfetcher.arena import Arena
-from kvfetcher.engines.connector.hub import ConnectorHub, HubSettings, RankArena
+from kvfetcher.engines.connector.hub import ConnectorHub, HubSettings
 from kvfetcher.engines.connector.link import OwnerLink
 from kvfetcher.engines.connector.messages import (
     Announce,
@@ -51,7 +51,7 @@ class Owner:
         }
         self.hub = ConnectorHub(
             folder / "c.sock",
-            arenas=[RankArena(str(self.arena.path), self.arena.generation, 0)] * num_ranks,
+            num_ranks=num_ranks,
             arena=self.arena,
             leases=self.leases,
             settings=HubSettings(**values | settings),
@@ -219,7 +219,7 @@ def test_socket_that_cannot_be_bound(tmp_path):
     with pytest.raises(EngineError, match="cannot be bound"):
         ConnectorHub(
             tmp_path / "missing" / "s",
-            arenas=[],
+            num_ranks=0,
             arena=None,
             leases=None,
             settings=None,

@@ -8,7 +8,7 @@ from kvfetcher.engines.connector import messages
 from kvfetcher.errors import RequestError
 
 KINDS = [kind for kind in messages._KINDS.values() if kind is not messages.Welcome]
-WELCOME = messages.Welcome("a", "b", 0, {"num_layers": 1}, 8, "", 0, 1.5)
+WELCOME = messages.Welcome("a", "b", {"num_layers": 1}, 8, "", 0, 1.5)
 
 
 @given(st.just(WELCOME) | st.sampled_from(KINDS).flatmap(st.from_type))

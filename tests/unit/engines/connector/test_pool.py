@@ -1,15 +1,11 @@
 """The engine's pool as the connector sees it, and what it refuses."""
 
-from itertools import pairwise
-
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from kvfetcher.engines.connector.pool import HeadRange, PagedPool, heads_of_rank, probe_layout
-from kvfetcher.errors import ConfigError, LayoutError
-from kvfetcher.spec import KVSpec
+from kvfetcher.engines.connector.pool import PagedPool, probe_layout
+from kvfetcher.errors import LayoutError
+from kvfetcher.spec import HeadRange, KVSpec
 
 SPEC = KVSpec(num_layers=2, num_kv_heads=4, head_dim=8)
 
@@ -58,26 +54,6 @@ def test_fp8_pool_may_be_typed_as_bytes():
     spec = KVSpec(2, 4, 8, dtype="float8_e4m3fn")
     for dtype in (torch.uint8, torch.float8_e4m3fn):
         assert pool_of(dtype=dtype, spec=spec).block(0, "HND").dtype == torch.uint8
-
-
-@given(heads=st.integers(1, 64), ranks=st.integers(1, 64))
-def test_ranks_cover_every_head_in_order(heads, ranks):
-    try:
-        parts = [heads_of_rank(heads, rank=rank, num_ranks=ranks) for rank in range(ranks)]
-    except ConfigError:
-        assert heads % ranks
-        assert ranks % heads
-        return
-    assert parts[0].start == 0
-    assert parts[-1].stop == heads
-    assert len({part.count for part in parts}) == 1
-    for before, after in pairwise(parts):
-        assert after in (before, HeadRange(before.stop, before.stop + before.count))
-
-
-def test_rank_out_of_range():
-    with pytest.raises(ConfigError, match="rank 2 is not one of 2"):
-        heads_of_rank(4, rank=2, num_ranks=2)
 
 
 def block_of_equal_tokens(layout, heads, tokens, noise=0.0):

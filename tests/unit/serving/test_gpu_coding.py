@@ -1,0 +1,233 @@
+"""Units into an arena in parts, with host memory in the GPUs' place (the kernels are in tests/gpu)."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from kvfetcher.codec.exact import ExactProfile
+from kvfetcher.codec.profiles import encode_chunk, restore_parsed
+from kvfetcher.config import CodecConfig
+from kvfetcher.container import parse_header
+from kvfetcher.cuda import IPC_HANDLE_BYTES
+from kvfetcher.errors import ArenaError, ChecksumError, LayoutError
+from kvfetcher.plane_ring import PlaneTicket
+from kvfetcher.serving import gpu_coding
+from kvfetcher.serving.coding import ChunkEncoder, UnitDecoder, UnitRestorer
+from kvfetcher.spec import HeadRange, KVSpec
+from kvfetcher.split_arena import create_arena
+from support.host_as_gpu import gpus_in_host_memory
+
+SPEC = KVSpec(num_layers=4, num_kv_heads=3, head_dim=16)
+TOKENS = 30
+VALUES = np.random.default_rng(5).integers(0, 1 << 16, (4, 2, 3, TOKENS, 16), dtype=np.uint16)
+ON_CPU = {HeadRange(0, 1): None, HeadRange(1, 3): None}
+ON_GPUS = {HeadRange(0, 1): 1, HeadRange(1, 3): 2}
+
+
+@pytest.fixture(scope="module")
+def units():
+    chunk = encode_chunk(
+        VALUES,
+        spec=SPEC,
+        profile=ExactProfile(unit_layers=2),
+        identity=bytes(32),
+        chunk_key=bytes(32),
+        token_ids=range(TOKENS),
+        first_position=0,
+        num_threads=2,
+    )
+    return [chunk[entry.offset : entry.stop] for entry in parse_header(chunk).units]
+
+
+@pytest.fixture
+def arena_of(tmp_path, monkeypatch):
+    gpus_in_host_memory(monkeypatch)
+    made = []
+
+    def make(places):
+        made.append(
+            create_arena(
+                tmp_path / "arena", spec=SPEC, tokens_per_block=16, num_bytes=1 << 18, places=places
+            )
+        )
+        return made[-1]
+
+    yield make
+    for arena in made:
+        arena.close()
+
+
+@pytest.fixture
+def restorer():
+    made = UnitRestorer()
+    yield made
+    made.close()
+
+
+def restore(restorer, unit, arena, *, planes_at=""):
+    """Status of a unit restored into blocks 3 and 1."""
+    planes, decode_status = UnitDecoder("cpu").decode(unit)
+    target = arena.target((3, 1), TOKENS)
+    values, status = restorer.restore(
+        unit,
+        planes,
+        planes_at=planes_at,
+        target_json=target.to_json(),
+        decode_status=decode_status,
+    )
+    assert values == b""
+    return json.loads(status)
+
+
+def part_values(arena):
+    """[L, K, H, T, D] of blocks 3 and 1, put together from the parts' own memory."""
+    parts = []
+    for part in arena.parts:
+        blocks = part.blocks if part.gpu is None else part.blocks.numpy().view(np.uint16)
+        parts.append(np.concatenate([blocks[3], blocks[1]], axis=3)[:, :, :, :TOKENS])
+    return np.concatenate(parts, axis=2)
+
+
+@pytest.mark.parametrize("places", [ON_CPU, ON_GPUS], ids=["host", "gpus"])
+def test_each_part_gets_its_heads_of_a_unit_restored_once(
+    arena_of, restorer, units, places, monkeypatch
+):
+    monkeypatch.setattr(restorer._gpu, "_restorer", lambda gpu: None)  # no Triton language here
+    calls = []
+
+    def once(*args):
+        calls.append(args)
+        return restore_parsed(*args)
+
+    monkeypatch.setattr("kvfetcher.codec.profiles.restore_parsed", once)
+    arena = arena_of(places)
+    for unit in units:
+        assert restore(restorer, unit, arena)["restorer"] == "cpu"
+    np.testing.assert_array_equal(part_values(arena), VALUES)
+    assert len(calls) == len(units)
+
+
+class OnGpu:
+    """`GpuRestorer` as far as an arena in parts needs it."""
+
+    def __init__(self, error=None):
+        self.error = error
+
+    def can_restore(self, unit):
+        return True
+
+    def restore(self, unit, planes):
+        if self.error:
+            raise self.error
+        return torch.from_numpy(restore_parsed(unit, planes).view(np.int16))
+
+
+class Ring:
+    """`PlaneReader` that counts what was given back."""
+
+    def __init__(self):
+        self.finished = []
+
+    def finish(self, ticket):
+        self.finished.append(ticket)
+
+    def close(self):
+        pass
+
+
+def with_gpu_restorer(restorer, monkeypatch, *, error=None):
+    """Restorers asked for, by GPU, and the ring that planes come from."""
+    asked, ring = [], Ring()
+
+    def restorer_of(gpu):
+        asked.append(gpu)
+        return OnGpu(error)
+
+    monkeypatch.setattr(restorer._gpu, "_restorer", restorer_of)
+    monkeypatch.setattr(restorer._gpu, "_planes", lambda unit, planes, ticket, gpu: planes)
+    monkeypatch.setattr(restorer._gpu, "_reader", ring)
+    return asked, ring
+
+
+def ticket_on(gpu):
+    handle = "00" * IPC_HANDLE_BYTES
+    return PlaneTicket("/t", gpu, handle, handle, 1, 0, 1, 0, num_bytes=1, shift=0).to_json()
+
+
+def test_the_gpu_that_has_the_planes_restores_for_all_parts(arena_of, restorer, units, monkeypatch):
+    asked, ring = with_gpu_restorer(restorer, monkeypatch)
+    arena = arena_of(ON_GPUS)
+    for unit, gpu in zip(units, (2, 5), strict=True):  # 5 holds no part: it decodes, too
+        assert restore(restorer, unit, arena, planes_at=ticket_on(gpu))["restorer"] == "gpu"
+    np.testing.assert_array_equal(part_values(arena), VALUES)
+    assert asked == [2, 5]
+    assert [ticket.gpu for ticket in ring.finished] == [2, 5]
+
+
+def test_planes_from_host_memory_are_restored_on_the_first_parts_gpu(
+    arena_of, restorer, units, monkeypatch
+):
+    asked, ring = with_gpu_restorer(restorer, monkeypatch)
+    restore(restorer, units[0], arena_of(ON_GPUS))
+    assert (asked, ring.finished) == ([1], [])
+
+
+def test_unit_with_another_digest_reaches_no_part_and_gives_its_planes_back(
+    arena_of, restorer, units, monkeypatch
+):
+    _, ring = with_gpu_restorer(restorer, monkeypatch, error=ChecksumError("differs"))
+    arena = arena_of(ON_GPUS)
+    for part in arena.parts:
+        part.blocks.fill_(7)
+    with pytest.raises(ChecksumError):
+        restore(restorer, units[0], arena, planes_at=ticket_on(2))
+    assert all(bool((part.blocks == 7).all()) for part in arena.parts)
+    assert len(ring.finished) == 1
+
+
+@pytest.mark.parametrize("places", [ON_CPU, ON_GPUS], ids=["host", "gpus"])
+def test_target_without_all_parts_is_refused(arena_of, restorer, units, places):
+    arena = arena_of(places)
+    planes, status = UnitDecoder("cpu").decode(units[0])
+    whole = json.loads(arena.target((3, 1), TOKENS).to_json())
+    for paths in (whole["arena"][0], whole["arena"][1:], whole["arena"][::-1]):
+        with pytest.raises(ArenaError, match="a part is missing"):
+            restorer.restore(
+                units[0],
+                planes,
+                target_json=json.dumps(whole | {"arena": paths}),
+                decode_status=status,
+            )
+
+
+def test_unit_of_a_part_alone_does_not_fit_the_whole(arena_of, restorer, units):
+    arena = arena_of(ON_CPU)
+    with pytest.raises(LayoutError, match="values must be"):
+        arena.write(arena.target((3, 1), TOKENS), 0, VALUES[:, :, :1])
+
+
+@pytest.mark.parametrize("places", [ON_CPU, ON_GPUS], ids=["host", "gpus"])
+def test_chunk_saved_from_parts_is_that_of_the_values(arena_of, places):
+    arena = arena_of(places)
+    source = arena.target((2, 0), TOKENS)
+    arena.write(source, 0, VALUES)
+    encoder = ChunkEncoder(CodecConfig(profile="exact"))
+    chunks = [
+        encoder.encode(
+            np.arange(TOKENS, dtype=np.int32),
+            spec_json=json.dumps({"spec": SPEC.to_dict()}),
+            target_json=target,
+            values=values,
+        )[0]
+        for target, values in ((source.to_json(), b""), ("", VALUES.tobytes()))
+    ]
+    encoder.close()
+    assert chunks[0] == chunks[1]
+
+
+@pytest.mark.parametrize(("places", "expected"), [(ON_CPU, False), (ON_GPUS, True)])
+def test_planes_stay_on_a_gpu_for_parts_on_gpus(arena_of, places, expected):
+    target = arena_of(places).target((0,), 5).to_json()
+    assert gpu_coding.GpuOutput(1 << 20).wants(target) is expected
