@@ -191,11 +191,8 @@ def parse_report(url: str, response: service_pb2.ModelStreamInferResponse) -> KV
         KVFetcherError: the error that the server reports; see `errors.from_message`.
         ResponseError: a tensor is missing or malformed.
     """
-    if response.error_message:
-        raise from_message(url, response.error_message)
-    if not response.infer_response.outputs:
-        return None
-    return KVReport.from_json(_output_text(InferResult(response.infer_response), wire.KV_REPORT))
+    result = _result(url, response)
+    return None if result is None else KVReport.from_json(_output_text(result, wire.KV_REPORT))
 
 
 def checked_report(url: str, report: KVReport | None) -> KVReport:
@@ -216,11 +213,9 @@ def parse_response(url: str, response: service_pb2.ModelStreamInferResponse) -> 
         KVFetcherError: the error that the server reports; see `errors.from_message`.
         ResponseError: a tensor is missing or malformed.
     """
-    if response.error_message:
-        raise from_message(url, response.error_message)
-    if not response.infer_response.outputs:
+    result = _result(url, response)
+    if result is None:
         return None
-    result = InferResult(response.infer_response)
     report = _output_text(result, wire.KV_REPORT)
     return Delta(
         text=_output_text(result, wire.TEXT_OUTPUT),
@@ -313,6 +308,15 @@ def _iterable(value: Any) -> Iterable[Any]:
         return list(value)
     except TypeError as exc:
         raise RequestError(f"stop_words must be a sequence of texts, got {value!r}") from exc
+
+
+def _result(url: str, response: service_pb2.ModelStreamInferResponse) -> InferResult | None:
+    """The outputs of one response; None for an empty final one, the server's error is raised."""
+    if response.error_message:
+        raise from_message(url, response.error_message)
+    if not response.infer_response.outputs:
+        return None
+    return InferResult(response.infer_response)
 
 
 def _output(result: InferResult, name: str) -> np.ndarray[Any, Any]:

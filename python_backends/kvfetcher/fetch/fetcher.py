@@ -38,7 +38,6 @@ from kvfetcher.fetch.reads import SharedReads, Tally
 from kvfetcher.fetch.report import FetchReport, GateReport
 from kvfetcher.fetch.shared import FetchKey, Outcome, SharedFetch, SharedFetches, Waiter
 from kvfetcher.fetch.stages import RunUnit, Stages, UnitStatus
-from kvfetcher.fetch.variants import UnitWalk, chunk_options
 from kvfetcher.fetch.work import FetchOrder, FetchWork
 from kvfetcher.keys import ChunkKey, chunk_keys
 from kvfetcher.storage.base import ByteRange
@@ -467,16 +466,9 @@ class Fetcher:
         """Of the chunks in the variants that would be fetched now."""
         if not chunks:
             return []
-        options = [
-            chunk_options(
-                chunk.header,
-                self._stages.table,
-                correction=self._stages.correction.factor,
-                restore_correction=self._stages.restore_correction.factor,
-            )
-            for chunk in chunks
-        ]
-        walk = UnitWalk(options, hysteresis=self._config.variant_hysteresis)
+        walk = self._stages.walk(
+            (chunk.header for chunk in chunks), hysteresis=self._config.variant_hysteresis
+        )
         walk.start(link=link, machine=machine)
         return [chunk.priced(cost) for chunk, cost in zip(chunks, walk.costs(), strict=True)]
 

@@ -18,7 +18,6 @@ from kvfetcher.fetch.gate import reconsider
 from kvfetcher.fetch.pipeline import ChunkCost, finish_times
 from kvfetcher.fetch.reads import Tally
 from kvfetcher.fetch.stages import Backlog
-from kvfetcher.fetch.variants import UnitWalk, chunk_options
 from kvfetcher.storage.base import ByteRange
 
 if TYPE_CHECKING:
@@ -150,18 +149,7 @@ class ChunkRun:
         self._number = next(stages.run_numbers)
         self._correction = stages.correction.factor
         self._restore_correction = stages.restore_correction.factor
-        self._walk = UnitWalk(
-            [
-                chunk_options(
-                    chunk.header,
-                    stages.table,
-                    correction=self._correction,
-                    restore_correction=self._restore_correction,
-                )
-                for chunk in self._chunks
-            ],
-            hysteresis=hysteresis,
-        )
+        self._walk = stages.walk((chunk.header for chunk in self._chunks), hysteresis=hysteresis)
         self._walk.start(link=stages.link(), machine=stages.machine(with_planned=False))
         self._costs = [
             chunk.priced(cost) for chunk, cost in zip(self._chunks, self._walk.costs(), strict=True)
@@ -213,9 +201,7 @@ class ChunkRun:
         Args:
             deadline: on the stages' clock, asked again and again.
         """
-        plan = self._planned(range(self._end))
-        self._stages.planned.num_bytes += plan.num_bytes
-        self._stages.planned.decode_seconds += plan.decode_seconds
+        self._stages.planned.add(self._planned(range(self._end)))
         feeder = asyncio.create_task(self._feed())
         try:
             await self._watch(feeder, deadline)
@@ -224,9 +210,7 @@ class ChunkRun:
             raise
         finally:
             feeder.cancel()
-            left = self._planned(range(len(self._chunks)))
-            self._stages.planned.num_bytes -= left.num_bytes
-            self._stages.planned.decode_seconds -= left.decode_seconds
+            self._stages.planned.remove(self._planned(range(len(self._chunks))))
         return self._end
 
     async def drained(self) -> None:
@@ -373,16 +357,13 @@ class ChunkRun:
 
     def _start(self, group: _Group) -> None:
         index = group.chunk_index
-        before = self._planned([index])
+        stages = self._stages
+        stages.planned.remove(self._planned([index]))
         left = self._unrequested[index] - group.share
         self._unrequested[index] = left if left > _ROUNDING else 0.0
-        after = self._planned([index])
-        stages = self._stages
-        stages.planned.num_bytes += after.num_bytes - before.num_bytes
-        stages.planned.decode_seconds += after.decode_seconds - before.decode_seconds
+        stages.planned.add(self._planned([index]))
         group.undecoded_seconds = sum(option.decode_seconds for option in group.options)
-        stages.requested.num_bytes += group.num_bytes
-        stages.requested.decode_seconds += group.undecoded_seconds
+        stages.requested.add(Backlog(group.num_bytes, group.undecoded_seconds))
         task = asyncio.create_task(self._carry_out(group))
         # Not in the task itself: one that is cancelled before it began runs no line of its own.
         task.add_done_callback(lambda _: self._end_group(group))

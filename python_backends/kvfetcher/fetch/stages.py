@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -18,8 +18,12 @@ from kvfetcher.fetch.decode_times import DecodeCorrection
 from kvfetcher.fetch.pace import DecodePace
 from kvfetcher.fetch.pipeline import Machine
 from kvfetcher.fetch.places import Places
+from kvfetcher.fetch.variants import UnitWalk, chunk_options
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from kvfetcher.container import ChunkHeader
     from kvfetcher.fetch.bandwidth import LinkEstimate, LinkEstimator
     from kvfetcher.fetch.decode_times import DecodeTable
     from kvfetcher.fetch.reads import SharedReads
@@ -48,6 +52,16 @@ class Backlog:
 
     num_bytes: int = 0
     decode_seconds: float = 0.0
+
+    def add(self, work: Backlog) -> None:
+        """More was promised."""
+        self.num_bytes += work.num_bytes
+        self.decode_seconds += work.decode_seconds
+
+    def remove(self, work: Backlog) -> None:
+        """This much was done, or will not be."""
+        self.num_bytes -= work.num_bytes
+        self.decode_seconds -= work.decode_seconds
 
 
 class Stages:
@@ -111,17 +125,35 @@ class Stages:
             with_planned: count what other fetches have not requested yet, too.
             without: part of it that is not in the way.
         """
-        num_bytes, seconds = self.requested.num_bytes, self.requested.decode_seconds
+        ahead = replace(self.requested)
         if with_planned:
-            num_bytes += self.planned.num_bytes
-            seconds += self.planned.decode_seconds
+            ahead.add(self.planned)
         if without is not None:
-            num_bytes -= without.num_bytes
-            seconds -= without.decode_seconds
+            ahead.remove(without)
         return Machine(
             num_decoders=self._num_decoders,
-            decode_queue_seconds=max(0.0, seconds) / self._num_decoders,
-            network_queue_bytes=max(0, num_bytes),
+            decode_queue_seconds=max(0.0, ahead.decode_seconds) / self._num_decoders,
+            network_queue_bytes=max(0, ahead.num_bytes),
+        )
+
+    def walk(self, headers: Iterable[ChunkHeader], *, hysteresis: float) -> UnitWalk:
+        """A walk over all units of stored chunks, with what they cost as of now.
+
+        Args:
+            headers: of consecutive chunks.
+            hysteresis: see `choose_variant`.
+        """
+        return UnitWalk(
+            [
+                chunk_options(
+                    header,
+                    self.table,
+                    correction=self.correction.factor,
+                    restore_correction=self.restore_correction.factor,
+                )
+                for header in headers
+            ],
+            hysteresis=hysteresis,
         )
 
     def read_bytes(self, link: LinkEstimate) -> int:

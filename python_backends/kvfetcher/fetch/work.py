@@ -17,6 +17,7 @@ from kvfetcher.errors import ArenaError, ArenaFullError, EngineError
 from kvfetcher.fetch.failures import note_failure
 from kvfetcher.fetch.run import ChunkRun, RunFacts, StoredChunk
 from kvfetcher.fetch.shared import Outcome, SharedFetch, SharedFetches
+from kvfetcher.fetch.stages import Backlog
 from kvfetcher.leases import LeaseClaim, tokens_digest
 
 if TYPE_CHECKING:
@@ -91,10 +92,11 @@ class FetchWork:
         """Bring the chunks; cancelled, everything is given back once nothing writes any more."""
         facts = RunFacts(profile=order.chunks[0].header.profile)
         planned = self._stages.planned
-        num_bytes = sum(cost.num_bytes for cost in order.costs)
-        decode_seconds = sum(cost.decode_seconds for cost in order.costs)
-        planned.num_bytes += num_bytes
-        planned.decode_seconds += decode_seconds
+        ordered = Backlog(
+            sum(cost.num_bytes for cost in order.costs),
+            sum(cost.decode_seconds for cost in order.costs),
+        )
+        planned.add(ordered)
         is_planned = True
         queued = self._clock()
         try:
@@ -102,16 +104,14 @@ class FetchWork:
                 facts.add_ms("wait", self._clock() - queued)
                 leased = await self._lease(fetch, order, facts)
                 # From here on the run keeps account of what it plans.
-                planned.num_bytes -= num_bytes
-                planned.decode_seconds -= decode_seconds
+                planned.remove(ordered)
                 is_planned = False
                 if leased is None:
                     return Outcome(None, 0, facts)
                 return await self._restore(fetch, order, facts, *leased)
         finally:
             if is_planned:
-                planned.num_bytes -= num_bytes
-                planned.decode_seconds -= decode_seconds
+                planned.remove(ordered)
 
     async def _lease(
         self, fetch: SharedFetch, order: FetchOrder, facts: RunFacts
