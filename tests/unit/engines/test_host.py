@@ -86,14 +86,15 @@ def test_failed_start_leaves_nothing(tmp_path, model_folder):
 
 def test_arenas_of_the_dead_are_swept_and_those_of_the_living_left(tmp_path, model_folder):
     with open_host(tmp_path, config_of(model_folder)) as first:
-        dead = tmp_path / "shm" / "kvfetcher-1-dead-arena"
-        dead.write_bytes(b"left behind")
+        dead = [tmp_path / "shm" / f"kvfetcher-1-dead-arena{end}" for end in ("", ".0", ".11")]
+        for file in dead:
+            file.write_bytes(b"left behind")
         (tmp_path / "shm" / "somebody-elses").touch()
         (tmp_path / "other").mkdir()
         with EngineHost(
             config_of(model_folder), run_folder=tmp_path / "other", arena_folder=tmp_path / "shm"
         ) as second:
-            assert not dead.exists()
+            assert not any(file.exists() for file in dead)
             assert first.arena.path.exists()
             assert second.arena.path.exists()
     assert [p.name for p in (tmp_path / "shm").iterdir()] == ["somebody-elses"]

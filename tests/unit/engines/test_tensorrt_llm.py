@@ -77,11 +77,38 @@ def request(ids, *, max_tokens=12, save=False, lease=None, salt="", **sampling):
     )
 
 
-async def test_a_hit_gives_the_tokens_and_bytes_of_computing(host, bf16_folder, tmp_path):
+async def test_a_hit_gives_the_tokens_and_bytes_of_computing(host):
     described = host.engine.describe()
     assert described.engine == "tensorrt_llm"
     assert described.identity.compute == "tensorrt_llm 1.2.1 pytorch bfloat16, KV as bfloat16"
     assert host.engine.stats()["kv_layouts"] == ["HND"]
+    await check_a_hit(host)
+
+
+async def test_ranks_in_processes_load_from_and_save_into_their_own_parts(
+    stand_in, bf16_folder, tmp_path, monkeypatch
+):
+    """Everything that the engine process opens for `tensor_parallel_size` 2."""
+    for name in ("run", "shm"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("KVFETCHER_RUN_DIR", str(tmp_path / "run"))
+    yaml = tmp_path / "model.yaml"
+    yaml.write_text("tensor_parallel_size: 2\n")
+    config = config_of(bf16_folder, llm_args=str(yaml))
+    with EngineHost(config, run_folder=tmp_path / "run", arena_folder=tmp_path / "shm") as host:
+        assert host.engine.stats()["kv_layouts"] == ["HND", "HND"]
+        files = sorted(str(path) for path in (tmp_path / "shm").iterdir())
+        assert list(host.engine.describe().arena) == files
+        assert [part.heads.count for part in host.arena.parts] == [1, 1]
+        values = await check_a_hit(host)
+        assert not np.array_equal(values[:, :, 0], values[:, :, 1])
+        assert host.engine.stats()["dead"] == ""
+    assert not list((tmp_path / "run").iterdir())
+    assert not list((tmp_path / "shm").iterdir())
+
+
+async def check_a_hit(host):
+    """A prompt is computed and saved; another with its KV in the lease goes on as it did. The KV."""
     ids = some_ids(75)
     full = await collect(host.engine.generate(request(ids, save=True)))
     assert full.reason in ("stop", "length")
@@ -95,6 +122,7 @@ async def test_a_hit_gives_the_tokens_and_bytes_of_computing(host, bf16_folder, 
     loaded = await collect(host.engine.generate(request(other, lease=claim)))
     assert loaded.ids == full.ids
     assert loaded.timings[0].cached_tokens == 64
+    return values
 
 
 async def test_stream_ends_when_its_client_goes(host):

@@ -4,7 +4,13 @@ Put the folder above on sys.path to import it as `tensorrt_llm`. It is strict wh
 unknown arguments are errors, connector classes are found by name and made in two threads at once.
 """
 
+import contextlib
 import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +22,13 @@ from kvfetcher.engines.paged.contract import OneRank
 from kvfetcher.engines.paged.executor import PagedExecutor, Rules
 from kvfetcher.engines.paged.model import PagedModel
 from kvfetcher.engines.paged.source import PagedSource
+from support.trtllm_contract.ranks import ProcessRanks
+from tensorrt_llm import _utils
 
 __version__ = "1.2.1"
+
+# Of this package and of `support`, for the processes of the other ranks.
+_PATH = (str(Path(__file__).parents[1]), str(Path(__file__).parents[3]))
 
 _KV_CACHE = {
     "enable_block_reuse": True,
@@ -70,64 +81,102 @@ class RequestOutput:
             yield self
 
 
+def as_arguments(
+    model,
+    *,
+    backend="pytorch",
+    tensor_parallel_size=1,
+    kv_cache_config=None,
+    scheduler_config=None,
+    kv_connector_config=None,
+    max_batch_size=8,
+):
+    """As the connector sees them; unknown ones are refused."""
+    unknown = set(kv_cache_config or {}) - set(_KV_CACHE)
+    if unknown:
+        raise ValueError(f"Extra inputs are not permitted: {sorted(unknown)}")
+    return SimpleNamespace(
+        model=model,
+        backend=backend,
+        tensor_parallel_size=tensor_parallel_size,
+        kv_cache_config=SimpleNamespace(**_KV_CACHE | (kv_cache_config or {})),
+        scheduler_config=SimpleNamespace(**(scheduler_config or {})),
+        kv_connector_config=kv_connector_config,
+        max_beam_width=1,
+        max_batch_size=max_batch_size,
+    )
+
+
+def make_executor(args, ranks, *, scheduler, worker, sink):
+    """One rank's."""
+    cache = args.kv_cache_config
+    dtype = "float8_e4m3fn" if cache.dtype == "fp8" else "bfloat16"
+    paged = PagedModel(
+        load_model(Path(args.model), device="cpu", kv_dtype=dtype),
+        ranks=ranks,
+        num_blocks=64,
+        tokens_per_block=cache.tokens_per_block,
+        layout="HND",
+    )
+    return PagedExecutor(
+        paged,
+        ranks=ranks,
+        scheduler=scheduler,
+        worker=worker,
+        rules=Rules(
+            part_tokens=16,
+            max_batch=args.max_batch_size,
+            tokens_per_block=cache.tokens_per_block,
+            reuse=cache.enable_block_reuse,
+            tells_salt=False,
+        ),
+        sink=sink,
+    )
+
+
 class LLM:
-    def __init__(
-        self,
-        model,
-        *,
-        backend="pytorch",
-        tensor_parallel_size=1,
-        kv_cache_config=None,
-        scheduler_config=None,
-        kv_connector_config=None,
-        max_batch_size=8,
-    ):
-        unknown = set(kv_cache_config or {}) - set(_KV_CACHE)
-        if unknown:
-            raise ValueError(f"Extra inputs are not permitted: {sorted(unknown)}")
-        cache = SimpleNamespace(**_KV_CACHE | (kv_cache_config or {}))
-        args = SimpleNamespace(
-            model=model,
-            backend=backend,
-            tensor_parallel_size=tensor_parallel_size,
-            kv_cache_config=cache,
-            scheduler_config=SimpleNamespace(**(scheduler_config or {})),
-            max_beam_width=1,
-        )
-        module = importlib.import_module(kv_connector_config["connector_module"])
-        with ThreadPoolExecutor(2) as pool:
-            worker, scheduler = pool.map(
-                lambda name: getattr(module, kv_connector_config[name])(args),
-                ("connector_worker_class", "connector_scheduler_class"),
-            )
-        self._parts = (worker, scheduler)
-        ranks = OneRank()
+    """Rank 0 in this process, the others in children of it."""
 
-        def make(sink):
-            dtype = "float8_e4m3fn" if cache.dtype == "fp8" else "bfloat16"
-            paged = PagedModel(
-                load_model(Path(model), device="cpu", kv_dtype=dtype),
-                ranks=ranks,
-                num_blocks=64,
-                tokens_per_block=cache.tokens_per_block,
-                layout="HND",
+    def __init__(self, model, **options):
+        args = as_arguments(model, **options)
+        self._closing = contextlib.ExitStack()
+        with contextlib.ExitStack() as stack:
+            ranks = self._start_ranks(args, {"model": model, **options}, stack)
+            connector = args.kv_connector_config
+            module = importlib.import_module(connector["connector_module"])
+            with ThreadPoolExecutor(2) as pool:
+                worker, scheduler = pool.map(
+                    lambda name: getattr(module, connector[name])(args),
+                    ("connector_worker_class", "connector_scheduler_class"),
+                )
+            stack.callback(scheduler.close)
+            stack.callback(worker.close)
+            self._source = PagedSource(
+                lambda sink: make_executor(
+                    args, ranks, scheduler=scheduler, worker=worker, sink=sink
+                )
             )
-            return PagedExecutor(
-                paged,
-                ranks=ranks,
-                scheduler=scheduler,
-                worker=worker,
-                rules=Rules(
-                    part_tokens=16,
-                    max_batch=max_batch_size,
-                    tokens_per_block=cache.tokens_per_block,
-                    reuse=cache.enable_block_reuse,
-                    tells_salt=False,
-                ),
-                sink=sink,
-            )
+            stack.callback(self._source.close)
+            self._closing = stack.pop_all()
 
-        self._source = PagedSource(make)
+    @staticmethod
+    def _start_ranks(args, arguments, stack):
+        size = args.tensor_parallel_size
+        if size == 1:
+            return OneRank()
+        _utils.place = (0, size)
+        meeting = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "meeting"
+        for rank in range(1, size):
+            settings = {"place": (rank, size), "meeting": str(meeting), "arguments": arguments}
+            child = subprocess.Popen(
+                [sys.executable, "-m", "tensorrt_llm._worker", json.dumps(settings)],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(_PATH)},
+            )
+            stack.callback(child.wait)
+            stack.callback(child.kill)
+        ranks = ProcessRanks(str(meeting), 0, size)
+        stack.callback(ranks.close)
+        return ranks
 
     def generate_async(
         self, inputs, sampling_params=None, lora_request=None, streaming=False, cache_salt=None
@@ -151,6 +200,4 @@ class LLM:
         return RequestOutput(run)
 
     def shutdown(self):
-        self._source.close()
-        for part in self._parts:
-            part.close()
+        self._closing.close()

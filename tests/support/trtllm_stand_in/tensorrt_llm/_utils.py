@@ -1,9 +1,11 @@
-"""Of this process."""
+"""Of this process; `LLM` and `_worker` say which rank it is."""
+
+place = (0, 1)
 
 
 def mpi_rank():
-    return 0
+    return place[0]
 
 
 def mpi_world_size():
-    return 1
+    return place[1]
