@@ -13,7 +13,7 @@ import math
 import os
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from kvfetcher.errors import ConfigError
 
@@ -153,6 +153,19 @@ class DecodeTable:
                 f"decode times: not a table ({type(exc).__name__}: {exc});"
                 " run `kvfetcher doctor` again"
             ) from exc
+
+
+class Factors(NamedTuple):
+    """Real times over the table's."""
+
+    latency: float = 1.0
+    """Of a unit with a decoder to itself."""
+    decode: float = 1.0
+    """Of units back to back, while all decoders work."""
+    restore: float = 1.0
+
+
+AS_IN_TABLE = Factors()
 
 
 class DecodeCorrection:

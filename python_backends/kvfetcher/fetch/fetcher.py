@@ -467,7 +467,9 @@ class Fetcher:
         if not chunks:
             return []
         walk = self._stages.walk(
-            (chunk.header for chunk in chunks), hysteresis=self._config.variant_hysteresis
+            (chunk.header for chunk in chunks),
+            self._stages.learning.factors,
+            hysteresis=self._config.variant_hysteresis,
         )
         walk.start(link=link, machine=machine)
         return [chunk.priced(cost) for chunk, cost in zip(chunks, walk.costs(), strict=True)]

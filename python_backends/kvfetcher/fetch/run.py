@@ -147,9 +147,9 @@ class ChunkRun:
         self._prompt = prompt
         self._margin = margin
         self._number = next(stages.run_numbers)
-        self._correction = stages.correction.factor
-        self._restore_correction = stages.restore_correction.factor
-        self._walk = stages.walk((chunk.header for chunk in self._chunks), hysteresis=hysteresis)
+        self._factors = stages.learning.factors
+        headers = (chunk.header for chunk in self._chunks)
+        self._walk = stages.walk(headers, self._factors, hysteresis=hysteresis)
         self._walk.start(link=stages.link(), machine=stages.machine(with_planned=False))
         self._costs = [
             chunk.priced(cost) for chunk, cost in zip(self._chunks, self._walk.costs(), strict=True)
@@ -475,13 +475,13 @@ class ChunkRun:
         async with stages.unit_places.hold((self._number, group.chunk_index, option.layer_start)):
             unit = data[first : first + entry.length]
             target = self._part(group.chunk_index)
-            stages.pace.begin()
+            stages.learning.begin()
             try:
                 status = await _finish_even_if_cancelled(stages.run_unit(unit, target))
             except BaseException:
-                stages.pace.drop()
+                stages.learning.drop()
                 raise
-            self._learn(option, status)
+            stages.learning.end(option, self._factors, status, stages.clock())
         self._progress += 1
         group.undecoded_seconds -= option.decode_seconds
         stages.requested.decode_seconds -= option.decode_seconds
@@ -490,23 +490,6 @@ class ChunkRun:
         facts.variants[entry.variant] = facts.variants.get(entry.variant, 0) + 1
         facts.add_ms("decode", status.decode_ms / 1e3)
         facts.add_ms("restore", status.restore_ms / 1e3)
-
-    def _learn(self, option: UnitOption, status: UnitStatus) -> None:
-        """Compare a unit's times with the table's."""
-        stages = self._stages
-        if not option.decode_seconds:  # raw: the table has no times of it
-            stages.pace.drop()
-            return
-        predicted = option.decode_seconds / self._correction
-        alone = not stages.pace.is_saturated
-        stretch = stages.pace.end(predicted, stages.clock())
-        if stretch is not None:
-            stages.correction.observe(stretch.predicted_seconds, stretch.actual_seconds)
-        elif alone:
-            stages.correction.observe(predicted, status.decode_ms / 1e3)
-        stages.restore_correction.observe(
-            option.restore_seconds / self._restore_correction, status.restore_ms / 1e3
-        )
 
     def _part(self, chunk_index: int) -> BlockTarget:
         tokens = self._chunks[chunk_index].header.num_tokens

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 
 from kvfetcher.arena import BlockTarget
 from kvfetcher.fetch.budget import ByteBudget
-from kvfetcher.fetch.decode_times import DecodeCorrection
-from kvfetcher.fetch.pace import DecodePace
+from kvfetcher.fetch.learning import StageLearning
 from kvfetcher.fetch.pipeline import Machine
 from kvfetcher.fetch.places import Places
 from kvfetcher.fetch.variants import UnitWalk, chunk_options
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
     from kvfetcher.container import ChunkHeader
     from kvfetcher.fetch.bandwidth import LinkEstimate, LinkEstimator
-    from kvfetcher.fetch.decode_times import DecodeTable
+    from kvfetcher.fetch.decode_times import DecodeTable, Factors
     from kvfetcher.fetch.reads import SharedReads
 
 # A read should last about so long: long enough that its round trip does not matter, short enough
@@ -96,9 +95,7 @@ class Stages:
     ) -> None:
         self.reads = reads
         self.table = table
-        self.correction = DecodeCorrection()
-        self.restore_correction = DecodeCorrection()
-        self.pace = DecodePace(num_decoders)
+        self.learning = StageLearning(num_decoders)
         self.run_unit = run_unit
         self.read_places = asyncio.Semaphore(max_inflight_reads)
         self.budget = ByteBudget(max_inflight_bytes)
@@ -136,25 +133,18 @@ class Stages:
             network_queue_bytes=max(0, ahead.num_bytes),
         )
 
-    def walk(self, headers: Iterable[ChunkHeader], *, hysteresis: float) -> UnitWalk:
-        """A walk over all units of stored chunks, with what they cost as of now.
+    def walk(
+        self, headers: Iterable[ChunkHeader], factors: Factors, *, hysteresis: float
+    ) -> UnitWalk:
+        """A walk over all units of stored chunks.
 
         Args:
             headers: of consecutive chunks.
+            factors: real times over the table's, as of now (`StageLearning.factors`).
             hysteresis: see `choose_variant`.
         """
-        return UnitWalk(
-            [
-                chunk_options(
-                    header,
-                    self.table,
-                    correction=self.correction.factor,
-                    restore_correction=self.restore_correction.factor,
-                )
-                for header in headers
-            ],
-            hysteresis=hysteresis,
-        )
+        options = [chunk_options(header, self.table, factors) for header in headers]
+        return UnitWalk(options, hysteresis=hysteresis)
 
     def read_bytes(self, link: LinkEstimate) -> int:
         """Up to how many bytes neighbouring units are read together."""

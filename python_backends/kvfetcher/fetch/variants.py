@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvfetcher.fetch.decode_times import picture_load
+from kvfetcher.fetch.decode_times import AS_IN_TABLE, picture_load
 from kvfetcher.fetch.pipeline import ChunkCost
 from kvfetcher.spec import RAW_VARIANT
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from kvfetcher.container import ChunkHeader, UnitEntry
     from kvfetcher.fetch.bandwidth import LinkEstimate
-    from kvfetcher.fetch.decode_times import DecodeTable
+    from kvfetcher.fetch.decode_times import DecodeTable, Factors
     from kvfetcher.fetch.pipeline import Machine
 
 _FRAME_SIZE = re.compile(r"([1-9][0-9]*)x([1-9][0-9]*)")
@@ -65,29 +65,20 @@ ChunkOptions = tuple[UnitOption, ...]
 def chunk_options(
     header: ChunkHeader,
     table: DecodeTable,
-    *,
-    correction: float = 1.0,
-    restore_correction: float = 1.0,
+    factors: Factors = AS_IN_TABLE,
 ) -> ChunkOptions:
     """The units of a stored chunk with their costs on this machine.
 
     Args:
         header: of the chunk.
         table: decode times.
-        correction: real decode times over the table's (`DecodeCorrection.factor`).
-        restore_correction: the same of restoring.
+        factors: real times over the table's.
     """
-    return tuple(
-        _option(header, entry, table, correction, restore_correction) for entry in header.units
-    )
+    return tuple(_option(header, entry, table, factors) for entry in header.units)
 
 
 def _option(
-    header: ChunkHeader,
-    entry: UnitEntry,
-    table: DecodeTable,
-    correction: float,
-    restore_correction: float,
+    header: ChunkHeader, entry: UnitEntry, table: DecodeTable, factors: Factors
 ) -> UnitOption:
     spec = header.spec
     samples = entry.num_layers * spec.elements_per_layer_token * header.num_tokens
@@ -114,9 +105,9 @@ def _option(
         layer_start=entry.layer_start,
         num_layers=entry.num_layers,
         num_bytes=entry.length,
-        decode_seconds=correction * pictures * busy,
-        latency_seconds=correction * table.latency_seconds(load, num_pictures=pictures),
-        restore_seconds=restore_correction * table.restore_seconds(samples),
+        decode_seconds=factors.decode * pictures * busy,
+        latency_seconds=factors.latency * table.latency_seconds(load, num_pictures=pictures),
+        restore_seconds=factors.restore * table.restore_seconds(samples),
     )
 
 

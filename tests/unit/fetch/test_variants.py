@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kvfetcher.container import ChunkHeader, UnitEntry
 from kvfetcher.fetch.bandwidth import LinkEstimate
-from kvfetcher.fetch.decode_times import H100_NVDEC, cpu_table
+from kvfetcher.fetch.decode_times import H100_NVDEC, Factors, cpu_table
 from kvfetcher.fetch.pipeline import Machine
 from kvfetcher.fetch.variants import (
     NOTHING_AHEAD,
@@ -194,10 +194,10 @@ def test_costs_of_a_stored_chunk_come_from_its_header_and_the_table():
 def test_corrections_scale_their_stage():
     (plain, *_), (corrected, *_) = (
         chunk_options(header(), H100_NVDEC),
-        chunk_options(header(), H100_NVDEC, correction=3.0, restore_correction=2.0),
+        chunk_options(header(), H100_NVDEC, Factors(4.0, 3.0, 2.0)),
     )
     assert corrected.decode_seconds == pytest.approx(3 * plain.decode_seconds)
-    assert corrected.latency_seconds == pytest.approx(3 * plain.latency_seconds)
+    assert corrected.latency_seconds == pytest.approx(4 * plain.latency_seconds)
     assert corrected.restore_seconds == pytest.approx(2 * plain.restore_seconds)
 
 

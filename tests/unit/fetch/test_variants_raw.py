@@ -10,7 +10,7 @@ from kvfetcher.codec.profiles import encode_chunk
 from kvfetcher.codec.raw import WithRawCopy
 from kvfetcher.container import parse_header
 from kvfetcher.fetch.bandwidth import LinkEstimate
-from kvfetcher.fetch.decode_times import DecodePoint, DecodeTable
+from kvfetcher.fetch.decode_times import DecodePoint, DecodeTable, Factors
 from kvfetcher.fetch.pipeline import Machine, finish_times
 from kvfetcher.fetch.variants import UnitWalk, chunk_options
 from kvfetcher.spec import KVSpec
@@ -47,7 +47,7 @@ def link(gbit_per_second):
 
 
 def walk(header, chunks=8):
-    options = chunk_options(header, CPU, correction=1.0)
+    options = chunk_options(header, CPU)
     return UnitWalk([options] * chunks, hysteresis=0.05)
 
 
@@ -60,7 +60,7 @@ def taken(header, gbit_per_second):
 
 
 def test_a_raw_unit_needs_no_decoder(header):
-    raw = [o for o in chunk_options(header, CPU, correction=3.0) if o.variant == "raw"]
+    raw = [o for o in chunk_options(header, CPU, Factors(3.0, 3.0)) if o.variant == "raw"]
     assert {(o.decode_seconds, o.latency_seconds) for o in raw} == {(0.0, 0.0)}
     assert all(0 < o.restore_seconds < CPU.restore_seconds(10 * 384 * TOKENS) for o in raw)
 
@@ -71,7 +71,7 @@ def test_the_raw_copy_is_taken_where_the_link_is_faster(header, gbit_per_second,
 
 
 def test_raw_units_spare_decoders_that_have_enough_to_do_and_starve_none(header):
-    options = chunk_options(header, CPU, correction=1.0)
+    options = chunk_options(header, CPU)
 
     def first(queue_seconds, gbit_per_second):
         machine = Machine(num_decoders=2, decode_queue_seconds=queue_seconds)
