@@ -29,10 +29,13 @@ _FRAME_SIZE = re.compile(r"([1-9][0-9]*)x([1-9][0-9]*)")
 _SAMPLES_PER_PIXEL = 3
 # The stage that is not the bottleneck now may become it: its time counts so much.
 _OTHER_STAGE = 0.05
-# A raw unit costs the link several times what it spares the decoders, and is not taken back: it must
-# be worth it at this part of the link's low rate. Simulated: without it up to 15 % lost where link
-# and decoders are about equally fast, or the link stalls.
-_RAW_CAUTION = 0.5
+# A raw unit costs the link several times what it spares the decoders, and is not taken back. What it
+# would lose were the link to fall to this part of its rate, or to its low rate, must be less than
+# this part of what it gains as things stand. Simulated: with no such rule up to 15 % lost where link
+# and decoders are about equally fast, or the link stalls; with no loss allowed at all, 14 % lost on
+# a CPU at 1 Gbit/s (bench_fetch, `exact`).
+_RAW_SLOW_PART = 0.5
+_RAW_RISK = 0.5
 # Bits of an element that lie beside the video in profile `exact`.
 _RAW_BITS = {"bfloat16": 8, "float16": 11, "float8_e4m3fn": 4}
 # Checking and copying values as they are: bound by memory, measured on one core of a Xeon.
@@ -148,8 +151,8 @@ def choose_variant(
 
     A large picture is harmless while much is left, because others keep all decoders busy; near the
     end it is waited for. So each variant of the next unit is tried with each variant of the rest.
-    Raw units spare the decoders, but only while these have enough to do, and must be best at the
-    link's low rate too.
+    Raw units spare the decoders, but only while these have enough to do, and must not risk more than
+    they gain should the link slow down.
 
     Args:
         options: the next unit by variant.
@@ -196,10 +199,17 @@ def choose_variant(
     costs = {name: (seconds(name, rate) + seconds(name, fast)) / 2 for name in options}
     coded = [name for name, option in options.items() if option.decode_seconds]
     if coded and len(coded) < len(options):
-        # Raw units are many bytes: on a link that may slow down they must be worth it then too.
-        slow = _RAW_CAUTION * min(rate, link.low_bytes_per_second)
-        bar = min(seconds(name, slow, all_coded=True) for name in coded)
-        costs = {n: cost for n, cost in costs.items() if n in coded or seconds(n, slow) < bar}
+        slow = min(_RAW_SLOW_PART * rate, link.low_bytes_per_second)
+
+        def gain(name: str, rate: float) -> float:
+            """Over fetching all the rest coded."""
+            return min(seconds(n, rate, all_coded=True) for n in coded) - seconds(name, rate)
+
+        costs = {
+            name: cost
+            for name, cost in costs.items()
+            if name in coded or gain(name, slow) + _RAW_RISK * max(0.0, gain(name, rate)) > 0
+        }
     chosen = min(costs, key=lambda name: (costs[name], name))
     if current is None or current not in costs:
         return chosen
