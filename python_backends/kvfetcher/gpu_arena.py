@@ -8,6 +8,7 @@ attached lets go, which is when it sees the next generation.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -30,10 +31,27 @@ from kvfetcher.cuda import cuda_context
 from kvfetcher.errors import ArenaError, GpuError, LayoutError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from kvfetcher.spec import KVSpec
 
 # CUDA does not open a handle in the process that made it: there, the address is looked up here.
 _own_memory: dict[str, int] = {}
+
+
+@contextlib.contextmanager
+def _keeps_device() -> Iterator[None]:
+    """Leave the thread's current CUDA device as it was.
+
+    The driver calls of `cuda` make the arena's GPU the current one, which is another than the
+    engine's own where a rank shares a part with its neighbour.
+    """
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        if device is not None:
+            torch.cuda.set_device(device)
 
 
 class GpuArena(Arena):
@@ -80,6 +98,7 @@ class GpuArena(Arena):
         return cls.create_on_from(plan, gpu, path)
 
     @classmethod
+    @_keeps_device()
     def create_on_from(cls, plan: ArenaHeader, gpu: int, path: str | Path) -> GpuArena:
         """`create_on` as `plan_arena` says, perhaps with some of the heads only.
 
@@ -107,6 +126,7 @@ class GpuArena(Arena):
         return cls(path, header, address, lock_fd=lock_fd)
 
     @classmethod
+    @_keeps_device()
     def open(cls, path: Path, header: ArenaHeader) -> GpuArena:
         """Map what a header names; `Arena.attach` calls it.
 
@@ -162,6 +182,7 @@ class GpuArena(Arena):
         torch.cuda.synchronize(values.device)
         return values
 
+    @_keeps_device()
     def close(self) -> None:
         """Let go of the memory; the owner frees it. Safe to call twice.
 

@@ -188,6 +188,38 @@ def test_parts_on_two_gpus_hold_what_one_arena_in_host_memory_holds(monkeypatch,
         one.close()
 
 
+def test_current_device_of_the_caller_stays(monkeypatch, gpu, tmp_path):
+    """A rank attaches to a part on its neighbour's GPU; its engine goes on with its own."""
+    current = [3]
+
+    def set_current(index):
+        current[0] = index
+
+    def use(index):
+        set_current(index)
+        return gpu
+
+    monkeypatch.setattr(gpu_arena, "cuda_context", use)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "set_device", set_current)
+    made = GpuArena.create_on(0, tmp_path / "a", spec=SPEC, tokens_per_block=4, num_bytes=40_960)
+    assert current == [3]
+    header = replace(made.header, gpu=replace(made.header.gpu, owner=1))
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(gpu_arena, "_own_memory", {})
+        other = GpuArena.open(made.path, header)
+        assert (current, gpu.opened) == ([3], 1)
+        other.close()
+        assert (current, gpu.opened) == ([3], 0)
+    made.close()
+    assert current == [3]
+    gpu.is_full = True
+    with pytest.raises(ArenaError):
+        GpuArena.create_on(0, tmp_path / "a", spec=SPEC, tokens_per_block=4, num_bytes=40_960)
+    assert current == [3]
+
+
 def test_gpu_that_lacks_the_memory_frees_the_parts_on_the_others(monkeypatch, tmp_path):
     gpus = gpus_in_host_memory(monkeypatch)
     gpus[1].is_full = True

@@ -121,7 +121,7 @@ class _TensorrtLlm:
             model, config, version=version, num_ranks=self._arguments.num_ranks
         )
         self.spec = self._model.spec
-        # TensorRT-LLM's ranks take the visible GPUs in order.
+        # Assumed: rank N runs on the N-th visible GPU. A wrong guess costs copies between GPUs only.
         self.devices = tuple(f"cuda:{rank}" for rank in range(self._arguments.num_ranks))
 
     def open(self, arena: Arena, leases: LeaseTable, closing: contextlib.ExitStack) -> Engine:

@@ -85,8 +85,9 @@ async def test_a_hit_gives_the_tokens_and_bytes_of_computing(host):
     await check_a_hit(host)
 
 
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float8_e4m3fn"])
 async def test_ranks_in_processes_load_from_and_save_into_their_own_parts(
-    stand_in, bf16_folder, tmp_path, monkeypatch
+    stand_in, bf16_folder, tmp_path, monkeypatch, kv_dtype
 ):
     """Everything that the engine process opens for `tensor_parallel_size` 2."""
     for name in ("run", "shm"):
@@ -94,7 +95,7 @@ async def test_ranks_in_processes_load_from_and_save_into_their_own_parts(
     monkeypatch.setenv("KVFETCHER_RUN_DIR", str(tmp_path / "run"))
     yaml = tmp_path / "model.yaml"
     yaml.write_text("tensor_parallel_size: 2\n")
-    config = config_of(bf16_folder, llm_args=str(yaml))
+    config = config_of(bf16_folder, llm_args=str(yaml), kv_dtype=kv_dtype)
     with EngineHost(config, run_folder=tmp_path / "run", arena_folder=tmp_path / "shm") as host:
         assert host.engine.stats()["kv_layouts"] == ["HND", "HND"]
         files = sorted(str(path) for path in (tmp_path / "shm").iterdir())

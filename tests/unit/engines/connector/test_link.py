@@ -22,7 +22,7 @@ from kvfetcher.engines.connector.messages import (
     Withdrawn,
     to_line,
 )
-from kvfetcher.errors import EngineError
+from kvfetcher.errors import ArenaError, EngineError
 from kvfetcher.leases import LeaseTable
 from kvfetcher.spec import KVSpec
 
@@ -225,6 +225,22 @@ def test_socket_that_cannot_be_bound(tmp_path):
             settings=None,
             clock=time.monotonic,
         )
+
+
+def test_arena_without_a_part_for_a_rank_is_refused(tmp_path):
+    spec = KVSpec(num_layers=1, num_kv_heads=2, head_dim=4)
+    arena = Arena.create(tmp_path / "arena", spec=spec, tokens_per_block=4, num_bytes=1 << 13)
+    with pytest.raises(ArenaError, match="no part with the heads of rank 0"):
+        ConnectorHub(
+            tmp_path / "s",
+            num_ranks=2,
+            arena=arena,
+            leases=None,
+            settings=None,
+            clock=time.monotonic,
+        )
+    assert not (tmp_path / "s").exists()
+    arena.close()
 
 
 class TestOneRequest:
