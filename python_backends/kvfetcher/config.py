@@ -370,7 +370,11 @@ class FetchConfig(_Section):
     enabled: bool = _option(True, "fetch at all; off = every request computes its prefix")
     min_hit_tokens: int = _option(256, "shorter hits are computed instead", low=1)
     max_inflight_reads: int = _option(
-        8, "reads of the store at one time, over all requests", low=1, high=1024
+        8,
+        "reads of the store at one time, over all requests; `file` and `redis` get two, and more only"
+        " while the link is not full",
+        low=1,
+        high=1024,
     )
     max_inflight_bytes: int = _option(
         64 << 20, "bytes asked for and not restored yet, over all requests", low=1 << 16

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from kvfetcher.fetch.pipeline import Machine
+from kvfetcher.fetch.read_places import full_window_bytes, may_read
 
 if TYPE_CHECKING:
     from kvfetcher.bench.traces import Trace
@@ -153,12 +154,17 @@ class _Simulation:
             self.drawn_all = self.head is None
         return self.head
 
+    def _may_ask(self) -> bool:
+        return may_read(
+            len(self.transfers),
+            sum(transfer.bytes_left for transfer in self.transfers),
+            max_reads=self.limits.max_transfers,
+            window_bytes=lambda: full_window_bytes(self.estimator.estimate(self.now)),
+        )
+
     def _ask(self) -> None:
         """Start transfers while there is room."""
-        while (
-            len(self.transfers) < self.limits.max_transfers
-            and self.waiting_bytes < self.limits.max_waiting_bytes
-        ):
+        while self._may_ask() and self.waiting_bytes < self.limits.max_waiting_bytes:
             first = self._draw()
             if first is None:
                 return

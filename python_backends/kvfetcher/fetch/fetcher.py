@@ -139,6 +139,7 @@ class Fetcher:
     Args:
         store: what `open_store` returns.
         near: tells which reads of `store` need no network; None = none.
+        one_read_fills_link: False for stores that limit each connection.
         leases: the engine's.
         run_unit: decodes and restores one unit.
         config: section `fetch`.
@@ -157,6 +158,7 @@ class Fetcher:
         table: DecodeTable,
         num_decoders: int,
         near: Near | None = None,
+        one_read_fills_link: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
@@ -178,6 +180,7 @@ class Fetcher:
             num_decoders=num_decoders,
             run_unit=run_unit,
             max_inflight_reads=config.max_inflight_reads,
+            one_read_fills_link=one_read_fills_link,
             max_inflight_bytes=config.max_inflight_bytes,
             max_inflight_units=config.max_inflight_units,
             max_read_bytes=config.max_read_bytes,
@@ -362,7 +365,7 @@ class Fetcher:
     async def _read_whole(self, chunk: StoredChunk, report: FetchReport) -> None:
         size = chunk.header.object_bytes
         tally = Tally()
-        async with self._stages.read_places:
+        async with self._stages.read_places.hold(size):
             await self._stages.budget.take(size)
             try:
                 data = await self._reads.read(ByteRange(chunk.name, 0, size), tally)

@@ -320,13 +320,13 @@ class ChunkRun:
         """Wait until a read may start; one that another run makes already is joined at once."""
         await asyncio.sleep(0)  # reads that another run has just asked for begin meanwhile
         if not self._stages.reads.is_reading(self._range(group)):
-            await self._stages.read_places.acquire()
+            await self._stages.read_places.take(group.num_bytes)
             group.has_place = True
 
     def _give_place(self, group: _Group) -> None:
         if group.has_place:
             group.has_place = False
-            self._stages.read_places.release()
+            self._stages.read_places.give(group.num_bytes)
 
     def _range(self, group: _Group) -> ByteRange:
         return ByteRange(self._chunks[group.chunk_index].name, group.start, group.stop)

@@ -6,7 +6,7 @@ request and their restored values, units at the decoders. One event loop.
 
 from __future__ import annotations
 
-import asyncio
+import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from itertools import count
@@ -17,6 +17,7 @@ from kvfetcher.fetch.budget import ByteBudget
 from kvfetcher.fetch.learning import StageLearning
 from kvfetcher.fetch.pipeline import Machine
 from kvfetcher.fetch.places import Places
+from kvfetcher.fetch.read_places import ReadPlaces, full_window_bytes
 from kvfetcher.fetch.variants import UnitWalk, chunk_options
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class Stages:
         num_decoders: units decoded side by side.
         run_unit: decodes and restores one unit.
         max_inflight_reads: range reads under way.
+        one_read_fills_link: else only many reads at one time do.
         max_inflight_bytes: bytes requested and not restored yet.
         max_inflight_units: units at the decoders.
         max_read_bytes: neighbouring units are read together up to this.
@@ -88,6 +90,7 @@ class Stages:
         num_decoders: int,
         run_unit: RunUnit,
         max_inflight_reads: int,
+        one_read_fills_link: bool,
         max_inflight_bytes: int,
         max_inflight_units: int,
         max_read_bytes: int,
@@ -97,7 +100,7 @@ class Stages:
         self.table = table
         self.learning = StageLearning(num_decoders)
         self.run_unit = run_unit
-        self.read_places = asyncio.Semaphore(max_inflight_reads)
+        self.read_places = ReadPlaces(max_inflight_reads, window_bytes=self._window_bytes)
         self.budget = ByteBudget(max_inflight_bytes)
         self.unit_places = Places(max_inflight_units)
         self.run_numbers = count()
@@ -110,6 +113,7 @@ class Stages:
         self._link = link
         self._num_decoders = num_decoders
         self._max_read_bytes = max_read_bytes
+        self._one_read_fills_link = one_read_fills_link
 
     def link(self) -> LinkEstimate:
         """The link as of now."""
@@ -150,3 +154,6 @@ class Stages:
         """Up to how many bytes neighbouring units are read together."""
         seconds = max(_READ_SECONDS, _READ_ROUND_TRIPS * link.rtt_seconds)
         return min(self._max_read_bytes, int(seconds * link.bytes_per_second))
+
+    def _window_bytes(self) -> float:
+        return full_window_bytes(self.link()) if self._one_read_fills_link else math.inf

@@ -56,6 +56,8 @@ class FetchService:
             self._fetcher = Fetcher(
                 store=store,
                 near=store if isinstance(store, TieredStore) else None,
+                # Object stores limit each connection, and are fast over many.
+                one_read_fills_link=self._config.store.kind != "s3",
                 leases=self._leases,
                 run_unit=self._run_unit,
                 config=self._config.fetch,

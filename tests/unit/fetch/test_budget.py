@@ -90,3 +90,15 @@ def test_the_bound_holds_whatever_happens(steps):
         await settle()
 
     asyncio.run(run())
+
+
+async def test_room_that_comes_as_a_waiter_is_cancelled_goes_to_the_next():
+    budget = ByteBudget(10)
+    await budget.take(10)
+    first, second = (asyncio.create_task(budget.take(n)) for n in (9, 3))
+    await settle()
+    first.cancel()
+    budget.give(10)  # before the first one runs again
+    await settle()
+    assert second.done()
+    assert budget.used_bytes == 3

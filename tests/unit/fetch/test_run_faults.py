@@ -146,7 +146,7 @@ def assert_idle(fetcher):
         assert backlog.num_bytes == 0
         assert backlog.decode_seconds == pytest.approx(0, abs=1e-9)
     assert stages.budget.used_bytes == 0
-    assert not stages.read_places.locked()
+    assert stages.read_places.num_holders == 0
     assert fetcher.load().num_waiting == 0
 
 

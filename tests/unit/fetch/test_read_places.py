@@ -1,0 +1,56 @@
+import asyncio
+import math
+
+import pytest
+
+from kvfetcher.fetch.bandwidth import LinkEstimate
+from kvfetcher.fetch.read_places import ReadPlaces, full_window_bytes
+
+
+async def started(places, sizes):
+    """Tasks that took a place or wait for one, in order."""
+    tasks = [asyncio.create_task(places.take(size)) for size in sizes]
+    await asyncio.sleep(0)
+    return tasks
+
+
+@pytest.mark.parametrize(
+    ("window_bytes", "max_reads", "expected"),
+    [(0, 8, 2), (250, 8, 3), (600, 8, 6), (math.inf, 8, 8), (math.inf, 1, 1), (0, 1, 1)],
+)
+async def test_two_reads_and_as_many_more_as_fill_the_link(window_bytes, max_reads, expected):
+    places = ReadPlaces(max_reads, window_bytes=lambda: window_bytes)
+    tasks = await started(places, [100] * 10)
+    assert sum(task.done() for task in tasks) == places.num_holders == expected
+    for _ in tasks:  # every end lets the next one start
+        places.give(100)
+        await asyncio.sleep(0)
+    assert all(task.done() for task in tasks)
+    assert places.num_holders == 0
+
+
+async def test_who_came_first_goes_first_and_who_leaves_holds_nobody_up():
+    places = ReadPlaces(2, window_bytes=lambda: math.inf)
+    tasks = await started(places, [1, 1, 1, 1, 1])
+    tasks[2].cancel()
+    places.give(1)
+    tasks[3].cancel()  # granted in this very moment
+    await asyncio.gather(*tasks[2:4], return_exceptions=True)
+    assert [task.done() and not task.cancelled() for task in tasks] == [1, 1, 0, 0, 1]
+    places.give(1)
+    places.give(1)
+    assert places.num_holders == 0
+
+
+async def test_a_place_comes_back_when_its_read_fails():
+    places = ReadPlaces(1, window_bytes=lambda: 0.0)
+    with pytest.raises(OSError, match="gone"):
+        async with places.hold(5):
+            raise OSError("gone")
+    assert places.num_holders == 0
+
+
+def test_the_window_is_what_the_link_holds():
+    slow, fast = (LinkEstimate(r, r, r, r, 0.01) for r in (1e6, 1e9))
+    assert full_window_bytes(slow) == pytest.approx(15e3)
+    assert full_window_bytes(fast) == pytest.approx(15e6)
