@@ -19,6 +19,7 @@ _MAX_BUCKETS = 256
 # Transfers are summed up to so much time of the link: one of 1 MiB takes 0.2 ms at 40 Gbit/s, and
 # single ones say more about their own luck than about the link.
 _BUCKET_SECONDS = 0.01
+_MIN_SECONDS = 1e-6
 # One bucket weighs at most so many times the median one: a stalled transfer is one voice of many.
 _MAX_WEIGHT = 3.0
 # Objects up to this size (headers) tell the round-trip time: 0.13 ms of bytes at 1 Gbit/s.
@@ -99,12 +100,18 @@ class _Bucket:
     num_bytes: float
     seconds: float
     """Of the link's time."""
+    num_expected: int
+    """Transfers still to come of as many as were in flight at the first one's end."""
     trust: float = 1.0
     """Less after each pause of the link."""
 
     @property
     def rate(self) -> float:
         return self.num_bytes / self.seconds
+
+    @property
+    def is_open(self) -> bool:
+        return self.seconds < _BUCKET_SECONDS or self.num_expected > 0
 
 
 class _Summary(NamedTuple):
@@ -145,6 +152,7 @@ class LinkEstimator:
         self._in_flight: dict[int, _InFlight] = {}
         self._tokens = count()
         self._share = 0.0  # the time that one transfer among those in flight would have had alone
+        self._passed = 0.0  # time of the busy link since a transfer last ended
         self._at = -math.inf
         self._last_event = -math.inf
 
@@ -157,19 +165,22 @@ class LinkEstimator:
         self._advance(now)
         token = next(self._tokens)
         if not self._in_flight:
-            self._last_event = now
+            self._last_event, self._passed = now, 0.0
         self._in_flight[token] = _InFlight(now, self._share, num_bytes)
         return token
 
     def end(self, token: int, now: float, *, ok: bool = True) -> None:
         """The transfer is over; one that failed or was cancelled (not `ok`) teaches nothing."""
         self._advance(now)
+        num_in_flight = len(self._in_flight)
         transfer = self._in_flight.pop(token)
+        share = self._share - transfer.share_at_start
         if not ok:
+            self._passed -= share  # of the link's time: what moved in it is not known
             return
+        passed, self._passed = self._passed, 0.0
         self._last_event = now
         seconds = now - transfer.started
-        share = self._share - transfer.share_at_start
         if seconds <= 0 or share <= 0:
             return  # the clock did not move: nothing to divide by
         if transfer.num_bytes <= _SMALL_BYTES:
@@ -177,10 +188,11 @@ class LinkEstimator:
         # Where transfers overlap, one's round trip is filled by the others' bytes: only the part
         # 1 / n^2 of it counts against the share (exact for n = 1, nothing for many).
         rtt = min(self._rtt(), seconds)
-        moving = share - rtt * (share / seconds) ** 2
+        waiting = rtt * (share / seconds) ** 2
         # What is left of a short transfer's time is noise.
-        if moving > 0.1 * share:
-            self._add(transfer.num_bytes, moving, transfer.started, now)
+        if share - waiting > 0.1 * share:
+            moving = max(passed - waiting, _MIN_SECONDS)
+            self._add(transfer.num_bytes, moving, transfer.started, now, num_in_flight)
 
     def estimate(self, now: float) -> LinkEstimate:
         """The link as of `now`; the prior, widely spread, where nothing was seen."""
@@ -216,7 +228,9 @@ class LinkEstimator:
             self._buckets.popleft()
         self._summary = None
 
-    def _add(self, num_bytes: int, seconds: float, started: float, now: float) -> None:
+    def _add(
+        self, num_bytes: int, seconds: float, started: float, now: float, num_in_flight: int
+    ) -> None:
         if num_bytes > _SMALL_BYTES and not self._has_large:
             self._has_large = True
             self._buckets.clear()
@@ -230,11 +244,12 @@ class LinkEstimator:
         self._num_transfers += 1
         self._summary = None
         last = self._buckets[-1] if self._buckets else None
-        if last is not None and last.seconds < _BUCKET_SECONDS and last.trust == 1.0:
+        if last is not None and last.is_open and last.trust == 1.0:
             last.num_bytes += num_bytes
             last.seconds += seconds
+            last.num_expected -= 1
         else:
-            self._buckets.append(_Bucket(num_bytes, seconds))
+            self._buckets.append(_Bucket(num_bytes, seconds, num_in_flight - 1))
 
     def _summarise(self) -> _Summary:
         weighted = self._weighted()
@@ -273,7 +288,9 @@ class LinkEstimator:
 
     def _advance(self, now: float) -> None:
         if self._in_flight:
-            self._share += max(0.0, now - self._at) / len(self._in_flight)
+            passed = max(0.0, now - self._at)
+            self._passed += passed
+            self._share += passed / len(self._in_flight)
         self._at = max(now, self._at)
 
     def _rtt(self) -> float:

@@ -44,6 +44,25 @@ def test_rate_of_the_link_does_not_depend_on_how_many_share_it(rate, concurrency
     assert 0.95 * reached <= estimator.estimate(now).bytes_per_second <= 1.05 * rate
 
 
+@pytest.mark.parametrize("in_turn", [True, False], ids=["in turn", "side by side"])
+def test_a_steady_link_is_not_taken_for_one_that_scatters(in_turn):
+    """A burst of reads that a link serves one after the other, or all at one time."""
+    rate, size, num_reads = 125e6, 2 << 20, 8
+    estimator, now = make(prior=rate), 0.0
+    for _ in range(5):
+        tokens = [estimator.begin(now, size) for _ in range(num_reads)]
+        now += 1e-3
+        for number, token in enumerate(tokens):
+            done = (number + 1 if in_turn else num_reads) * size / rate
+            estimator.end(token, now + done)
+        now += num_reads * size / rate + 0.1
+    found = estimator.estimate(now)
+    assert found.bytes_per_second == pytest.approx(rate, rel=0.02)
+    assert found.low_bytes_per_second > 0.95 * rate
+    assert found.high_bytes_per_second < 1.05 * rate
+    assert found.recent_bytes_per_second == pytest.approx(rate, rel=0.02)
+
+
 def test_small_objects_tell_the_round_trip_and_not_the_rate():
     estimator = make(prior=1e9, rtt=1e-3)
     now = transfers(estimator, [1e9] * 50)
