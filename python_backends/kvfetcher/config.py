@@ -419,7 +419,7 @@ class FetchConfig(_Section):
         120.0, "arena blocks of a vanished fetch come back after this", low=1, high=86400
     )
     nice: int = _option(
-        5,
+        10,
         "niceness of kv_decode and kv_restore where they work on the CPU: prefill and generation go"
         " first",
         low=0,
