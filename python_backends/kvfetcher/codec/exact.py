@@ -13,13 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvfetcher.codec.base import (
-    ONLY_VARIANT,
-    UnitSource,
-    even_groups,
-)
 from kvfetcher.codec.digest import integer_digest
-from kvfetcher.codec.frame_size import check_frame_sizes, layers_of_a_unit, row_grid
+from kvfetcher.codec.frame_size import EvenUnits, row_grid
 from kvfetcher.codec.unit import EXACT, Unit, packed_section, video_sections, write_unit
 from kvfetcher.codec.video import encode_for
 from kvfetcher.errors import ChecksumError, FormatError
@@ -28,8 +23,7 @@ from kvfetcher.layout import RowGrid
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from kvfetcher.codec.base import Integers
-    from kvfetcher.spec import KVSpec
+    from kvfetcher.codec.base import Integers, UnitSource
 
 MEDIANS = 16
 SPREADS = 17
@@ -71,30 +65,12 @@ FLOAT_BITS = {
 
 
 @dataclass(frozen=True, slots=True)
-class ExactProfile:
+class ExactProfile(EvenUnits):
     """Encoder of profile `exact`."""
-
-    unit_layers: int = 0
-    """Layers of one unit; 0 = as many as fill the variant's picture."""
-    frame_sizes: tuple[str, ...] = ()
-    """Largest picture of each variant, ``WIDTHxHEIGHT``; none = one variant of about 640 lines."""
-
-    def __post_init__(self) -> None:
-        check_frame_sizes(self.frame_sizes)
 
     @property
     def identity(self) -> str:
         return "exact/1"
-
-    def variants(self) -> tuple[str, ...]:
-        return self.frame_sizes or (ONLY_VARIANT,)
-
-    def layer_groups(
-        self, spec: KVSpec, num_tokens: int, variant: str
-    ) -> tuple[tuple[int, int], ...]:
-        """Groups of layers, the last one perhaps smaller."""
-        layers = self.unit_layers or layers_of_a_unit(spec, num_tokens, variant)
-        return even_groups(spec.num_layers, layers)
 
     def encode(self, source: UnitSource, variant: str) -> bytes:
         """One unit's bytes; any bit pattern is representable."""

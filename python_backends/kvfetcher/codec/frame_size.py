@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvfetcher.codec.base import (
@@ -10,6 +11,7 @@ from kvfetcher.codec.base import (
     MAX_SIDE,
     MIN_SIDE,
     ONLY_VARIANT,
+    even_groups,
     layers_of_a_picture,
 )
 from kvfetcher.errors import ConfigError
@@ -76,6 +78,29 @@ def layers_of_a_unit(spec: KVSpec, num_tokens: int, variant: str) -> int:
         return layers_of_a_picture(spec)
     in_picture = parse_frame_size(variant).rows // spec.elements_per_layer_token
     return max(1, min(in_picture, max_unit_layers(spec, num_tokens)))
+
+
+@dataclass(frozen=True, slots=True)
+class EvenUnits:
+    """Of a profile whose units may hold any number of layers."""
+
+    unit_layers: int = 0
+    """Layers of one unit; 0 = as many as fill the variant's picture."""
+    frame_sizes: tuple[str, ...] = ()
+    """Largest picture of each variant, ``WIDTHxHEIGHT``; none = one variant of about 640 lines."""
+
+    def __post_init__(self) -> None:
+        check_frame_sizes(self.frame_sizes)
+
+    def variants(self) -> tuple[str, ...]:
+        return self.frame_sizes or (ONLY_VARIANT,)
+
+    def layer_groups(
+        self, spec: KVSpec, num_tokens: int, variant: str
+    ) -> tuple[tuple[int, int], ...]:
+        """Groups of layers, the last one perhaps smaller."""
+        layers = self.unit_layers or layers_of_a_unit(spec, num_tokens, variant)
+        return even_groups(spec.num_layers, layers)
 
 
 def row_grid(num_rows: int, num_tokens: int, variant: str) -> RowGrid:

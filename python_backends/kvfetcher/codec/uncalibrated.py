@@ -13,13 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvfetcher.codec.base import (
-    ONLY_VARIANT,
-    UnitSource,
-    even_groups,
-)
 from kvfetcher.codec.digest import integer_digest
-from kvfetcher.codec.frame_size import check_frame_sizes, layers_of_a_unit, row_grid
+from kvfetcher.codec.frame_size import EvenUnits, row_grid
 from kvfetcher.codec.raw_tokens import (
     RAW_TOKENS,
     RAW_VALUES,
@@ -45,8 +40,7 @@ from kvfetcher.quant import MAX_MAGNITUDE, bits_to_float32, float32_to_bits
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from kvfetcher.codec.base import Integers
-    from kvfetcher.spec import KVSpec
+    from kvfetcher.codec.base import Integers, UnitSource
 
 MEANS = 21
 STEPS = 22
@@ -61,30 +55,12 @@ _STEP = 0.25
 
 
 @dataclass(frozen=True, slots=True)
-class UncalibratedProfile:
+class UncalibratedProfile(EvenUnits):
     """Encoder of profile `uncalibrated`."""
-
-    unit_layers: int = 0
-    """Layers of one unit; 0 = as many as fill the variant's picture."""
-    frame_sizes: tuple[str, ...] = ()
-    """Largest picture of each variant, ``WIDTHxHEIGHT``; none = one variant of about 640 lines."""
-
-    def __post_init__(self) -> None:
-        check_frame_sizes(self.frame_sizes)
 
     @property
     def identity(self) -> str:
         return "uncalibrated/1"
-
-    def variants(self) -> tuple[str, ...]:
-        return self.frame_sizes or (ONLY_VARIANT,)
-
-    def layer_groups(
-        self, spec: KVSpec, num_tokens: int, variant: str
-    ) -> tuple[tuple[int, int], ...]:
-        """Groups of layers, the last one perhaps smaller."""
-        layers = self.unit_layers or layers_of_a_unit(spec, num_tokens, variant)
-        return even_groups(spec.num_layers, layers)
 
     def encode(self, source: UnitSource, variant: str) -> bytes:
         """One unit's bytes; any values, those that are not finite exactly."""
