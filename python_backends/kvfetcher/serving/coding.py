@@ -225,6 +225,8 @@ class UnitRestorer:
         target = BlockTarget.from_json(target_json)
         arena = self._arenas.of(target)
         if arena.gpu is None:
+            # Before a byte is allocated: a small unit may say that it restores to 512 MiB.
+            arena.check_values(target, unit.layer_start, unit.shape)
             arena.write(target, unit.layer_start, profiles.restore_parsed(unit, planes))
             return job
         return replace(job, on_gpu=self._gpu.start(unit, planes, planes_at, arena, target))

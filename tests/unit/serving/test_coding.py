@@ -21,6 +21,7 @@ from kvfetcher.errors import (
 from kvfetcher.serving import coding
 from kvfetcher.serving.coding import ChunkEncoder, UnitDecoder, UnitRestorer
 from kvfetcher.spec import KVSpec
+from support.tamper import resealed_unit
 
 SPEC = KVSpec(num_layers=4, num_kv_heads=1, head_dim=16)
 TOKENS = np.arange(32, dtype=np.int32)
@@ -91,6 +92,29 @@ def test_a_target_of_an_engine_that_was_restarted_is_refused(arena, tmp_path):
     with pytest.raises(ArenaError, match="restarted"):
         encode(target=old)
     again.close()
+
+
+@pytest.mark.parametrize(
+    ("offset", "number"), [(48, 1 << 16), (28, 1000)], ids=["tokens", "layers"]
+)
+def test_a_unit_that_does_not_fit_its_target_is_refused_before_it_is_restored(
+    arena, monkeypatch, offset, number
+):
+    unit = resealed_unit(units(encode()[0])[1], offset, number.to_bytes(4, "little"))
+    if offset == 28:  # a model of so many layers, of which the unit has some that are not ours
+        unit = resealed_unit(unit, 40, (900).to_bytes(4, "little"))
+
+    def restore(*args):
+        raise AssertionError("restored")
+
+    monkeypatch.setattr(coding.profiles, "restore_parsed", restore)
+    target = arena.target((0, 1), 32).to_json()
+    restorer = UnitRestorer()
+    with pytest.raises(LayoutError):
+        restorer.restore(
+            unit, np.zeros((1, 3, 144, 144), np.uint8), target_json=target, decode_status=""
+        )
+    restorer.close()
 
 
 @pytest.mark.parametrize(
