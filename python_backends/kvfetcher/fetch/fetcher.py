@@ -28,7 +28,7 @@ from kvfetcher.errors import (
 from kvfetcher.fetch.bandwidth import LinkEstimator
 from kvfetcher.fetch.engine_side import EnginePace, FetchFacts, LeaseService
 from kvfetcher.fetch.failures import note_failure
-from kvfetcher.fetch.gate import Decision, Prompt, decide, regret
+from kvfetcher.fetch.gate import Decision, Prompt, decide, join, regret
 from kvfetcher.fetch.line import Line
 from kvfetcher.fetch.lookup import Found, look_up
 from kvfetcher.fetch.pipeline import ChunkCost, finish_times
@@ -306,13 +306,19 @@ class Fetcher:
     async def _serve(self, request: _Request) -> LeaseClaim | None:
         usable, report = len(request.keys), request.report
         key = request.key_of(usable)
-        if self._fetches.find(key) is not None:
+        begun = self._clock()
+        if (running := self._fetches.find(key)) is not None:
             # Somebody fetches all that this prompt could use: no look-up is needed.
-            prompt = request.prompt
-            worth = prompt.compute_seconds(0) - prompt.compute_seconds(usable)
-            is_over, claim = await self._join(request, key, None, worth_seconds=worth)
+            left = 0.0 if running.task.done() else max(0.0, running.expected_at - begun)
+            decision = join(usable, request.prompt, left_seconds=left)
+            report.gate = GateReport.of(decision, self._stages.link(), num_chunks=usable)
+            is_over, claim = await self._join(
+                request, key, None, worth_seconds=decision.deadline_seconds
+            )
             if is_over:
+                self._tell_regret(request, decision, begun=begun)
                 return claim
+            report.gate = None
         with _timed(report, "lookup", self._clock):
             found = await self._look_up(request)
         report.chunks_stored = len(found.chunks)
@@ -327,13 +333,21 @@ class Fetcher:
         if report.reason in ("fell_behind", "deadline"):
             # Transfers that were given up tell no rate: the next request would fare the same.
             self._probe.consider(order.chunks[0], self._stages.link())
-        if report.gate is not None:
-            spent = self._clock() - begun
-            report.gate.tell(
-                regret(decision, request.prompt, fetch_seconds=spent, num_chunks=report.chunks_hit),
-                fetch_seconds=spent,
-            )
+        self._tell_regret(request, decision, begun=begun)
         return claim
+
+    def _tell_regret(self, request: _Request, decision: Decision, *, begun: float) -> None:
+        """Report how a fetch turned out that began so and is over now."""
+        report, spent = request.report, self._clock() - begun
+        if report.gate is not None:
+            result = regret(
+                decision,
+                request.prompt,
+                lookup_seconds=report.stages_ms.get("lookup", 0.0) / 1e3,
+                fetch_seconds=spent,
+                num_chunks=report.chunks_hit,
+            )
+            report.gate.tell(result, fetch_seconds=spent)
 
     async def _warm(self, request: _Request) -> None:
         """Read every stored chunk of the prompt whole: what is read, the store keeps near by."""
@@ -505,7 +519,9 @@ class Fetcher:
                 request.report.shared = True
             elif order is not None:
                 work = functools.partial(self._work.carry_out, order=order)
-                fetch, waiter = self._fetches.start(key, work, deadline=deadline)
+                fetch, waiter = self._fetches.start(
+                    key, work, deadline=deadline, expected_at=now + order.fetch_seconds
+                )
                 request.report.shared = False
             else:
                 return False, None

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from kvfetcher.prefill_rate import PrefillModel
 
-Verdict = Literal["all", "part", "none", "probe", "forced"]
+Verdict = Literal["all", "part", "none", "probe", "forced", "joined"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,16 +25,30 @@ class Decision:
 
     verdict: Verdict
     """`probe`: computing is probably faster, but the link was not measured for long: the first chunk
-    is fetched to learn. `forced`: the gate was bypassed."""
+    is fetched to learn. `forced`: the gate was bypassed. `joined`: somebody fetches the prefix
+    already, nothing was asked."""
     num_chunks: int
     """Chunks to fetch, from the first; 0 = compute everything."""
+    considered_chunks: int
+    """`num_chunks`, or for `none` the chunks of the best fetch there could have been; 0 = nothing is
+    stored."""
     predicted_fetch_seconds: float
-    predicted_seconds: float
-    """Fetching and then computing the rest."""
+    """Fetching the considered chunks."""
+    predicted_with_fetch_seconds: float
+    """Fetching the considered chunks and then computing the rest."""
+    predicted_all_fetch_seconds: float
+    """Fetching all stored chunks."""
     predicted_compute_seconds: float
     """Computing everything."""
     deadline_seconds: float
     """What is not restored by then is computed. inf where the gate was bypassed."""
+
+    @property
+    def predicted_seconds(self) -> float:
+        """To the first token, by what was decided."""
+        if self.num_chunks:
+            return self.predicted_with_fetch_seconds
+        return self.predicted_compute_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +83,23 @@ def decide(
         bypass: fetch everything whatever is predicted (kv_policy `fetch`).
     """
     compute = prompt.compute_seconds(0)
-    best = _best(finish_seconds, prompt, first=0)
+    best = _best(finish_seconds, prompt)
     if bypass:
         return _decision("forced", len(finish_seconds), finish_seconds, prompt, math.inf)
     if best and _total(best, finish_seconds, prompt) <= (1 - margin) * compute:
         verdict: Verdict = "all" if best == len(finish_seconds) else "part"
         return _decision(verdict, best, finish_seconds, prompt, _deadline(best, prompt))
     if optimistic_seconds:
-        hope = _best(optimistic_seconds, prompt, first=0)
+        hope = _best(optimistic_seconds, prompt)
         if hope and _total(hope, optimistic_seconds, prompt) <= (1 - margin) * compute:
             return _decision("probe", 1, finish_seconds, prompt, _deadline(1, prompt))
     return _decision("none", 0, finish_seconds, prompt, 0.0)
+
+
+def join(num_chunks: int, prompt: Prompt, *, left_seconds: float) -> Decision:
+    """What is predicted for one who joins a fetch of `num_chunks` chunks that ends in so long."""
+    finish = [left_seconds] * num_chunks
+    return _decision("joined", num_chunks, finish, prompt, _deadline(num_chunks, prompt))
 
 
 def reconsider(
@@ -106,7 +126,7 @@ def reconsider(
         A number of chunks from `num_ready` to `num_wanted`.
     """
     wanted = remaining_seconds[: num_wanted - num_ready]
-    best = _best(wanted, prompt, first=num_ready)
+    best = _best(wanted, prompt, first=num_ready, least=num_ready)
     going_on = _total(num_wanted, wanted, prompt, first=num_ready)
     giving_up = _total(best, wanted, prompt, first=num_ready)
     return best if giving_up < (1 - margin) * going_on else num_wanted
@@ -114,17 +134,28 @@ def reconsider(
 
 @dataclass(frozen=True, slots=True)
 class Regret:
-    """How a decision turned out. Seconds; positive = worse than predicted, or than computing."""
+    """How a decision turned out. Seconds; positive = worse than predicted, or than not doing so."""
 
     error_seconds: float
-    """Actual minus predicted fetch time."""
+    """Actual minus predicted time: of the fetch, or where there was none, of computing."""
     loss_seconds: float
-    """Time lost against computing everything, as computing was predicted; negative = gained."""
+    """Time lost against what was not done, as that was predicted: against computing everything, or
+    for `none` against the best fetch that was considered; negative = gained."""
 
 
-def regret(decision: Decision, prompt: Prompt, *, fetch_seconds: float, num_chunks: int) -> Regret:
-    """What a fetch that took `fetch_seconds` and brought `num_chunks` chunks was worth."""
-    spent = fetch_seconds + prompt.compute_seconds(num_chunks)
+def regret(
+    decision: Decision,
+    prompt: Prompt,
+    *,
+    lookup_seconds: float,
+    fetch_seconds: float,
+    num_chunks: int,
+) -> Regret:
+    """What a fetch that took `fetch_seconds` and brought `num_chunks` chunks was worth.
+
+    Who computes everything needs no look-up, so that what it took counts as lost, too.
+    """
+    spent = lookup_seconds + fetch_seconds + prompt.compute_seconds(num_chunks)
     return Regret(
         fetch_seconds - decision.predicted_fetch_seconds,
         spent - decision.predicted_compute_seconds,
@@ -138,10 +169,15 @@ def _total(
     return fetch + prompt.compute_seconds(num_chunks)
 
 
-def _best(finish_seconds: Sequence[float], prompt: Prompt, *, first: int) -> int:
-    """The number of chunks with the least total; of equals the largest: it spares the engine."""
-    candidates = range(first + len(finish_seconds), first - 1, -1)
-    return min(candidates, key=lambda n: _total(n, finish_seconds, prompt, first=first))
+def _best(
+    finish_seconds: Sequence[float], prompt: Prompt, *, first: int = 0, least: int = 1
+) -> int:
+    """The number of chunks with the least total; of equals the largest: it spares the engine.
+
+    0 where there are fewer than `least`.
+    """
+    candidates = range(first + len(finish_seconds), least - 1, -1)
+    return min(candidates, key=lambda n: _total(n, finish_seconds, prompt, first=first), default=0)
 
 
 def _deadline(num_chunks: int, prompt: Prompt) -> float:
@@ -156,11 +192,14 @@ def _decision(
     prompt: Prompt,
     deadline_seconds: float,
 ) -> Decision:
+    considered = num_chunks or _best(finish_seconds, prompt)
     return Decision(
         verdict=verdict,
         num_chunks=num_chunks,
-        predicted_fetch_seconds=finish_seconds[num_chunks - 1] if num_chunks else 0.0,
-        predicted_seconds=_total(num_chunks, finish_seconds, prompt),
+        considered_chunks=considered,
+        predicted_fetch_seconds=finish_seconds[considered - 1] if considered else 0.0,
+        predicted_with_fetch_seconds=_total(considered, finish_seconds, prompt),
+        predicted_all_fetch_seconds=finish_seconds[-1] if finish_seconds else 0.0,
         predicted_compute_seconds=prompt.compute_seconds(0),
         deadline_seconds=deadline_seconds,
     )

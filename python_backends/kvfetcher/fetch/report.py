@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from kvfetcher.fetch.bandwidth import LinkEstimate
@@ -39,15 +39,24 @@ Reason = Literal[
 class GateReport:
     """What the gate decided, on which prediction, and how it turned out. Milliseconds.
 
-    `predicted_ms` is fetching and then computing the rest. Of a fetch that was made, `fetch_ms` is
-    what it took, `error_ms` that minus its prediction, and `loss_ms` the time lost against computing
-    everything (as computing was predicted; negative = gained).
+    `predicted_ms` is to the first token by what was decided, `predicted_compute_ms` by computing
+    everything. `chunks_considered` is `chunks_wanted`, or where none were wanted the best number
+    that was considered; `predicted_fetch_ms` is fetching these, `predicted_with_fetch_ms` fetching
+    these and then computing the rest, `predicted_all_fetch_ms` fetching all that are stored.
+
+    Of a fetch that was made, `fetch_ms` is what it took, `error_ms` that minus its prediction, and
+    `loss_ms` the time lost by looking up and fetching against computing everything (as that was
+    predicted; negative = gained). For verdict `none`, `error_ms` is the engine's prefill minus its
+    prediction and `loss_ms` the time lost against the best fetch.
     """
 
     verdict: str
     chunks_stored: int
     chunks_wanted: int
+    chunks_considered: int
     predicted_fetch_ms: float
+    predicted_with_fetch_ms: float
+    predicted_all_fetch_ms: float
     predicted_ms: float
     predicted_compute_ms: float
     gbit_per_second: float
@@ -63,7 +72,10 @@ class GateReport:
             verdict=decision.verdict,
             chunks_stored=num_chunks,
             chunks_wanted=decision.num_chunks,
+            chunks_considered=decision.considered_chunks,
             predicted_fetch_ms=_ms(decision.predicted_fetch_seconds),
+            predicted_with_fetch_ms=_ms(decision.predicted_with_fetch_seconds),
+            predicted_all_fetch_ms=_ms(decision.predicted_all_fetch_seconds),
             predicted_ms=_ms(decision.predicted_seconds),
             predicted_compute_ms=_ms(decision.predicted_compute_seconds),
             gbit_per_second=round(link.bytes_per_second * 8e-9, 4),
@@ -72,10 +84,29 @@ class GateReport:
         )
 
     def tell(self, regret: Regret, *, fetch_seconds: float) -> None:
-        """How it turned out."""
+        """How a fetch turned out."""
         self.fetch_ms = _ms(fetch_seconds)
         self.error_ms = _ms(regret.error_seconds)
         self.loss_ms = _ms(regret.loss_seconds)
+
+
+def tell_computed(report: dict[str, Any], prefill_ms: float) -> None:
+    """Put into a report how the gate's decision to fetch nothing turned out.
+
+    Only the engine knows, in another process than the fetcher's.
+
+    Args:
+        report: a `FetchReport` that travelled as JSON; one that says nothing of such a decision
+            stays as it is.
+        prefill_ms: what computing the prompt took.
+    """
+    gate = report.get("gate")
+    if not isinstance(gate, dict) or gate.get("verdict") != "none":
+        return
+    computed, fetched = gate.get("predicted_compute_ms"), gate.get("predicted_with_fetch_ms")
+    if isinstance(computed, float) and isinstance(fetched, float):
+        gate["error_ms"] = round(prefill_ms - computed, 3)
+        gate["loss_ms"] = round(prefill_ms - fetched, 3)
 
 
 @dataclass(slots=True)

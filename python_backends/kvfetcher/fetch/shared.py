@@ -65,6 +65,8 @@ class SharedFetch:
         """Whether its units are under way: it will end by itself at its deadline."""
         self.is_sealing = False
         """Too late to cancel: holds on the lease are being given out."""
+        self.expected_at = 0.0
+        """When it should be over, as predicted when it began."""
         self.waits_for: tuple[Reason, str] = ("deadline", "too many other requests were fetching")
         """Why it is not done; what a request is told that waits no longer."""
         self.facts_are_told = False
@@ -94,10 +96,16 @@ class SharedFetches:
         return self._fetches.get(key)
 
     def start(
-        self, key: FetchKey, work: Callable[[SharedFetch], Awaitable[Outcome]], *, deadline: float
+        self,
+        key: FetchKey,
+        work: Callable[[SharedFetch], Awaitable[Outcome]],
+        *,
+        deadline: float,
+        expected_at: float,
     ) -> tuple[SharedFetch, Waiter]:
         """Begin a fetch with its first waiter."""
         fetch = SharedFetch()
+        fetch.expected_at = expected_at
         waiter = fetch.join(deadline)
         fetch.task = asyncio.ensure_future(work(fetch))
         self._fetches[key] = fetch

@@ -14,6 +14,7 @@ import numpy as np
 from kvfetcher import wire
 from kvfetcher.engines.base import GenerateEvent, GenerateRequest
 from kvfetcher.errors import RequestError
+from kvfetcher.fetch.report import tell_computed
 from kvfetcher.leases import LeaseClaim
 from kvfetcher.serving.leases import EngineLeases
 from kvfetcher.serving.metrics import Metrics
@@ -129,6 +130,7 @@ class Generation:
         self.text += event.text_delta
         if event.timings is not None:
             self.report["engine"] = asdict(event.timings)
+            tell_computed(self.report, event.timings.prefill_ms)
 
     def _response(self, event: GenerateEvent, *, report: bool) -> Any:
         pb_utils = self.pb_utils

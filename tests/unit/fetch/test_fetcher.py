@@ -315,6 +315,8 @@ async def test_many_requests_for_one_prefix_are_one_transfer_one_decode_and_one_
     assert len({each.claim.lease_id for each in fetched}) == 1
     assert sum(each.report.bytes_fetched for each in fetched) == store.num_bytes
     assert sum(each.report.shared for each in fetched) == 199
+    gates = [each.report.gate for each in fetched]
+    assert all(gate.chunks_wanted == 4 and gate.error_ms is not None for gate in gates)
     lease_id = fetched[0].claim.lease_id
     for _ in fetched:
         assert world.free_blocks < free
@@ -345,6 +347,10 @@ async def test_a_late_request_shares_the_lease_while_somebody_holds_it(world):
     late = await world.fetch(fetcher, tokens=TOKENS[:129])
     assert late.claim == first.claim
     assert (late.report.shared, late.report.bytes_fetched) == (True, 0)
+    gate = late.report.gate
+    assert (gate.verdict, gate.chunks_wanted, gate.predicted_fetch_ms) == ("joined", 2, 0)
+    assert gate.error_ms == gate.fetch_ms
+    assert gate.loss_ms < 0
     for _ in range(2):
         await world.leases.release(first.claim.lease_id)
     fresh = await world.fetch(fetcher, tokens=TOKENS[:129])
@@ -399,8 +405,13 @@ async def test_the_gate_computes_what_is_faster_to_compute(world):
     await world.fetch(fetcher, policy="fetch")  # the link is known then
     fetched = await world.fetch(fetcher, tokens=TOKENS[:200])
     assert (fetched.claim, fetched.report.reason) == (None, "slower_than_computing")
-    assert fetched.report.gate.verdict == "none"
-    assert fetched.report.gate.predicted_compute_ms < fetched.report.gate.predicted_ms + 1
+    gate = fetched.report.gate
+    assert (gate.verdict, gate.chunks_stored, gate.chunks_wanted) == ("none", 3, 0)
+    assert gate.predicted_ms == gate.predicted_compute_ms
+    # What was turned down is told, too: where fetching would begin to pay.
+    assert gate.chunks_considered > 0
+    assert gate.predicted_all_fetch_ms >= gate.predicted_fetch_ms > gate.predicted_compute_ms
+    assert gate.predicted_with_fetch_ms >= gate.predicted_fetch_ms
 
 
 async def test_policy_fetch_bypasses_the_gate(world):
@@ -411,7 +422,8 @@ async def test_policy_fetch_bypasses_the_gate(world):
     gate = fetched.report.gate
     assert gate.verdict == "forced"
     assert gate.fetch_ms > 0
-    assert gate.loss_ms == pytest.approx(gate.fetch_ms, abs=1.0)
+    lookup_ms = fetched.report.stages_ms["lookup"]
+    assert gate.loss_ms == pytest.approx(lookup_ms + gate.fetch_ms, abs=1.0)
     assert gate.error_ms == pytest.approx(gate.fetch_ms - gate.predicted_fetch_ms, abs=0.01)
 
 

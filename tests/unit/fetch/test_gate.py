@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfetcher.fetch.bandwidth import LinkEstimate
-from kvfetcher.fetch.gate import Prompt, decide, reconsider, regret
+from kvfetcher.fetch.gate import Prompt, decide, join, reconsider, regret
 from kvfetcher.fetch.pipeline import ChunkCost, Machine, finish_times
 from kvfetcher.prefill_rate import PrefillModel
 
@@ -40,6 +40,25 @@ def test_a_slow_link_fetches_nothing():
     assert decision.predicted_seconds == decision.predicted_compute_seconds
 
 
+def test_the_best_fetch_that_was_turned_down_keeps_its_prediction():
+    decision = decide([0.3, 0.6, 0.8, 1.2], LEVEL, margin=0.1)
+    assert (decision.verdict, decision.considered_chunks) == ("none", 3)
+    assert decision.predicted_fetch_seconds == 0.8
+    assert decision.predicted_with_fetch_seconds == pytest.approx(0.8 + 0.356)
+    assert decision.predicted_all_fetch_seconds == 1.2
+    part = decide([0.1, 0.2, 0.9, 1.6], LEVEL, margin=0.1)
+    assert (part.considered_chunks, part.predicted_all_fetch_seconds) == (2, 1.6)
+    assert part.predicted_with_fetch_seconds == part.predicted_seconds
+
+
+def test_joining_predicts_what_is_left_of_the_fetch():
+    decision = join(3, LEVEL, left_seconds=0.2)
+    assert (decision.verdict, decision.num_chunks, decision.considered_chunks) == ("joined", 3, 3)
+    assert decision.predicted_fetch_seconds == decision.predicted_all_fetch_seconds == 0.2
+    assert decision.predicted_seconds == pytest.approx(0.2 + 0.356)
+    assert decision.deadline_seconds == pytest.approx(0.768)
+
+
 def test_a_gain_within_the_margin_is_not_worth_it():
     finish = [0.24, 0.48, 0.72, 0.96]
     assert decide(finish, LEVEL, margin=0.0).verdict == "all"
@@ -53,7 +72,9 @@ def test_a_prefix_whose_later_chunks_are_slow_is_fetched_in_part():
 
 
 def test_nothing_stored_is_computed():
-    assert decide([], LEVEL, margin=0.1).verdict == "none"
+    decision = decide([], LEVEL, margin=0.1)
+    assert (decision.verdict, decision.considered_chunks) == ("none", 0)
+    assert decision.predicted_fetch_seconds == decision.predicted_all_fetch_seconds == 0
 
 
 def test_the_gate_can_be_bypassed():
@@ -101,6 +122,8 @@ def test_the_choice_is_the_best_one_and_never_worse_than_computing(model, finish
         assert decision.predicted_fetch_seconds <= decision.deadline_seconds * (1 + 1e-6) + 1e-9
     else:
         assert min(totals) >= (1 - margin) * totals[0] * (1 - 1e-9)
+    assert decision.predicted_with_fetch_seconds == pytest.approx(min(totals[1:]))
+    assert decision.predicted_all_fetch_seconds == finish[-1]
 
 
 def test_a_fetch_that_goes_well_goes_on():
@@ -142,12 +165,12 @@ def test_computing_the_tail_costs_more_than_the_head():
     assert tail > 5 * head
 
 
-@given(st.floats(0.01, 10))
-def test_regret_is_zero_for_what_was_predicted(extra):
+@given(st.floats(0.01, 10), st.floats(0, 1))
+def test_regret_is_zero_for_what_was_predicted(extra, lookup):
     decision = decide([0.1, 0.2, 0.3, 0.4], LEVEL, margin=0.1)
-    as_predicted = regret(decision, LEVEL, fetch_seconds=0.4, num_chunks=4)
+    as_predicted = regret(decision, LEVEL, lookup_seconds=0.0, fetch_seconds=0.4, num_chunks=4)
     assert as_predicted.error_seconds == 0
     assert as_predicted.loss_seconds == pytest.approx(0.5 - 1.124)
-    late = regret(decision, LEVEL, fetch_seconds=0.4 + extra, num_chunks=2)
+    late = regret(decision, LEVEL, lookup_seconds=lookup, fetch_seconds=0.4 + extra, num_chunks=2)
     assert late.error_seconds == pytest.approx(extra)
-    assert late.loss_seconds == pytest.approx(as_predicted.loss_seconds + extra + 0.512)
+    assert late.loss_seconds == pytest.approx(as_predicted.loss_seconds + lookup + extra + 0.512)

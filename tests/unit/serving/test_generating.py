@@ -87,6 +87,16 @@ async def test_without_streaming_there_is_one_whole_answer():
     assert response["finish_reason"][0] == b"stop"
 
 
+async def test_the_engine_tells_how_a_decision_to_compute_turned_out():
+    running = generation()
+    running.report["gate"] = {
+        "verdict": "none", "predicted_compute_ms": 1.5, "predicted_with_fetch_ms": 5.0
+    }  # fmt: skip
+    ((response, _),) = await collect(running, Host(answer_of("a", "b")))
+    gate = json.loads(response["kv_report"][0])["gate"]
+    assert (gate["error_ms"], gate["loss_ms"]) == (TIMINGS.prefill_ms - 1.5, -3.0)
+
+
 async def test_heartbeats_are_empty_and_come_before_the_answer_only(monkeypatch):
     monkeypatch.setattr(generating, "_POLL_SECONDS", 0.02)
     responses = await collect(generation(heartbeat=True), Host(answer_of("a", "b"), pause=0.1))
