@@ -160,17 +160,7 @@ class FetchWork:
         lease_id: str,
         target: BlockTarget,
     ) -> Outcome:
-        run = ChunkRun(
-            self._stages,
-            order.chunks,
-            target,
-            tokens_per_block=order.facts.tokens_per_block,
-            facts=facts,
-            on_failure=self._on_failure,
-            hysteresis=self._config.variant_hysteresis,
-            prompt=order.prompt,
-            margin=self._config.gate_margin,
-        )
+        run = self._run(order, facts, target)
         fetch.is_running = True
         fetch.waits_for = ("deadline", "its units were not finished in time")
         try:
@@ -186,6 +176,19 @@ class FetchWork:
             raise
         self._fetches.run_later(run.drained())
         return Outcome(claim, num_chunks if claim else 0, facts)
+
+    def _run(self, order: FetchOrder, facts: RunFacts, target: BlockTarget) -> ChunkRun:
+        return ChunkRun(
+            self._stages,
+            order.chunks,
+            target,
+            tokens_per_block=order.facts.tokens_per_block,
+            facts=facts,
+            on_failure=self._on_failure,
+            hysteresis=self._config.variant_hysteresis,
+            prompt=order.prompt,
+            margin=self._config.gate_margin,
+        )
 
     async def _release(self, lease_id: str, run: ChunkRun) -> None:
         """Give the blocks of a fetch that brought nothing back."""
