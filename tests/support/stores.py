@@ -121,6 +121,15 @@ class StoreTests:
         assert await store.get_ranges(wanted[::-1]) == expected[::-1]
         assert await store.get_ranges([]) == []
 
+    async def test_a_look_up_of_the_size_it_names_is_answered(self, store):
+        await self.raw_set(store, NAME, b"header")
+        wanted = [ByteRange(NAME, 0, 8192)] + [
+            ByteRange(f"ab/absent{i}", 0, 8192) for i in range(1, store.lookup_batch_size)
+        ]
+        first, *rest = await store.get_ranges(wanted)
+        assert first == b"header"
+        assert {type(answer) for answer in rest} == {ChunkNotFoundError}
+
     async def test_missing_objects_among_many_cost_no_other(self, store):
         await self.raw_set(store, NAME, b"0123456789")
         await self.raw_set(store, OTHER, b"")
@@ -247,6 +256,10 @@ class WrappedStore:
 
     inner: object
     calls: Counter = field(default_factory=Counter)
+
+    @property
+    def lookup_batch_size(self):
+        return self.inner.lookup_batch_size
 
     async def before(self, verb: str, name: str) -> None:
         """Hook of the subclasses."""

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 MAX_NAME_CHARS = 200
 
+SINGLE_LOOKUP_BATCH = 32
+"""`GetRanges.lookup_batch_size` of stores that read each range by a request of its own."""
+
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(?:/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
 _PREFIX = re.compile(rf"(?:{_NAME.pattern}/?)?")
 
@@ -85,6 +88,16 @@ class GetRange(Protocol):
 
 class GetRanges(Protocol):
     """Read parts of many objects in as few round trips as the store allows."""
+
+    @property
+    def lookup_batch_size(self) -> int:
+        """Headers that one `get_ranges` carries in about one round trip; more are better split.
+
+        Above `SINGLE_LOOKUP_BATCH` the store answers them all in one request, and one that is not
+        there costs next to nothing: ask for so many from the start. Up to it each is a request of
+        its own: begin with few, for most look-ups of a cold store end at the first.
+        """
+        ...
 
     async def get_ranges(self, ranges: Sequence[ByteRange]) -> list[bytes | StoreError]:
         """What `get_range` would answer for each of `ranges`, in their order.

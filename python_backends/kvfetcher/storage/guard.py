@@ -86,6 +86,11 @@ class GuardedStore:
             random=uniform,
         )
 
+    @property
+    def lookup_batch_size(self) -> int:
+        """See `GetRanges.lookup_batch_size`."""
+        return self._inner.lookup_batch_size
+
     async def get(self, name: str) -> bytes:
         return await self._retried(name, lambda: self._watched(self._inner.get, name))
 

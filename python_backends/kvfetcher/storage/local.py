@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from kvfetcher.errors import ChunkNotFoundError, StoreError, StoreTimeoutError
 from kvfetcher.storage.base import (
+    SINGLE_LOOKUP_BATCH,
     ObjectInfo,
     check_name,
     check_prefix,
@@ -59,6 +60,8 @@ class LocalStore:
     The folder is made on the first `put`. Reading from a folder that does not exist, or writing to
     one that may not be written, fails per call, so that a server lives on without its store.
     """
+
+    lookup_batch_size = SINGLE_LOOKUP_BATCH
 
     def __init__(self, folder: str | os.PathLike[str], *, timeout_seconds: float) -> None:
         self._folder = Path(folder)

@@ -83,6 +83,8 @@ _T = TypeVar("_T")
 class RedisStore:
     """Objects in one database of a Redis server; see `kvfetcher.storage.base` for the contract."""
 
+    lookup_batch_size = 128  # one pipeline; at most 1 MB of headers comes back
+
     def __init__(
         self,
         address: RedisAddress,

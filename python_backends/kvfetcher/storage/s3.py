@@ -34,6 +34,7 @@ from kvfetcher.errors import (
     TransientStoreError,
 )
 from kvfetcher.storage.base import (
+    SINGLE_LOOKUP_BATCH,
     ObjectInfo,
     check_name,
     check_prefix,
@@ -73,6 +74,8 @@ class S3Store:
     `list_prefix` yields in the server's order. That is the order of name wherever the server keeps
     to S3's; one that lists folder by folder differs for names with ``-`` or ``.``.
     """
+
+    lookup_batch_size = SINGLE_LOOKUP_BATCH
 
     def __init__(
         self,

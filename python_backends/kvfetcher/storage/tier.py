@@ -76,6 +76,11 @@ class TieredStore:
         self._observe = observe
         self._disk_has_failed = False
 
+    @property
+    def lookup_batch_size(self) -> int:
+        """See `GetRanges.lookup_batch_size`."""
+        return self._remote.lookup_batch_size
+
     async def get(self, name: str) -> bytes:
         check_name(name)
         if (copy := await self._near(name, 0, UNBOUNDED)) is not None:
