@@ -211,7 +211,7 @@ def _prepare_model(config: Config) -> Path:
 def _choose_profile(config: Config, model: Path) -> CodecConfig:
     from kvfetcher.server.profile import choose_profile
 
-    chosen = choose_profile(config.codec, model)
+    chosen = choose_profile(config.codec, model, dtype=config.engine.kv_dtype)
     print(f"kvfetcher: profile {chosen.codec.profile} ({chosen.reason})", file=sys.stderr)
     return chosen.codec
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from kvfetcher.spec import KVSpec
-from kvfetcher.transform.artifact import Calibration
+from kvfetcher.transform.artifact import LADDER, Calibration
 from kvfetcher.transform.calibrate import solve
 from kvfetcher.transform.groups import Grouping
 from kvfetcher.transform.rope import LayerRope, Rope
@@ -55,4 +55,16 @@ def make_calibration(
         floor=0.25,
         sink_tokens=4,
         source={"texts": "none"},
+    )
+
+
+def certify(calibration: Calibration, **rows: tuple[float, float]) -> Calibration:
+    """The calibration with (ratio, KL) of profiles certified; without any, of the whole ladder."""
+    rows = rows or dict.fromkeys(LADDER, (9.75, 5.1e-4))
+    return calibration.with_certificate(
+        {
+            "calibration": calibration.digest,
+            "dtype": calibration.spec.dtype,
+            "profiles": {name: {"ratio": ratio, "kl": kl} for name, (ratio, kl) in rows.items()},
+        }
     )

@@ -26,7 +26,7 @@ from kvfetcher.codec.unit import EXACT, PAPER, RAW_VALUES, parse_unit
 from kvfetcher.container import UnitData, build_chunk, check_unit, parse_header
 from kvfetcher.errors import ConfigError, FormatError, LayoutError, UnsupportedVersionError
 from kvfetcher.transform.artifact import LADDER
-from kvfetcher.transform.library import served_calibration
+from kvfetcher.transform.library import certified, served_calibration
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,7 +83,9 @@ def _coded_profile(config: CodecConfig) -> Profile:
     if config.profile in LADDER:
         return TransformProfile(
             config.profile,
-            served_calibration(config.calibration, allow_uncertified=config.allow_uncertified),
+            served_calibration(
+                config.calibration, config.profile, allow_uncertified=config.allow_uncertified
+            ),
             frame_sizes=config.frame_sizes,
         )
     raise ConfigError(f"codec.profile must be one of {(AUTO, *PROFILES)}, got {config.profile!r}")
@@ -101,7 +103,8 @@ def profile_id(config: CodecConfig, spec: KVSpec, *, weights: str = "") -> str:
         weights: hex SHA-256 of its weights; "" = not known, not compared.
 
     Raises:
-        ConfigError: as `make_profile`, or its calibration was made for another model.
+        ConfigError: as `make_profile`, or its calibration was made for another model, or certified
+            for another KV dtype.
     """
     profile = make_profile(config)
     coded = profile.coded if isinstance(profile, WithRawCopy) else profile
@@ -113,6 +116,8 @@ def profile_id(config: CodecConfig, spec: KVSpec, *, weights: str = "") -> str:
                 f"calibration {config.calibration} was made for another model than the one that"
                 " is served; run `kvfetcher calibrate` for this one"
             )
+        if not config.allow_uncertified:
+            certified(calibration, coded.name, dtype=spec.dtype)
     return profile.identity
 
 

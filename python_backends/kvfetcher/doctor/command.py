@@ -134,7 +134,8 @@ def _check_calibration(config: Config) -> Check:
 
     model = prepared_folder(config.engine.model)
     if model is not None:
-        config = replace(config, codec=choose_profile(config.codec, model).codec)
+        chosen = choose_profile(config.codec, model, dtype=config.engine.kv_dtype)
+        config = replace(config, codec=chosen.codec)
     return host.check_calibration(config, read=host.read_certificate)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvfetcher.doctor.check import Check
-from kvfetcher.errors import KVFetcherError
+from kvfetcher.errors import ConfigError, KVFetcherError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -171,7 +171,7 @@ def check_calibration(config: Config, *, read: Callable[[str, str], Certified | 
         return Check(
             "calibration",
             "warn" if codec.allow_uncertified else "fail",
-            f"{codec.calibration} carries no certificate of its quality",
+            f"{codec.calibration} carries no certificate of the quality of {codec.profile}",
             f"kvfetcher certify {codec.calibration}",
         )
     return Check(
@@ -183,15 +183,17 @@ def check_calibration(config: Config, *, read: Callable[[str, str], Certified | 
 
 
 def read_certificate(path: str, profile: str) -> Certified | None:
-    """What a calibration artifact certifies of a profile.
+    """What a calibration artifact certifies of a profile; None = nothing that counts.
 
     Raises:
         ConfigError, FormatError: the file is missing or not an artifact.
     """
     from kvfetcher.transform.artifact import Calibration
+    from kvfetcher.transform.library import certified
 
-    certificate = Calibration.load(Path(path).expanduser()).certificate
-    if certificate is None:
+    calibration = Calibration.load(Path(path).expanduser())
+    try:
+        ratio, kl = certified(calibration, profile)
+    except ConfigError:
         return None
-    facts = certificate["profiles"][profile]
-    return Certified(facts["kl"], facts["ratio"])
+    return Certified(kl, ratio)

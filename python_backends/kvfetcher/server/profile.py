@@ -7,19 +7,20 @@ meanwhile counts from the next start on.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvfetcher.codec.profiles import AUTO
 from kvfetcher.engines.identity import weights_digest
-from kvfetcher.errors import KVFetcherError
+from kvfetcher.errors import ConfigError, KVFetcherError
 from kvfetcher.transform.artifact import LADDER
-from kvfetcher.transform.library import model_calibration_path, served_calibration
+from kvfetcher.transform.library import certified, model_calibration_path, served_calibration
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from kvfetcher.config import CodecConfig
+    from kvfetcher.spec import KVDtype
+    from kvfetcher.transform.artifact import Calibration
 
 
 class ChosenProfile(NamedTuple):
@@ -29,7 +30,9 @@ class ChosenProfile(NamedTuple):
     reason: str
 
 
-def choose_profile(codec: CodecConfig, model: Path) -> ChosenProfile:
+def choose_profile(
+    codec: CodecConfig, model: Path, *, dtype: KVDtype | None = None
+) -> ChosenProfile:
     """The configuration with profile and calibration settled.
 
     `auto` becomes `balanced` where a certified calibration of the model is kept on this machine,
@@ -38,18 +41,34 @@ def choose_profile(codec: CodecConfig, model: Path) -> ChosenProfile:
     Args:
         codec: as configured.
         model: folder of the model that is served.
+        dtype: KV dtype that its engine keeps, and certificates must be of; None = not compared.
 
     Raises:
         EngineError: the model's weights cannot be read.
         ConfigError, FormatError: the calibration that `codec` names, or needs, cannot be served.
     """
     is_open = codec.profile == AUTO
-    if not is_open and (codec.profile not in LADDER or codec.calibration):
+    if codec.profile == "uncalibrated":
+        return ChosenProfile(
+            codec,
+            "configured; its quality is not certified: `kvfetcher calibrate` makes chunks that are"
+            " smaller, with a certificate, for `balanced`",
+        )
+    if not is_open and codec.profile not in LADDER:
         return ChosenProfile(codec, "configured")
     wanted = "balanced" if is_open else codec.profile
+
+    def served(path: str) -> Calibration:
+        return served_calibration(
+            path, wanted, allow_uncertified=codec.allow_uncertified, dtype=dtype
+        )
+
     if codec.calibration:
-        served_calibration(codec.calibration, allow_uncertified=codec.allow_uncertified)
-        return ChosenProfile(replace(codec, profile=wanted), "codec.calibration is set")
+        calibration = served(codec.calibration)
+        return ChosenProfile(
+            replace(codec, profile=wanted),
+            f"codec.calibration is set{_quality(calibration, wanted, dtype)}",
+        )
     kept = model_calibration_path(weights_digest(model))
     if not kept.exists():
         if not is_open:
@@ -62,7 +81,7 @@ def choose_profile(codec: CodecConfig, model: Path) -> ChosenProfile:
     # The file itself, not the link to the newest: a later calibration changes no running server.
     path = str(kept.resolve())
     try:
-        calibration = served_calibration(path, allow_uncertified=codec.allow_uncertified)
+        calibration = served(path)
     except KVFetcherError as exc:
         if not is_open:
             raise
@@ -70,13 +89,14 @@ def choose_profile(codec: CodecConfig, model: Path) -> ChosenProfile:
     return ChosenProfile(
         replace(codec, profile=wanted, calibration=path),
         f"calibration {calibration.digest[:16]} of this model"
-        f"{_quality(calibration.certificate, wanted)}",
+        f"{_quality(calibration, wanted, dtype)}",
     )
 
 
-def _quality(certificate: Mapping[str, Any] | None, profile: str) -> str:
-    """What a certificate says of a profile."""
-    if certificate is None:
+def _quality(calibration: Calibration, profile: str, dtype: KVDtype | None) -> str:
+    """What the certificate of a calibration says of a profile."""
+    try:
+        ratio, kl = certified(calibration, profile, dtype=dtype)
+    except ConfigError:
         return ", not certified"
-    row = certificate["profiles"][profile]
-    return f": {row['ratio']:.1f} times smaller at KL {row['kl']:.1e} nats"
+    return f": {ratio:.1f} times smaller at KL {kl:.1e} nats"

@@ -5,12 +5,17 @@ A unit names its calibration by digest; a server names the model and takes the a
 
 from __future__ import annotations
 
+import math
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvfetcher.config import cache_home
 from kvfetcher.errors import ConfigError
 from kvfetcher.transform.artifact import Calibration
+
+if TYPE_CHECKING:
+    from kvfetcher.spec import KVDtype
 
 _known: dict[str, Calibration] = {}
 _served: dict[tuple[str, int], Calibration] = {}
@@ -53,15 +58,67 @@ def find_calibration(digest: str) -> Calibration:
     return calibration
 
 
-def served_calibration(path: str, *, allow_uncertified: bool) -> Calibration:
+class Certified(NamedTuple):
+    """What a certificate says of one profile."""
+
+    ratio: float
+    """Times smaller than the KV dtype."""
+    kl: float
+    """Nats per token."""
+
+
+def certified(calibration: Calibration, profile: str, *, dtype: KVDtype | None = None) -> Certified:
+    """What a calibration is certified for.
+
+    Args:
+        calibration: with its certificate.
+        profile: of the ladder.
+        dtype: KV dtype that it is to serve; None = not known, not compared.
+
+    Raises:
+        ConfigError: it has no certificate, or one of another calibration or KV dtype, or one
+            without this profile.
+    """
+    certificate, wrong = calibration.certificate, ""
+    if certificate is None:
+        wrong = "carries no certificate of its quality"
+    elif certificate.get("calibration") != calibration.digest:
+        wrong = "carries a certificate of another calibration"
+    elif certificate.get("dtype") != calibration.spec.dtype:
+        wrong = f"is for {calibration.spec.dtype} and its certificate for another KV dtype"
+    elif dtype not in (None, calibration.spec.dtype):
+        # Certifying measures with the calibration's own dtype: only a new one serves another.
+        raise ConfigError(
+            f"calibration {calibration.digest[:16]} is certified for {calibration.spec.dtype} and"
+            f" the KV dtype that is served is {dtype}; run `kvfetcher calibrate --kv-dtype {dtype}`,"
+            " or set codec.allow_uncertified"
+        )
+    else:
+        profiles = certificate.get("profiles")
+        row = profiles.get(profile) if isinstance(profiles, dict) else None
+        numbers = [row.get(name) for name in Certified._fields] if isinstance(row, dict) else [None]
+        if all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
+            return Certified(*map(float, numbers))
+        wrong = f"carries a certificate without ratio and KL of {profile}"
+    raise ConfigError(
+        f"calibration {calibration.digest[:16]} {wrong}; run `kvfetcher certify`, or set"
+        " codec.allow_uncertified"
+    )
+
+
+def served_calibration(
+    path: str, profile: str, *, allow_uncertified: bool, dtype: KVDtype | None = None
+) -> Calibration:
     """The calibration that a server codes with; read once per process and file state.
 
     Args:
         path: its file (`codec.calibration`).
-        allow_uncertified: take one whose quality was not measured.
+        profile: what it is to code.
+        allow_uncertified: take one whose quality was not measured, see `certified`.
+        dtype: KV dtype that is served; None = not known, not compared.
 
     Raises:
-        ConfigError: no file is named or it is missing, or it has no certificate.
+        ConfigError: no file is named or it is missing, or it is not certified for this.
         FormatError: it is damaged.
     """
     if not path:
@@ -84,11 +141,8 @@ def served_calibration(path: str, *, allow_uncertified: bool) -> Calibration:
         calibration = Calibration.load(file)
         with _lock:
             _served[state] = calibration
-    if calibration.certificate is None and not allow_uncertified:
-        raise ConfigError(
-            f"calibration {path} carries no certificate of its quality; run `kvfetcher certify`, or"
-            " set codec.allow_uncertified"
-        )
+    if not allow_uncertified:
+        certified(calibration, profile, dtype=dtype)
     register_calibration(calibration)
     return calibration
 

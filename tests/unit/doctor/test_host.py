@@ -14,7 +14,7 @@ from kvfetcher.engines.models import prepared_folder
 from kvfetcher.errors import ConfigError, EngineError, ServerError
 from kvfetcher.server.installation import Installation
 from kvfetcher.spec import KVSpec
-from support.calibrations import make_calibration
+from support.calibrations import certify, make_calibration
 
 GOOD = {
     "numpy": "1.26.4", "tritonclient": "2.73.0", "av": "18.1.0", "zstandard": "0.25.0",
@@ -123,9 +123,8 @@ def artifacts(tmp_path_factory):
     """(certified, uncertified) calibration files."""
     folder = tmp_path_factory.mktemp("calibrations")
     plain = make_calibration(KVSpec(num_layers=2, num_kv_heads=1, head_dim=16))
-    quality = {"profiles": {"balanced": {"kl": 5.8e-4, "ratio": 9.51}}}
     plain.save(folder / "plain")
-    plain.with_certificate(quality).save(folder / "certified")
+    certify(plain, balanced=(9.51, 5.8e-4)).save(folder / "certified")
     return str(folder / "certified"), str(folder / "plain")
 
 

@@ -7,15 +7,10 @@ from kvfetcher.errors import ConfigError
 from kvfetcher.server.profile import choose_profile
 from kvfetcher.spec import KVSpec
 from kvfetcher.transform import library
-from support.calibrations import make_calibration
+from support.calibrations import certify, make_calibration
 from support.engine_rig import write_model
 
-CERTIFICATE = {
-    "profiles": {
-        "balanced": {"ratio": 9.75, "kl": 5.1e-4},
-        "tiny": {"ratio": 25.0, "kl": 7e-3},
-    }
-}
+ROWS = {"near": (5.5, 8e-5), "balanced": (9.75, 5.1e-4), "tiny": (25.0, 7e-3)}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +31,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 def test_a_certified_calibration_makes_balanced_the_profile(model, calibration):
-    path = library.store_calibration(calibration.with_certificate(CERTIFICATE))
+    path = library.store_calibration(certify(calibration, **ROWS))
     codec, reason = choose_profile(CodecConfig(), model)
     assert (codec.profile, codec.calibration) == ("balanced", str(path))
     assert make_profile(codec).identity == f"balanced/1 calibration={calibration.digest}"
@@ -44,10 +39,10 @@ def test_a_certified_calibration_makes_balanced_the_profile(model, calibration):
 
 
 def test_a_later_calibration_does_not_change_what_was_chosen(model, calibration):
-    library.store_calibration(calibration.with_certificate(CERTIFICATE))
+    library.store_calibration(certify(calibration, **ROWS))
     codec, _ = choose_profile(CodecConfig(), model)
     later = make_calibration(KVSpec(3, 2, 8), layers=1, model=calibration.model)
-    library.store_calibration(later.with_certificate(CERTIFICATE))
+    library.store_calibration(certify(later, **ROWS))
     assert make_profile(codec).calibration.digest == calibration.digest
     assert (
         make_profile(choose_profile(CodecConfig(), model).codec).calibration.digest == later.digest
@@ -71,7 +66,7 @@ def test_an_uncertified_calibration_is_passed_over_unless_allowed(model, calibra
 
 
 def test_a_ladder_profile_gets_the_calibration_that_is_kept(model, calibration):
-    path = library.store_calibration(calibration.with_certificate(CERTIFICATE))
+    path = library.store_calibration(certify(calibration, **ROWS))
     codec, reason = choose_profile(CodecConfig(profile="tiny"), model)
     assert (codec.profile, codec.calibration) == ("tiny", str(path))
     assert "25.0 times" in reason
@@ -84,16 +79,47 @@ def test_a_ladder_profile_with_an_uncertified_calibration_is_refused(model, cali
 
 
 def test_what_is_configured_stays(model, calibration, tmp_path):
-    library.store_calibration(calibration.with_certificate(CERTIFICATE))
+    library.store_calibration(certify(calibration, **ROWS))
     own = tmp_path / "own.safetensors"
-    calibration.with_certificate(CERTIFICATE).save(own)
+    certify(calibration, **ROWS).save(own)
     for codec in (
         CodecConfig(profile="exact"),
         CodecConfig(profile="near", calibration=str(own)),
     ):
         assert choose_profile(codec, model).codec == codec
-    codec, _ = choose_profile(CodecConfig(calibration=str(own)), model)
+    codec, reason = choose_profile(CodecConfig(calibration=str(own)), model)
     assert (codec.profile, codec.calibration) == ("balanced", str(own))
+    assert reason == "codec.calibration is set: 9.8 times smaller at KL 5.1e-04 nats"
+
+
+def test_a_certificate_that_says_nothing_is_passed_over_unless_allowed(model, calibration):
+    library.store_calibration(calibration.with_certificate({}))
+    codec, reason = choose_profile(CodecConfig(), model)
+    assert codec.profile == "exact"
+    assert "kvfetcher certify" in reason
+    codec, reason = choose_profile(CodecConfig(allow_uncertified=True), model)
+    assert codec.profile == "balanced"
+    assert "not certified" in reason
+
+
+def test_a_certificate_of_another_kv_dtype_is_passed_over(model, calibration, tmp_path):
+    library.store_calibration(certify(calibration))
+    assert choose_profile(CodecConfig(), model, dtype="bfloat16").codec.profile == "balanced"
+    codec, reason = choose_profile(CodecConfig(), model, dtype="float8_e4m3fn")
+    assert codec.profile == "exact"
+    assert "--kv-dtype float8_e4m3fn" in reason
+    own = tmp_path / "own.safetensors"
+    certify(calibration).save(own)
+    named = CodecConfig(profile="near", calibration=str(own))
+    with pytest.raises(ConfigError, match="certified for bfloat16"):
+        choose_profile(named, model, dtype="float8_e4m3fn")
+
+
+def test_an_uncalibrated_profile_says_that_nothing_is_certified(model):
+    codec, reason = choose_profile(CodecConfig(profile="uncalibrated"), model)
+    assert codec.profile == "uncalibrated"
+    assert "not certified" in reason
+    assert "kvfetcher calibrate" in reason
 
 
 def test_a_ladder_profile_without_any_calibration_is_left_to_be_refused(model):

@@ -6,7 +6,7 @@ from kvfetcher.errors import ConfigError
 from kvfetcher.spec import KVSpec
 from kvfetcher.transform import library
 from kvfetcher.transform.artifact import LADDER
-from support.calibrations import make_calibration
+from support.calibrations import certify, make_calibration
 
 SPEC = KVSpec(3, 2, 8)
 
@@ -21,7 +21,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def calibration():
-    return make_calibration(SPEC).with_certificate({"measured": True})
+    return certify(make_calibration(SPEC))
 
 
 def test_stored_calibration_is_found_by_digest_and_by_model(calibration):
@@ -33,7 +33,7 @@ def test_stored_calibration_is_found_by_digest_and_by_model(calibration):
 
 def test_a_second_calibration_of_a_model_leaves_the_first_for_old_chunks(calibration):
     first = library.store_calibration(calibration)
-    other = make_calibration(SPEC, layers=1).with_certificate({})
+    other = certify(make_calibration(SPEC, layers=1))
     second = library.store_calibration(other)
     assert first.exists()
     assert library.model_calibration_path(calibration.model).resolve() == second
@@ -76,6 +76,42 @@ def test_uncertified_calibration_is_served_only_when_allowed(tmp_path):
         make_profile(CodecConfig(profile="near", calibration=str(path)))
     config = CodecConfig(profile="near", calibration=str(path), allow_uncertified=True)
     assert make_profile(config).name == "near"
+
+
+def other_kv_dtype():
+    return certify(make_calibration(SPEC)).certificate | {"dtype": "float16"}
+
+
+@pytest.mark.parametrize(
+    "certificate",
+    [
+        {},
+        {"profiles": {}},
+        certify(make_calibration(SPEC, layers=1)).certificate,
+        other_kv_dtype(),
+        certify(make_calibration(SPEC), balanced=(9.0, 1e-4)).certificate,
+        certify(make_calibration(SPEC), near=("9", 1e-4)).certificate,
+        certify(make_calibration(SPEC)).certificate | {"profiles": {"near": 1}},
+        certify(make_calibration(SPEC)).certificate | {"profiles": ["near"]},
+    ],
+    ids=["empty", "no rows", "other", "dtype", "no near", "text", "row", "list"],
+)
+def test_certificate_of_something_else_counts_as_none(calibration, tmp_path, certificate):
+    path = tmp_path / "c.safetensors"
+    calibration.with_certificate(certificate).save(path)
+    with pytest.raises(ConfigError, match="run `kvfetcher certify`, or set"):
+        make_profile(CodecConfig(profile="near", calibration=str(path)))
+    config = CodecConfig(profile="near", calibration=str(path), allow_uncertified=True)
+    assert make_profile(config).name == "near"
+
+
+def test_certified_calibration_does_not_serve_another_kv_dtype(calibration):
+    path = str(library.store_calibration(calibration))
+    fp8 = KVSpec(3, 2, 8, dtype="float8_e4m3fn")
+    with pytest.raises(ConfigError, match=r"certified for bfloat16.*--kv-dtype float8_e4m3fn"):
+        profile_id(CodecConfig(profile="near", calibration=path), fp8)
+    config = CodecConfig(profile="near", calibration=path, allow_uncertified=True)
+    assert profile_id(config, fp8).startswith("near/1")
 
 
 def test_calibration_of_another_model_is_refused(calibration):
