@@ -191,7 +191,7 @@ def test_saves_loads_and_cancels(four_heads, tmp_path, num_ranks, layout, async_
         assert engine.hub.counters.loaded_tokens > 30 * 32
 
 
-def test_rank_that_dies_gives_every_lease_back(loaded, tmp_path):
+def test_ranks_that_died_give_every_lease_back(loaded, tmp_path):
     engine = Engine(loaded, tmp_path)
     with engine.stack:
         prompt = PROMPTS[1]
@@ -205,8 +205,11 @@ def test_rank_that_dies_gives_every_lease_back(loaded, tmp_path):
         assert handle.is_announced.result(timeout=10)
         engine.ranks[1].kill()
         assert handle.ticket.result(timeout=10) is None
+        assert engine.ranks[0].poll() is None
+        time.sleep(0.5)  # rank 0 lives, and was told of the lease
+        assert engine.leases.usage()["claimed"] > 0
+        engine.ranks[0].kill()
         assert engine.is_at_rest()
         assert "rank 1 of the engine is gone" in engine.hub.dead
         late = engine.hub.announce(prompt, cache_salt="", lease=None, save=True)
         assert late.is_announced.result(timeout=1) is False
-        engine.ranks[0].kill()

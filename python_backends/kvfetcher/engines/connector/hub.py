@@ -1,7 +1,8 @@
 """The owner's end of the connector: announces requests to the engine's ranks, keeps their leases, makes room.
 
-One thread accepts, one per rank reads. A lease that was announced stays claimed until every rank has
-said that it reads it no more, or the engine will not run the request, or the engine's process is gone.
+One thread accepts, two per rank read and write. A lease that was announced stays claimed until every
+rank has said that it reads it no more, or the engine will not run the request, or the processes of all
+ranks are gone: a rank whose connection ended may still run what it was told of.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import concurrent.futures
 import contextlib
 import logging
 import os
+import queue
 import secrets
+import select
 import socket
 import struct
 import threading
@@ -55,7 +58,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_SEND_SECONDS = 5
+# A rank's reader only files messages away, but another thread of its process may hold the
+# interpreter meanwhile (compiling, capturing graphs).
+_SEND_SECONDS = 30
+_LOOK_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +119,55 @@ class Handle:
     _saved: dict[int, bool] = field(default_factory=dict)
 
 
+class _Peer:
+    """One rank's connection and process. Sending is handing over: no caller waits for the socket."""
+
+    def __init__(self, connection: socket.socket, pid: int) -> None:
+        self._connection = connection
+        self._outbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write, name="kvfetcher-hub-out", daemon=True)
+        self._process = _watch(pid)
+        self._thread.start()
+
+    def send(self, message: Message) -> None:
+        """Lost when the rank is gone."""
+        self._outbox.put(message)
+
+    def shut(self) -> None:
+        """End the connection, so that the rank knows. Safe to call twice."""
+        self._outbox.put(None)
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+
+    def is_gone(self) -> bool:
+        """Whether the rank's process has ended; False where that cannot be known."""
+        return self._process is not None and bool(select.select([self._process], [], [], 0)[0])
+
+    def close(self) -> None:
+        """After `shut`: wait for the thread."""
+        self._thread.join(timeout=5.0)
+        if self._process is not None:
+            os.close(self._process)
+            self._process = None
+
+    def _write(self) -> None:
+        try:
+            while (message := self._outbox.get()) is not None:
+                self._connection.sendall(to_line(message))
+        except OSError as exc:
+            _log.warning("a rank of the engine cannot be told: %s", exc)
+            self.shut()
+
+
+def _watch(pid: int) -> int | None:
+    """A descriptor that is readable once the process has ended; unlike its number it is never reused."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError as exc:
+        _log.warning("process %d of the engine cannot be watched: %s", pid, exc.strerror)
+        return None
+
+
 class ConnectorHub:
     """See the module's text. A context manager; all methods are thread-safe.
 
@@ -147,12 +202,14 @@ class ConnectorHub:
         self._settings = settings
         self._clock = clock
         self._changed = threading.Condition()
-        self._ranks: dict[int, socket.socket] = {}
+        self._ranks: dict[int, _Peer] = {}
         self._ready: dict[int, str] = {}
         self._layouts: dict[int, str] = {}
         self._handles: dict[str, Handle] = {}
+        self._held: list[Lease] = []
         self._dead = ""
         self._closing = self._is_ending = False
+        self._on_lost: Callable[[str], None] | None = None
         self.counters = HubCounters()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -177,15 +234,33 @@ class ConnectorHub:
             if self._closing:
                 return
             self._closing = True
-        for connection in (self._listener, *self._ranks.values()):
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+            self._changed.notify_all()
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        with self._changed:
+            peers = tuple(self._ranks.values())
+        for peer in peers:
+            peer.shut()
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(timeout=5.0)
         self._listener.close()
         self._fail("the engine was closed")
+        for peer in peers:
+            peer.close()
+        self._release_held()
         self.path.unlink(missing_ok=True)
+
+    def when_lost(self, call: Callable[[str], None]) -> None:
+        """Have `call` told the reason, from a thread, when ranks go and no end is expected.
+
+        Raises:
+            EngineError: they have gone already.
+        """
+        with self._changed:
+            if self._dead:
+                raise EngineError(self._dead)
+            self._on_lost = call
 
     @property
     def dead(self) -> str:
@@ -289,7 +364,8 @@ class ConnectorHub:
                 return handle
             self._handles[announce.key] = handle
             self.counters.announced += 1
-        self._send(0, announce)
+            # Under the lock: a request that `_fail` has ended is never announced after that.
+            self._ranks[0].send(announce)
         return handle
 
     def settle(self, handle: Handle, *, save: bool) -> None:
@@ -301,9 +377,8 @@ class ConnectorHub:
         """
         with self._changed:
             handle.wants_save &= save
-            is_open = handle.announce.key in self._handles
-        if is_open:
-            self._send(0, Withdraw(handle.announce.key))
+            if handle.announce.key in self._handles:
+                self._ranks[0].send(Withdraw(handle.announce.key))
 
     # Connections
 
@@ -355,39 +430,24 @@ class ConnectorHub:
             elif hello.rank in self._ranks or not 0 <= hello.rank < self._num_ranks:
                 reason = f"rank {hello.rank} is connected already, or not one of this engine"
             else:
-                self._ranks[hello.rank] = connection
+                peer = self._ranks[hello.rank] = _Peer(connection, hello.pid)
+                peer.send(self._welcome(hello.rank))
         if reason or not isinstance(hello, Hello):
             connection.sendall(to_line(Refused(reason)))
             return -1
-        settings = self._settings
-        connection.sendall(
-            to_line(
-                Welcome(
-                    arena=self._paths[hello.rank],
-                    generation=self._arena.generation,
-                    spec=settings.spec.to_dict(),
-                    tokens_per_block=settings.tokens_per_block,
-                    layout=settings.layout,
-                    async_load_tokens=settings.async_load_tokens,
-                    save_timeout_seconds=settings.save_timeout_seconds,
-                )
-            )
-        )
         return hello.rank
 
-    def _send(self, rank: int, message: Message) -> None:
-        with self._changed:
-            connection = self._ranks.get(rank)
-            if connection is None:
-                return
-            # Under the lock, so that lines do not mix. The peer's reader does nothing slow; one that
-            # does not read for so long is dead.
-            try:
-                connection.sendall(to_line(message))
-            except OSError as exc:
-                _log.warning("rank %d cannot be told: %s", rank, exc)
-                with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
+    def _welcome(self, rank: int) -> Welcome:
+        settings = self._settings
+        return Welcome(
+            arena=self._paths[rank],
+            generation=self._arena.generation,
+            spec=settings.spec.to_dict(),
+            tokens_per_block=settings.tokens_per_block,
+            layout=settings.layout,
+            async_load_tokens=settings.async_load_tokens,
+            save_timeout_seconds=settings.save_timeout_seconds,
+        )
 
     # Messages
 
@@ -402,10 +462,10 @@ class ConnectorHub:
                 message, Announced | Withdrawn | Matched | Copied | Finished | Saved
             ) and (handle := self._handles.get(message.key)):
                 room = self._advance(handle, rank, message)
+            if room is not None:
+                for peer in self._ranks.values():
+                    peer.send(room)
             self._changed.notify_all()
-        if room is not None:
-            for number in range(self._num_ranks):
-                self._send(number, room)
 
     def _advance(
         self,
@@ -560,14 +620,42 @@ class ConnectorHub:
             self._handles.pop(handle.announce.key, None)
 
     def _fail(self, reason: str) -> None:
+        """End every request. Their leases stay claimed: ranks that live may still read them."""
         with self._changed:
-            if not self._dead:
-                self._dead = reason
-                if not (self._closing or self._is_ending):
-                    _log.error("%s", reason)
+            is_first, self._dead = not self._dead, self._dead or reason
+            is_fault = is_first and not (self._closing or self._is_ending)
             for handle in tuple(self._handles.values()):
+                if handle.lease is not None:
+                    self._held.append(handle.lease)
+                    handle.lease = None
                 self._end(handle)
+            for peer in self._ranks.values():
+                peer.shut()  # the others may not know yet
+            if is_first and not self._closing:
+                watch = threading.Thread(
+                    target=self._await_end, name="kvfetcher-hub-end", daemon=True
+                )
+                self._threads.append(watch)
+                watch.start()
+            on_lost = self._on_lost if is_fault else None
             self._changed.notify_all()
+        if is_fault:
+            _log.error("%s", reason)
+        if on_lost is not None:
+            on_lost(reason)
+
+    def _await_end(self) -> None:
+        """Let the held leases go once no rank's process is left."""
+        with self._changed:
+            while not (self._closing or all(peer.is_gone() for peer in self._ranks.values())):
+                self._changed.wait(_LOOK_SECONDS)
+            if not self._closing:  # else `close` does, in its order
+                self._release_held()
+
+    def _release_held(self) -> None:
+        held, self._held = self._held, []
+        for lease in held:
+            self._leases.release(lease.id, now=self._clock(), is_claimer=True)
 
 
 def _path_for(rank: int, num_ranks: int, arena: Arena) -> str:

@@ -35,7 +35,12 @@ _RETRY_SECONDS = 0.05
 
 
 class Sender(Protocol):
-    """The one power that the connector's parts need of the link."""
+    """What the connector's parts need of the link."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the owner is still there."""
+        ...
 
     def send(self, message: Message) -> None:
         """Hand over; never waits, never raises. Lost when the owner is gone."""
@@ -96,7 +101,6 @@ class OwnerLink:
 
     @property
     def is_open(self) -> bool:
-        """Whether the owner is still there."""
         return not self._closed.is_set()
 
     def send(self, message: Message) -> None:
@@ -133,7 +137,9 @@ class OwnerLink:
             _log.exception("the owner of the KV arena speaks another version; link closed")
         finally:
             if not self._closed.is_set():
-                _log.warning("the owner of the KV arena is gone; prefixes are computed from now on")
+                _log.warning(
+                    "the link to the owner of the KV arena is lost; nothing is offered any more"
+                )
             self._closed.set()
             self._outbox.put(None)
 

@@ -112,6 +112,12 @@ class Announcements:
                 self._count(announce, -1)
             return announce is not None
 
+    def clear(self) -> None:
+        """Forget all."""
+        with self._lock:
+            self._waiting.clear()
+            self._lengths.clear()
+
     def take(self, token_ids: Sequence[int], salt: str | None) -> Announce | None:
         """The announcement of a request with these tokens, which is its own from now on.
 
@@ -202,8 +208,15 @@ class ConnectorScheduler:
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int, bool]:
-        token_ids = request.get_tokens(0)
         tracked = self._tracked.get(request.request_id)
+        if not self._sender.is_open:
+            # Whoever fills the arena has lost sight of this rank, and may fill the blocks that were
+            # announced with something else as soon as all ranks are taken for gone.
+            self._announced.clear()
+            if tracked is not None:
+                tracked.load, tracked.load_tokens, tracked.tokens_with_kv = None, 0, 0
+            return 0, False
+        token_ids = request.get_tokens(0)
         if tracked is None:
             announce = self._announced.take(token_ids, _salt_of(request))
             if announce is None:

@@ -1,12 +1,16 @@
 """The socket between the arena's owner and the ranks: start, versions, ends."""
 
+import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
 from kvfetcher.arena import Arena
+from kvfetcher.engines.connector import link as link_module
 from kvfetcher.engines.connector.hub import ConnectorHub, HubSettings
 from kvfetcher.engines.connector.link import OwnerLink
 from kvfetcher.engines.connector.messages import (
@@ -180,7 +184,7 @@ def test_stranger_at_the_owners_socket_harms_nobody(owner, line):
 def test_owner_that_speaks_nonsense_later_is_left(owner):
     rank = Rank(owner).ready()
     owner.hub.wait_ready(5)
-    owner.hub._ranks[0].sendall(b"nonsense\n")
+    owner.hub._ranks[0]._connection.sendall(b"nonsense\n")
     wait(lambda: not rank.link.is_open)
     rank.link.send(Copied("a"))  # goes nowhere, raises nothing
     rank.link.close()
@@ -334,7 +338,7 @@ class TestOneRequest:
         assert handle.ticket.result(5) is None
         assert "rank 0 of the engine is gone" in owner.hub.dead
         assert owner.leases.usage()["resting"] == 4  # it may have been writing
-        owner.hub._send(0, Copied("x"))  # to a closed connection: logged, not raised
+        owner.hub._ranks[0].send(Copied("x"))  # to a closed connection: lost, not raised
 
     def test_room_that_expired_before_the_rank_went(self, owner, rank):
         handle = announce(owner)
@@ -343,3 +347,85 @@ class TestOneRequest:
         owner.now = 11.0
         rank.link.close()
         assert handle.ticket.result(5) is None
+
+
+class TestRankThatIsLost:
+    """Its connection ends before its process does: it may still read what it was told of."""
+
+    @pytest.fixture
+    def process(self, monkeypatch):
+        """Another process, which the ranks of a test say they are."""
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+        monkeypatch.setattr(link_module.os, "getpid", lambda: child.pid)
+        yield child
+        child.kill()
+        child.communicate()
+
+    def test_its_leases_stay_claimed_until_its_process_is_gone(self, owner, process):
+        rank = Rank(owner).ready()
+        owner.hub.wait_ready(5)
+        handle = announce(owner, lease=owner.lease(8))
+        rank.hears(Announce)
+        rank.link.close()
+        assert handle.ticket.result(5) is None
+        assert handle.is_matched.result(5) is False
+        assert owner.hub.num_open == 0
+        wait(lambda: any(t.name == "kvfetcher-hub-end" for t in threading.enumerate()))
+        assert owner.leases.usage()["claimed"] == 2
+        process.communicate()
+        wait(lambda: owner.leases.usage()["claimed"] == 0)
+
+    def test_process_that_cannot_be_watched_is_not_taken_for_gone(self, owner, monkeypatch):
+        monkeypatch.setattr(link_module.os, "getpid", lambda: 2**22 + 1)  # above every pid
+        rank = Rank(owner).ready()
+        owner.hub.wait_ready(5)
+        announce(owner, lease=owner.lease(8))
+        rank.link.close()
+        wait(lambda: owner.hub.dead)
+        assert not owner.hub._ranks[0].is_gone()
+        assert owner.leases.usage()["claimed"] == 2
+        owner.hub.close()
+        assert owner.leases.usage()["claimed"] == 0
+
+    def test_the_other_ranks_lose_their_link_too(self, owner_of, process):
+        owner = owner_of(num_ranks=2)
+        first, second = Rank(owner, 0, 2).ready(), Rank(owner, 1, 2).ready()
+        owner.hub.wait_ready(5)
+        second.link.close()
+        wait(lambda: not first.link.is_open)
+        first.link.close()
+
+    @pytest.mark.parametrize("is_expected", [False, True])
+    def test_it_is_told_where_no_end_is_expected(self, owner, process, is_expected):
+        told = []
+        rank = Rank(owner).ready()
+        owner.hub.wait_ready(5)
+        owner.hub.when_lost(told.append)
+        if is_expected:
+            owner.hub.expect_end()
+        rank.link.close()
+        wait(lambda: owner.hub.dead and (told or is_expected))
+        owner.hub.close()
+        assert told == ([] if is_expected else ["rank 0 of the engine is gone; restart the server"])
+        with pytest.raises(EngineError, match="rank 0 of the engine is gone"):
+            owner.hub.when_lost(told.append)
+
+
+def test_rank_that_does_not_read_holds_nobody_up(owner):
+    with socket.socket(socket.AF_UNIX) as stuck:
+        stuck.connect(str(owner.hub.path))
+        hello = {"kind": "hello", "rank": 0, "num_ranks": 1, "pid": 2**22 + 1}
+        ready = {"kind": "ready", "num_pool_blocks": 1, "facts": ""}
+        for line in (hello, ready):
+            stuck.sendall(json.dumps(line).encode() + b"\n")
+        owner.hub.wait_ready(5)
+        started = time.monotonic()
+        handles = [
+            owner.hub.announce(PROMPT, cache_salt="x" * 10_000, lease=None, save=False)
+            for _ in range(200)  # 2 MB, ten times what the socket takes
+        ]
+        for handle in handles:
+            owner.hub.settle(handle, save=False)
+        assert time.monotonic() - started < 5  # a send is given up after 30 s
+        assert owner.hub.num_open == 200
+    wait(lambda: owner.hub.num_open == 0)

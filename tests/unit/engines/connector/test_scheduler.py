@@ -26,6 +26,7 @@ PROMPT = list(range(100, 170))
 @dataclass
 class Outbox:
     sent: list = field(default_factory=list)
+    is_open: bool = True
 
     def send(self, message):
         self.sent.append(message)
@@ -141,6 +142,20 @@ def test_withdrawn_request_is_not_matched(scheduler, outbox):
     scheduler.get_num_new_matched_tokens(Request(), 0)
     scheduler.receive(Withdraw("k"))
     assert outbox.of(Withdrawn)[-1] == Withdrawn("k", used=True)
+
+
+def test_nothing_is_offered_once_the_owner_is_lost(scheduler, outbox):
+    scheduler.receive(announce())
+    scheduler.receive(announce("later"))
+    assert scheduler.get_num_new_matched_tokens(Request(1), 0) == (64, False)
+    outbox.is_open = False
+    assert scheduler.get_num_new_matched_tokens(Request(2), 0) == (0, False)
+    assert scheduler.get_num_new_matched_tokens(Request(1), 0) == (0, False)  # allocated again
+    scheduler.update_state_after_alloc(Request(1), list(range(9)))
+    assert scheduler.build_connector_meta(output(data())).loads == ()
+    outbox.is_open = True  # not even then: it was forgotten
+    assert scheduler.get_num_new_matched_tokens(Request(3), 0) == (0, False)
+    assert scheduler.counters.faults == 0
 
 
 def test_announcements_are_bounded(scheduler, monkeypatch):
