@@ -131,6 +131,11 @@ class PlaneRing:
             table.unlink(missing_ok=True)
             raise
 
+    @property
+    def num_bytes(self) -> int:
+        """Of its memory; planes of more never fit."""
+        return self._num_bytes
+
     def reserve(self, num_bytes: int, *, shift: int, wait_seconds: float) -> PlaneTicket | None:
         """Room for planes, or None where none became free in time (or the ring is too small).
 

@@ -27,7 +27,7 @@ from kvfetcher.cuda import cuda_context
 from kvfetcher.errors import CodecError, DecoderUnavailableError, GpuError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from kvfetcher.codec.base import Chroma, Integers, PlaneGeometry
     from kvfetcher.cuda import CudaContext
@@ -138,26 +138,40 @@ class NvdecDecoder:
         self,
         packets: Sequence[bytes | memoryview],
         geometry: PlaneGeometry,
-        address: int | None = None,
-    ) -> None:
+        place: Callable[[], int | None] | None = None,
+    ) -> Integers | None:
         """Decode and keep the pictures on the GPU.
 
         Args:
             packets: as for `decode`.
             geometry: as for `decode`.
-            address: ``geometry.num_bytes`` of GPU memory for the planes, whose samples lie
-                `sample_shift` bits up there. The copies are given to `context`'s default stream,
-                not waited for. None = the pictures are dropped (the engine's own rate).
+            place: asked when the first picture is there, so that memory is held only from then on:
+                the address of ``geometry.num_bytes`` of GPU memory for the planes, whose samples
+                lie `sample_shift` bits up there. The copies are given to `context`'s default
+                stream, not waited for. It gives None = there is no room. No `place` = the pictures
+                are dropped (the engine's own rate).
+
+        Returns:
+            None; where there was no room, the planes in host memory, as from `decode`.
 
         Raises:
             CodecError, DecoderUnavailableError: as `decode`.
             GpuError: a copy failed.
         """
         num_bytes = geometry.num_bytes // geometry.num_frames
+        address: int | None = None
+        planes: Integers | None = None
         for index, frame in self._frames(packets, geometry):
+            if place is None:
+                continue
+            if index == 0 and (address := place()) is None:
+                planes = np.empty(geometry.shape, geometry.dtype)
             if address is not None:
                 # On the stream that PyNvVideoCodec uses: in order, before the surface is reused.
                 self.context.copy(address + index * num_bytes, frame, num_bytes)
+            elif planes is not None:
+                self._copies.copy_out(frame, planes[index], shift=sample_shift(geometry))
+        return planes
 
     def close(self) -> None:
         """Free the sessions; the next `decode` opens new ones."""

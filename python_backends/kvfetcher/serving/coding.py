@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from kvfetcher.codec.unit import Unit
     from kvfetcher.config import CodecConfig
-    from kvfetcher.serving.gpu_coding import GpuJob
+    from kvfetcher.serving.gpu_coding import GpuJob, KeptPlanes
 
 DecoderChoice = Literal["auto", "cpu", "nvdec"]
 
@@ -102,15 +102,13 @@ class UnitDecoder:
         started = time.perf_counter()
         if self._nvdec is not None and self._gpu_output.wants(target_json):
             parsed = parse_unit(unit)
-            try:
-                has_video = parsed.geometry.num_frames > 0
-                ticket = self._gpu_output.decode(parsed, self._nvdec) if has_video else ""
-            except (CodecError, GpuError) as exc:
-                _log.warning("a unit is not kept on the GPU: %s", exc)
-                ticket = ""
-            if ticket:
-                status = {"decoder": "nvdec", "planes": "gpu", "decode_ms": _ms_since(started)}
-                return DecodedUnit(_NO_PLANES, ticket, json.dumps(status))
+            if parsed.geometry.num_frames:
+                try:
+                    kept = self._gpu_output.decode(parsed, self._nvdec)
+                except (CodecError, GpuError) as exc:
+                    _log.warning("a unit is not kept on the GPU: %s", exc)
+                else:
+                    return _kept_unit(kept, started)
         planes, text = self.decode(unit)
         return DecodedUnit(planes, "", text)
 
@@ -150,6 +148,16 @@ class UnitDecoder:
         self._gpu_output.close()
         if self._nvdec is not None:
             self._nvdec.close()
+
+
+def _kept_unit(kept: KeptPlanes, started: float) -> DecodedUnit:
+    planes = _NO_PLANES if kept.planes is None else kept.planes.view(np.uint8)
+    status = {
+        "decoder": "nvdec",
+        "planes": "gpu" if kept.planes is None else "host",
+        "decode_ms": _ms_since(started),
+    }
+    return DecodedUnit(planes, kept.planes_at, json.dumps(status))
 
 
 def _proven_nvdec() -> nvdec.NvdecDecoder:

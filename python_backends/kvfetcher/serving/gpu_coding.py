@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kvfetcher.arena import Arena
+    from kvfetcher.codec.base import Integers
     from kvfetcher.codec.nvdec import NvdecDecoder
     from kvfetcher.codec.unit import Unit
+    from kvfetcher.cuda import CudaContext
 
 _SHARED_MEMORY = Path("/dev/shm")
 # kv_restore takes milliseconds; longer than this and the unit's request is gone or the GPU is
@@ -70,6 +72,15 @@ class Arenas:
         self._attached.clear()
 
 
+class KeptPlanes(NamedTuple):
+    """Where one unit's planes are."""
+
+    planes_at: str
+    """JSON `PlaneTicket`; "" = in `planes`."""
+    planes: Integers | None = None
+    """[F, P, Y, X] in host memory."""
+
+
 class GpuOutput:
     """The decoding side: which units stay on the GPU, and where.
 
@@ -98,33 +109,44 @@ class GpuOutput:
                 self._gpus.popitem(last=False)
         return known
 
-    def decode(self, unit: Unit, decoder: NvdecDecoder) -> str:
-        """Decode into the ring; the ticket's JSON, or "" where the ring has no room.
+    def decode(self, unit: Unit, decoder: NvdecDecoder) -> KeptPlanes:
+        """Decode into the ring, or into host memory where the ring has no room.
 
         Raises:
             CodecError, GpuError: it does not decode, or the GPU refused.
         """
+        ring = self._open_ring(decoder.context)
+        geometry = unit.geometry
+        ticket: PlaneTicket | None = None
+
+        def place() -> int | None:
+            nonlocal ticket
+            ticket = ring.reserve(
+                geometry.num_bytes, shift=sample_shift(geometry), wait_seconds=_WAIT_SECONDS
+            )
+            return None if ticket is None else ring.address_of(ticket)
+
+        try:
+            planes = decoder.decode_on_gpu(unit.packets(), geometry, place)
+            if ticket is None:
+                return KeptPlanes("", planes)
+            ring.written()
+        except BaseException:
+            if ticket is not None:
+                ring.cancel(ticket)
+            raise
+        return KeptPlanes(ticket.to_json())
+
+    def _open_ring(self, context: CudaContext) -> PlaneRing:
         if self._ring is None:
             name = f"kvfetcher-{run_dir().name}-planes-{os.getpid()}"
             self._ring = PlaneRing(
-                decoder.context,
+                context,
                 self._ring_bytes,
                 table=_SHARED_MEMORY / name,
                 expiry_seconds=_EXPIRY_SECONDS,
             )
-        geometry = unit.geometry
-        ticket = self._ring.reserve(
-            geometry.num_bytes, shift=sample_shift(geometry), wait_seconds=_WAIT_SECONDS
-        )
-        if ticket is None:
-            return ""
-        try:
-            decoder.decode_on_gpu(unit.packets(), geometry, self._ring.address_of(ticket))
-            self._ring.written()
-        except BaseException:
-            self._ring.cancel(ticket)
-            raise
-        return ticket.to_json()
+        return self._ring
 
     def close(self) -> None:
         """Free the memory."""

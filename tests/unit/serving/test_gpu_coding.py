@@ -7,17 +7,21 @@ import pytest
 import torch
 
 from kvfetcher.codec.exact import ExactProfile
+from kvfetcher.codec.nvdec import NvdecDecoder
 from kvfetcher.codec.profiles import encode_chunk, restore_parsed
+from kvfetcher.codec.unit import parse_unit
 from kvfetcher.config import CodecConfig
 from kvfetcher.container import parse_header
 from kvfetcher.cuda import IPC_HANDLE_BYTES
 from kvfetcher.errors import ArenaError, ChecksumError, LayoutError
+from kvfetcher.gpu_arena import GpuArena
 from kvfetcher.plane_ring import PlaneTicket
-from kvfetcher.serving import gpu_coding
+from kvfetcher.server.probe import probe_unit
+from kvfetcher.serving import coding, gpu_coding
 from kvfetcher.serving.coding import ChunkEncoder, UnitDecoder, UnitRestorer
 from kvfetcher.spec import HeadRange, KVSpec
 from kvfetcher.split_arena import create_arena
-from support.host_as_gpu import gpus_in_host_memory
+from support.host_as_gpu import gpus_in_host_memory, nvdec_on_host
 
 SPEC = KVSpec(num_layers=4, num_kv_heads=3, head_dim=16)
 TOKENS = 30
@@ -231,3 +235,67 @@ def test_chunk_saved_from_parts_is_that_of_the_values(arena_of, places):
 def test_planes_stay_on_a_gpu_for_parts_on_gpus(arena_of, places, expected):
     target = arena_of(places).target((0,), 5).to_json()
     assert gpu_coding.GpuOutput(1 << 20).wants(target) is expected
+
+
+# Decoding: NVDEC's pictures come from the CPU decoder, GPU memory from the host
+
+
+@pytest.fixture
+def probe():
+    return parse_unit(probe_unit())
+
+
+@pytest.fixture
+def probe_arena(tmp_path, probe, arena_of):
+    arena = GpuArena.create_on(
+        0, tmp_path / "gpu", spec=probe.spec, tokens_per_block=16, num_bytes=1 << 18
+    )
+    yield arena
+    arena.close()
+
+
+@pytest.fixture
+def decoder(monkeypatch, probe):
+    """A `UnitDecoder` whose ring holds two of the probe's planes; `gpu` and `library` behind it."""
+    library, gpu = nvdec_on_host(monkeypatch, probe.geometry)
+    monkeypatch.setattr(coding, "_proven_nvdec", NvdecDecoder)
+    monkeypatch.setattr(gpu_coding, "_WAIT_SECONDS", 0.0)
+    made = UnitDecoder("nvdec", ring_bytes=2 * probe.geometry.num_bytes)
+    made.library, made.gpu = library, gpu
+    yield made
+    made.close()
+
+
+def target_of(arena):
+    return arena.target(tuple(range(12)), 192).to_json()
+
+
+def tickets_of(decoder):
+    return sum(map(bool, decoder._gpu_output._ring._table.tickets.tolist()))
+
+
+def test_planes_stay_on_the_gpu_while_the_ring_has_room(decoder, probe_arena, probe):
+    expected, _ = UnitDecoder("cpu").decode(probe_unit())
+    for _ in range(2):
+        kept = decoder.decode_for(probe_unit(), target_of(probe_arena))
+        assert (kept.planes.size, json.loads(kept.status)["planes"]) == (1, "gpu")
+        assert PlaneTicket.from_json(kept.planes_at).num_bytes == probe.geometry.num_bytes
+    full = decoder.decode_for(probe_unit(), target_of(probe_arena))
+    np.testing.assert_array_equal(full.planes, expected)
+    facts = json.loads(full.status)
+    assert (full.planes_at, facts["decoder"], facts["planes"]) == ("", "nvdec", "host")
+    assert decoder.library.pictures == 3 * probe.geometry.num_frames, "decoded once"
+
+
+def test_a_stream_that_fails_holds_no_memory(decoder, probe_arena, monkeypatch):
+    pictures = decoder.library._decode
+
+    def one_and_no_more(packet):
+        if decoder.library.pictures:
+            raise RuntimeError("the engine was reset")
+        return pictures(packet) * 2  # one too many
+
+    monkeypatch.setattr(decoder.library, "_decode", one_and_no_more)
+    kept = decoder.decode_for(probe_unit(), target_of(probe_arena))
+    assert (kept.planes_at, json.loads(kept.status)["decoder"]) == ("", "cpu")
+    assert tickets_of(decoder) == 0

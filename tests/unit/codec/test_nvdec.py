@@ -1,0 +1,64 @@
+"""`NvdecDecoder` around its library, with the CPU decoder in NVDEC's place (NVDEC is in tests/gpu)."""
+
+import ctypes
+
+import numpy as np
+import pytest
+
+from kvfetcher.codec.base import PlaneGeometry
+from kvfetcher.codec.nvdec import NvdecDecoder, sample_shift
+from kvfetcher.codec.video import encode_planes
+from kvfetcher.errors import CodecError
+from support.host_as_gpu import nvdec_on_host
+
+GEOMETRY = PlaneGeometry(num_frames=3, width=160, height=144, bit_depth=10)
+PLANES = np.random.default_rng(3).integers(480, 544, GEOMETRY.shape, dtype=np.uint16)
+
+
+@pytest.fixture(scope="module")
+def packets():
+    return encode_planes(PLANES, bit_depth=10)
+
+
+@pytest.fixture
+def host(monkeypatch):
+    return nvdec_on_host(monkeypatch, GEOMETRY)
+
+
+@pytest.fixture
+def decoder(host):
+    made = NvdecDecoder()
+    yield made
+    made.close()
+
+
+def test_memory_is_asked_for_when_the_first_picture_is_there(host, decoder, packets):
+    library, gpu = host
+    address = gpu.allocate(GEOMETRY.num_bytes)
+    asked = []
+
+    def place():
+        asked.append(library.pictures)
+        return address
+
+    assert decoder.decode_on_gpu(packets, GEOMETRY, place) is None
+    assert asked == [1]
+    data = ctypes.string_at(address, GEOMETRY.num_bytes)
+    got = np.frombuffer(data, np.uint16).reshape(GEOMETRY.shape) >> sample_shift(GEOMETRY)
+    np.testing.assert_array_equal(got, PLANES)
+
+
+def test_planes_without_room_on_the_gpu_come_to_the_host_in_one_decode(host, decoder, packets):
+    planes = decoder.decode_on_gpu(packets, GEOMETRY, lambda: None)
+    np.testing.assert_array_equal(planes, PLANES)
+    assert host[0].pictures == 3
+    np.testing.assert_array_equal(decoder.decode(packets, GEOMETRY), PLANES)
+    assert len(host[0].opened) == 1, "the session is kept"
+
+
+def test_nothing_is_asked_for_where_no_picture_comes(decoder, packets):
+    asked = []
+    with pytest.raises(CodecError):
+        decoder.decode_on_gpu([b"\0\0\0\1no stream"], GEOMETRY, lambda: asked.append(1))
+    assert not asked
+    assert decoder.decode_on_gpu(packets, GEOMETRY) is None, "pictures are dropped"
