@@ -3,6 +3,10 @@
 Wraps one remote store, below any local tier, so that a dead remote does not hide what lies near.
 An open breaker answers `StoreUnavailableError` at once, without I/O. Only `TransientStoreError` is
 retried. Deadlines are the caller's: cancelling a call cancels its retries and its second read.
+
+Only a look-up (a small `get_ranges`) whose asker leaves runs on until the store's own timeout, its
+answer unused. Those who look up leave after a fraction of that, so of a store that swallows every
+call the breaker would never hear, and a connection that takes long to make would never be made.
 """
 
 from __future__ import annotations
@@ -37,6 +41,8 @@ GuardEvent = Literal["retry", "hedge", "hedge_won", "failure", "opened", "closed
 
 _FIRST_RETRY_SECONDS = 0.05
 _MAX_RETRY_SECONDS = 1.0
+# As much as the headers of a look-up take; more is a transfer, and stops when nobody wants it.
+_MAX_LEFTOVER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +84,9 @@ class GuardedStore:
         self._clock = clock
         self._uniform = uniform
         self._hedges = HedgePolicy(fraction=options.hedge_fraction)
+        self._leftovers: set[asyncio.Task[list[bytes | StoreError]]] = set()
+        # So many failures at once open the breaker whatever it remembers; more would teach nothing.
+        self._max_leftovers = max(options.min_failures, (options.window + 1) // 2)
         self.breaker = Breaker(
             window=options.window,
             min_failures=options.min_failures,
@@ -133,6 +142,9 @@ class GuardedStore:
                 yield info
 
     async def close(self) -> None:
+        for task in self._leftovers:
+            task.cancel()
+        await asyncio.gather(*self._leftovers, return_exceptions=True)
         await self._inner.close()
 
     async def _retried(self, name: str, call: Callable[[], Awaitable[Result]]) -> Result:
@@ -150,7 +162,24 @@ class GuardedStore:
         await asyncio.sleep(seconds * (0.5 + 0.5 * self._uniform()))
 
     async def _batch(self, ranges: Sequence[ByteRange]) -> list[bytes | StoreError]:
-        """One call for all; a batch of which nothing was answered is one failure."""
+        """One call for all. A small one goes on, within bounds, when its asker leaves."""
+        if sum(end - start for _, start, end in ranges) > _MAX_LEFTOVER_BYTES:
+            return await self._judged_batch(ranges)
+        task = asyncio.create_task(self._judged_batch(ranges))
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError:
+            if len(self._leftovers) < self._max_leftovers:
+                self._leftovers.add(task)
+                task.add_done_callback(self._leftovers.discard)
+            else:
+                task.cancel()
+                await asyncio.wait([task])
+            raise
+        return task.result()
+
+    async def _judged_batch(self, ranges: Sequence[ByteRange]) -> list[bytes | StoreError]:
+        """A batch of which nothing was answered is one failure."""
         answers: list[bytes | StoreError] = []
         try:
             with self._verdict(0):

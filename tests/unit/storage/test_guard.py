@@ -255,3 +255,96 @@ async def test_a_read_given_up_long_after_its_like_was_answered_counts_as_a_fail
     with pytest.raises(asyncio.CancelledError):
         await read
     assert guard.store.breaker.state == "open"
+
+
+class Stalled(WrappedStore):
+    """Batches wait for `gate`; then the store's own timeout ends them, or it answers after all."""
+
+    def __init__(self, inner, *, answers_after_all=False):
+        super().__init__(inner)
+        self.gate = asyncio.Event()
+        self.answers_after_all = answers_after_all
+        self.running = self.most = self.cancelled = 0
+
+    async def get_ranges(self, ranges):
+        self.running += 1
+        self.most = max(self.most, self.running)
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        finally:
+            self.running -= 1
+        if self.answers_after_all:
+            return await self.inner.get_ranges(ranges)
+        return [StoreTimeoutError("no answer")] * len(ranges)
+
+
+HEADER = [ByteRange(NAME, 0, 8 << 10)]
+
+
+async def give_up_on(call):
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(call, timeout=0.02)
+
+
+async def let_leftovers_end(guard):
+    guard.inner.gate.set()
+    await asyncio.wait(guard.store._leftovers, timeout=20)
+    guard.inner.gate.clear()
+
+
+async def test_look_ups_that_their_askers_leave_open_the_breaker_and_it_heals(local):
+    await local.put(NAME, b"header")
+    guard = Guard(Stalled(local))
+    for _ in range(3):
+        await give_up_on(guard.store.get_ranges(HEADER))
+    assert guard.store.breaker.state == "closed"
+    await let_leftovers_end(guard)
+    assert guard.events == {"failure": 3, "opened": 1}
+    (answer,) = await guard.store.get_ranges(HEADER)
+    assert isinstance(answer, StoreUnavailableError)
+
+    guard.clock.now += 1.0
+    await give_up_on(guard.store.get_ranges(HEADER))
+    assert guard.store.breaker.state == "half-open"  # the probe goes on, too
+    await let_leftovers_end(guard)
+    assert guard.store.breaker.state == "open"
+
+    guard.inner.answers_after_all = True
+    guard.clock.now += 2.0
+    await give_up_on(guard.store.get_ranges(HEADER))
+    await let_leftovers_end(guard)
+    assert guard.store.breaker.state == "closed"
+    assert guard.inner.cancelled == 0
+
+
+async def test_a_late_answer_to_a_left_look_up_counts_for_the_store(local):
+    guard = Guard(Stalled(local, answers_after_all=True), min_failures=1)
+    await give_up_on(guard.store.get_ranges(HEADER))
+    await let_leftovers_end(guard)
+    assert not guard.events
+    assert guard.store.breaker.state == "closed"
+    assert not guard.store._leftovers
+
+
+async def test_only_so_many_left_look_ups_run_on_as_open_the_breaker(local):
+    guard = Guard(Stalled(local), window=8, min_failures=3)
+    for _ in range(7):
+        await give_up_on(guard.store.get_ranges(HEADER))
+    assert (guard.inner.running, guard.inner.most, guard.inner.cancelled) == (4, 5, 3)
+    assert guard.store.breaker.state == "closed"
+    await guard.store.close()
+    assert (guard.inner.running, guard.inner.cancelled) == (0, 7)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_a_transfer_is_cancelled_with_its_asker(local):
+    guard = Guard(Straggler(local, slow={1}))
+    await give_up_on(guard.store.get_range(NAME, 0, 4))
+    assert guard.inner.cancelled == 1
+    guard = Guard(Stalled(local))
+    await give_up_on(guard.store.get_ranges([ByteRange(NAME, 0, 2 << 20)]))
+    assert guard.inner.cancelled == 1
+    assert asyncio.all_tasks() == {asyncio.current_task()}

@@ -1,9 +1,11 @@
 """The redis store against a real server, whole and broken."""
 
 import asyncio
+import contextlib
 import re
 import struct
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -194,6 +196,27 @@ async def test_a_stopped_server_is_a_timeout_and_heals(own_server):
         (answer,) = await store.get_ranges([ByteRange(NAME, 0, 4)])
         assert isinstance(answer, StoreTimeoutError)
     assert await store.get(NAME) == b"data"
+    await store.close()
+
+
+async def test_impatient_look_ups_open_the_breaker_of_a_stopped_server_and_it_heals(own_server):
+    events = Counter()
+    settings = {"timeout_seconds": 1.0, "breaker_failures": 3, "breaker_backoff_seconds": 0.05}
+    config = config_of(own_server, **settings)
+    store = open_store(config, observe=lambda event: events.update([event]))
+    await store.put(NAME, b"data")
+    header = [ByteRange(NAME, 0, 8 << 10)]
+    deadline = time.monotonic() + 30
+    with own_server.paused():
+        while not events["opened"]:
+            assert time.monotonic() < deadline, "the breaker never opened"
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(store.get_ranges(header), timeout=0.2)
+        assert events["failure"] >= 3
+    while await store.get_ranges(header) != [b"data"]:
+        assert time.monotonic() < deadline, "the breaker never closed again"
+        await asyncio.sleep(0.05)
+    assert events["closed"] == 1
     await store.close()
 
 
