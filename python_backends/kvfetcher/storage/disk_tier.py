@@ -38,6 +38,7 @@ _PARTIAL_MAX_AGE_SECONDS = 3600.0
 _HEADER = struct.Struct("<4sIQ")
 _MAGIC = b"KVFT"
 _FILE = re.compile(r"(\d+)-(\d+)(e?)")
+_SHARD = re.compile(r"[0-9a-f]{2}")
 # Other processes write too: the folder is counted again after this part of the limit was written.
 _RECOUNT_PART = 16
 # Evicting goes down to this part of the limit, so that it is rare.
@@ -222,15 +223,23 @@ class DiskTier:
         return total
 
     def _objects(self) -> Iterator[_Used]:
-        """All objects; unfinished parts of writers that died long ago go on the way."""
+        """All objects; unfinished parts of writers that died long ago go on the way.
+
+        What is not of this tier (lost+found) or cannot be read costs no other its place in the
+        count. Another process may evict meanwhile.
+        """
         for shard in _entries(self._folder):
-            for entry in _entries(shard):
-                with contextlib.suppress(FileNotFoundError):  # another process evicts too
-                    if shard.name == _PARTIAL:
-                        _remove_if_old(entry)
-                        continue
-                    sizes = [file.stat().st_size for file in _entries(entry)]
-                    yield _Used(entry.stat().st_mtime, sum(sizes), Path(entry.path))
+            is_partial = shard.name == _PARTIAL
+            if not is_partial and not _SHARD.fullmatch(shard.name):
+                continue
+            with contextlib.suppress(OSError):
+                for entry in _entries(shard):
+                    with contextlib.suppress(OSError):
+                        if is_partial:
+                            _remove_if_old(entry)
+                            continue
+                        sizes = [file.stat().st_size for file in _entries(entry)]
+                        yield _Used(entry.stat().st_mtime, sum(sizes), Path(entry.path))
 
 
 def _entries(folder: os.PathLike[str]) -> list[os.DirEntry[str]]:

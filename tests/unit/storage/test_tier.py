@@ -252,6 +252,31 @@ def test_disk_keeps_its_limit_and_the_recently_used(tmp_path):
     assert disk.get("large", 0, 1) is None
 
 
+def test_what_is_not_the_tiers_does_not_lift_its_limit(tmp_path, monkeypatch):
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / "notes.txt").write_bytes(b"a file of somebody")
+    (tmp_path / "ab").write_bytes(b"a file where a folder should be")
+    (tmp_path / "cd" / "folder").mkdir(parents=True)
+    (tmp_path / "cd" / "file").write_bytes(b"a file where an object should be")
+    scandir = os.scandir
+
+    def refuse(folder):
+        is_path = not isinstance(folder, int)
+        if is_path and os.fspath(folder).endswith(("lost+found", "cd/folder")):
+            raise PermissionError("not yours")
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    disk = DiskTier(tmp_path, max_bytes=10_000, max_age_seconds=60.0)
+    names = [f"a/{i}" for i in range(30)]
+    names = [name for name in names if disk._object_folder(name).parent.name != "ab"]
+    for name in names:
+        disk.add(name, Span(0, 1000, is_last=True), bytes(1000))
+    assert sum(p.stat().st_size for p in tmp_path.rglob("*-*") if p.is_file()) <= 10_000
+    assert disk.get(names[-1], 0, 1) == b"\0"
+    assert (tmp_path / "notes.txt").exists()
+
+
 def test_an_object_that_is_read_is_not_evicted(tmp_path):
     disk = DiskTier(tmp_path, max_bytes=3000, max_age_seconds=60.0)
     disk.add("read", Span(0, 1000, is_last=True), bytes(1000))
