@@ -200,6 +200,14 @@ class World:
         return self.leases.table.usage()["free"]
 
 
+async def set_aside(store, name, timeout_seconds=5.0):
+    """Wait until a corrupt object is out of the way, which no request waits for."""
+    deadline = time.monotonic() + timeout_seconds
+    while await store.head(name) is not None:
+        assert time.monotonic() < deadline, f"{name} was not set aside in time"
+        await asyncio.sleep(0.01)
+
+
 async def until(condition, timeout_seconds=5.0):
     deadline = time.monotonic() + timeout_seconds
     while not condition():

@@ -1,7 +1,8 @@
-"""How a failure is told to clients, and what is done about a corrupt object."""
+"""How a failure is told to clients, and what is done about a corrupt object. One event loop."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import TYPE_CHECKING
 
@@ -30,26 +31,54 @@ _REASONS: tuple[tuple[type[KVFetcherError], Reason], ...] = (
 """The first that fits."""
 
 
-async def note_failure(store: Quarantine, name: str, exc: BaseException) -> tuple[Reason, str]:
-    """The reason and detail that a failure at object `name` is reported with.
+_MAX_PENDING = 16
+"""Objects that are being set aside; one more stays where it is until somebody reads it again."""
 
-    A corrupt object is set aside; an unexpected error is logged, and told by its type only.
 
-    Raises:
-        BaseException: `exc`, where it is no Exception.
+class Failures:
+    """Tells failures, and sets corrupt objects aside while nobody waits for that.
+
+    A store that hangs would otherwise hold requests beyond their deadlines. What is pending when the
+    event loop ends is left: the object is found corrupt again.
     """
-    detail = f"{name}: {exc}"
-    if isinstance(exc, FormatError):
-        _log.warning("corrupt chunk %s set aside: %s", name, exc)
+
+    def __init__(self, store: Quarantine) -> None:
+        self._store = store
+        self._pending: dict[str, asyncio.Task[None]] = {}
+
+    def note(self, name: str, exc: BaseException) -> tuple[Reason, str]:
+        """The reason and detail that a failure at object `name` is reported with.
+
+        A corrupt object will be set aside; an unexpected error is logged, and told by its type only.
+
+        Raises:
+            BaseException: `exc`, where it is no Exception.
+        """
+        detail = f"{name}: {exc}"
+        if isinstance(exc, FormatError):
+            self._set_aside(name, exc)
+            return "corrupt_chunk", detail
+        for kind, reason in _REASONS:
+            if isinstance(exc, kind):
+                return reason, detail
+        if isinstance(exc, Exception):
+            _log.error("unexpected %s on %s", type(exc).__name__, name, exc_info=exc)
+            return "decode_error", f"{name}: {type(exc).__name__}"
+        raise exc
+
+    def _set_aside(self, name: str, exc: FormatError) -> None:
+        if name in self._pending:
+            return
+        if len(self._pending) >= _MAX_PENDING:
+            _log.warning("corrupt chunk %s is not set aside, too many are: %s", name, exc)
+            return
+        _log.warning("corrupt chunk %s will be set aside: %s", name, exc)
+        task = asyncio.create_task(self._quarantine(name, str(exc)))
+        self._pending[name] = task
+        task.add_done_callback(lambda _: self._pending.pop(name))
+
+    async def _quarantine(self, name: str, reason: str) -> None:
         try:
-            await store.quarantine(name, str(exc))
+            await self._store.quarantine(name, reason)
         except StoreError as failed:
             _log.warning("chunk %s could not be set aside: %s", name, failed)
-        return "corrupt_chunk", detail
-    for kind, reason in _REASONS:
-        if isinstance(exc, kind):
-            return reason, detail
-    if isinstance(exc, Exception):
-        _log.error("unexpected %s on %s", type(exc).__name__, name, exc_info=exc)
-        return "decode_error", f"{name}: {type(exc).__name__}"
-    raise exc

@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from kvfetcher import container
 from kvfetcher.errors import (
     EngineError,
     RequestCancelledError,
@@ -27,7 +26,6 @@ from kvfetcher.errors import (
 )
 from kvfetcher.fetch.bandwidth import LinkEstimator
 from kvfetcher.fetch.engine_side import EnginePace, FetchFacts, LeaseService
-from kvfetcher.fetch.failures import note_failure
 from kvfetcher.fetch.gate import Decision, Prompt, decide, join, regret
 from kvfetcher.fetch.line import Line
 from kvfetcher.fetch.lookup import Found, look_up
@@ -38,6 +36,7 @@ from kvfetcher.fetch.reads import SharedReads, Tally
 from kvfetcher.fetch.report import FetchReport, GateReport
 from kvfetcher.fetch.shared import FetchKey, Outcome, SharedFetch, SharedFetches, Waiter
 from kvfetcher.fetch.stages import RunUnit, Stages, UnitStatus
+from kvfetcher.fetch.warm import Warmer
 from kvfetcher.fetch.work import FetchOrder, FetchWork
 from kvfetcher.keys import ChunkKey, chunk_keys
 from kvfetcher.storage.base import ByteRange
@@ -49,7 +48,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kvfetcher.config import FetchConfig
-    from kvfetcher.container import ChunkHeader
     from kvfetcher.fetch.bandwidth import LinkEstimate
     from kvfetcher.fetch.decode_times import DecodeTable
     from kvfetcher.fetch.pipeline import Machine
@@ -161,7 +159,6 @@ class Fetcher:
         one_read_fills_link: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._store = store
         self._leases = leases
         self._config = config
         self._clock = clock
@@ -189,6 +186,7 @@ class Fetcher:
         self._line = Line(
             num_places=config.max_inflight_requests, ageing=config.ageing, clock=clock
         )
+        self._warmer = Warmer(self._stages)
         self._fetches = SharedFetches(leases)
         self._work = FetchWork(
             stages=self._stages,
@@ -355,39 +353,35 @@ class Fetcher:
         with _timed(report, "lookup", self._clock):
             found = await self._look_up(request)
         report.chunks_stored = len(found.chunks)
-        reading = [asyncio.create_task(self._read_whole(chunk, report)) for chunk in found.chunks]
+        report.outcome = "warmed"
+        tally = Tally()
+        reading = asyncio.create_task(self._warm_all(found.chunks, report, tally))
         try:
             with _timed(report, "fetch", self._clock):
-                left = set(reading)
-                while left:
-                    _, left = await asyncio.wait(left, timeout=_POLL_SECONDS)
+                while not (await asyncio.wait({reading}, timeout=_POLL_SECONDS))[0]:
                     if request.is_cancelled():
-                        raise RequestCancelledError("the request was cancelled while it warmed")
-                    if left and self._clock() >= request.deadline:
-                        report.replace_reason("deadline", f"{len(left)} chunks were not read")
+                        raise RequestCancelledError("the request was cancelled while warming")
+                    if self._clock() >= request.deadline:
+                        left = report.chunks_stored - report.chunks_hit
+                        report.replace_reason("deadline", f"{left} chunks were not read")
                         break
         finally:
-            for task in reading:
-                task.cancel()
-            ends = await asyncio.gather(*reading, return_exceptions=True)
-        for chunk, end in zip(found.chunks, ends, strict=True):
-            if isinstance(end, Exception):
-                report.replace_reason(*await note_failure(self._store, chunk.name, end))
-        report.chunks_hit = sum(end is None for end in ends)
-        report.outcome = "warmed"
+            reading.cancel()
+            await asyncio.wait({reading})
+            report.bytes_fetched += tally.num_bytes
+            report.reads += tally.num_reads
+        if not reading.cancelled():
+            reading.result()
 
-    async def _read_whole(self, chunk: StoredChunk, report: FetchReport) -> None:
-        size = chunk.header.object_bytes
-        tally = Tally()
-        async with self._stages.read_places.hold(size):
-            await self._stages.budget.take(size)
+    async def _warm_all(
+        self, chunks: Sequence[StoredChunk], report: FetchReport, tally: Tally
+    ) -> None:
+        for chunk in chunks:
             try:
-                data = await self._reads.read(ByteRange(chunk.name, 0, size), tally)
-            finally:
-                self._stages.budget.give(size)
-        report.bytes_fetched += tally.num_bytes
-        report.reads += tally.num_reads
-        await asyncio.to_thread(_check_units, chunk.header, data)
+                await self._warmer.read(chunk, tally)
+                report.chunks_hit += 1
+            except Exception as exc:  # noqa: BLE001 - told, and the others are worth reading
+                report.replace_reason(*self._work.failures.note(chunk.name, exc))
 
     async def _look_up(self, request: _Request) -> Found:
         now = self._clock()
@@ -412,7 +406,7 @@ class Fetcher:
         report.bytes_fetched += found.tally.num_bytes
         report.reads += found.tally.num_reads
         if found.failure is not None:
-            report.give_up(*await note_failure(self._store, found.ended_at, found.failure))
+            report.give_up(*self._work.failures.note(found.ended_at, found.failure))
         elif found.mismatch:
             report.give_up("identity_mismatch", f"{found.ended_at}: {found.mismatch}")
         elif found.ended_at:
@@ -571,11 +565,6 @@ class Fetcher:
         report.profile = facts.profile
         report.outcome = "hit" if report.chunks_hit == len(request.keys) else "partial"
         return outcome.claim
-
-
-def _check_units(header: ChunkHeader, data: bytes) -> None:
-    for entry in header.units:
-        container.check_unit(header, entry, memoryview(data)[entry.offset : entry.stop])
 
 
 @contextmanager

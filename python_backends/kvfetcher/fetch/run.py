@@ -8,7 +8,7 @@ is cancelled, what came before is kept. One event loop.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from kvfetcher.fetch.stages import Backlog
 from kvfetcher.storage.base import ByteRange
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Sequence
 
     from kvfetcher.arena import BlockTarget
     from kvfetcher.container import ChunkHeader, UnitEntry
@@ -43,8 +43,8 @@ _MIN_STALL_SECONDS = 0.2
 _STALL_SLACK = 4.0
 _STALL_SHARE = 0.25
 
-OnFailure = Callable[[str, BaseException], Awaitable[tuple["Reason", str]]]
-"""Object name and exception -> why the run ends there; sets a corrupt object aside."""
+OnFailure = Callable[[str, BaseException], tuple["Reason", str]]
+"""Object name and exception -> why the run ends there (`Failures.note`)."""
 
 
 @dataclass(slots=True)
@@ -234,7 +234,7 @@ class ChunkRun:
             for task in [t for t in self._groups if t.done() and t not in seen]:
                 seen.add(task)
                 if not task.cancelled() and (exc := task.exception()) is not None:
-                    await self._fail(self._groups[task], exc)
+                    self._fail(self._groups[task], exc)
             if not pending:
                 return
             now = clock()
@@ -303,17 +303,18 @@ class ChunkRun:
         budget = self._stages.budget
         while (group := self._next_group()) is not None:
             await self._take_place(group)
-            taken, is_started = 0, False
+            is_taken = is_started = False
             try:
                 await budget.take(group.num_bytes)
-                taken = group.num_bytes
+                is_taken = True
                 if group.chunk_index >= self._end:
                     return
                 self._start(group)
                 is_started = True
             finally:
                 if not is_started:
-                    budget.give(taken)
+                    if is_taken:
+                        budget.give(group.num_bytes)
                     self._give_place(group)
 
     async def _take_place(self, group: _Group) -> None:
@@ -499,10 +500,10 @@ class ChunkRun:
 
     # Ending
 
-    async def _fail(self, group: _Group, exc: BaseException) -> None:
+    def _fail(self, group: _Group, exc: BaseException) -> None:
         if group.chunk_index < self._end:
             self._cancel_from(group.chunk_index)
-            reason, detail = await self._on_failure(self._chunks[group.chunk_index].name, exc)
+            reason, detail = self._on_failure(self._chunks[group.chunk_index].name, exc)
             self._facts.end(reason, detail)
 
     def _cancel_from(self, chunk_index: int) -> None:

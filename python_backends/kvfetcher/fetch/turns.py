@@ -19,6 +19,7 @@ class Turns(ABC):
         self._num_holders = 0
         self._num_bytes = 0
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._waiting_last: deque[tuple[int, asyncio.Future[None]]] = deque()
 
     @property
     def num_holders(self) -> int:
@@ -28,13 +29,19 @@ class Turns(ABC):
     def used_bytes(self) -> int:
         return self._num_bytes
 
-    async def take(self, num_bytes: int) -> None:
-        """Wait for room, behind all that came before; obliges to `give` the same number."""
-        if not self._waiting and self._fits(num_bytes):
+    async def take(self, num_bytes: int, *, last: bool = False) -> None:
+        """Wait for room, behind all that came before; obliges to `give` the same number.
+
+        Args:
+            num_bytes: how many.
+            last: let those pass, too, that come later and do not ask to be last.
+        """
+        queue = self._waiting_last if last else self._waiting
+        if not queue and not (last and self._waiting) and self._fits(num_bytes):
             self._hold(num_bytes)
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((num_bytes, turn))
+        queue.append((num_bytes, turn))
         try:
             await turn
         except asyncio.CancelledError:
@@ -51,9 +58,9 @@ class Turns(ABC):
         self._grant()
 
     @asynccontextmanager
-    async def hold(self, num_bytes: int) -> AsyncIterator[None]:
+    async def hold(self, num_bytes: int, *, last: bool = False) -> AsyncIterator[None]:
         """`take`, and `give` at the end."""
-        await self.take(num_bytes)
+        await self.take(num_bytes, last=last)
         try:
             yield
         finally:
@@ -68,11 +75,12 @@ class Turns(ABC):
         self._num_bytes += num_bytes
 
     def _grant(self) -> None:
-        while self._waiting:
-            num_bytes, turn = self._waiting[0]
-            if not turn.done():  # else whoever waited was cancelled
-                if not self._fits(num_bytes):
-                    return
-                self._hold(num_bytes)
-                turn.set_result(None)
-            self._waiting.popleft()
+        for queue in (self._waiting, self._waiting_last):
+            while queue:
+                num_bytes, turn = queue[0]
+                if not turn.done():  # else whoever waited was cancelled
+                    if not self._fits(num_bytes):
+                        return
+                    self._hold(num_bytes)
+                    turn.set_result(None)
+                queue.popleft()

@@ -7,14 +7,13 @@ One event loop.
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvfetcher.errors import ArenaError, ArenaFullError, EngineError
-from kvfetcher.fetch.failures import note_failure
+from kvfetcher.fetch.failures import Failures
 from kvfetcher.fetch.run import ChunkRun, RunFacts, StoredChunk
 from kvfetcher.fetch.shared import Outcome, SharedFetch, SharedFetches
 from kvfetcher.fetch.stages import Backlog
@@ -67,6 +66,9 @@ class FetchWork:
         store: where corrupt objects are set aside.
         config: section `fetch`.
         clock: seconds, monotonic.
+
+    Attributes:
+        failures: where the store's are told.
     """
 
     def __init__(
@@ -84,7 +86,8 @@ class FetchWork:
         self._line = line
         self._leases = leases
         self._fetches = fetches
-        self._on_failure = functools.partial(note_failure, store)
+        self.failures = Failures(store)
+        self._on_failure = self.failures.note
         self._config = config
         self._clock = clock
 

@@ -10,11 +10,13 @@ from kvfetcher import container
 from kvfetcher.errors import (
     ArenaFullError,
     EngineError,
+    FormatError,
     RequestCancelledError,
     StoreError,
     StoreTimeoutError,
 )
 from kvfetcher.fetch.decode_times import AS_IN_TABLE
+from kvfetcher.fetch.failures import Failures
 from kvfetcher.fetch.fetcher import UnitStatus
 from kvfetcher.storage import TieredStore
 from kvfetcher.storage.base import get_ranges_singly
@@ -27,6 +29,7 @@ from support.fetch_world import (
     Leases,
     RecordingStore,
     World,
+    set_aside,
     until,
 )
 from support.stores import FaultyStore, LatencyStore
@@ -93,7 +96,7 @@ async def test_a_corrupt_chunk_is_a_shorter_hit_and_set_aside(world, where):
     assert (fetched.report.outcome, fetched.report.reason) == ("partial", "corrupt_chunk")
     assert fetched.report.hit_tokens == 2 * CHUNK_TOKENS
     assert world.keys[2].name in fetched.report.detail
-    assert await world.store.head(world.keys[2].name) is None
+    await set_aside(world.store, world.keys[2].name)
     np.testing.assert_array_equal(
         world.restored(fetched.claim), world.values[:, :, :, : 2 * CHUNK_TOKENS]
     )
@@ -108,6 +111,54 @@ async def test_a_corrupt_first_chunk_is_a_miss_with_all_blocks_back(world):
     assert (fetched.claim, fetched.report.outcome) == (None, "miss")
     assert fetched.report.reason == "corrupt_chunk"
     assert world.free_blocks == free
+
+
+@pytest.mark.parametrize("where", ["unit", "header"])
+async def test_a_store_that_hangs_while_a_chunk_is_set_aside_holds_no_request_up(world, where):
+    await world.save(0, 1)
+    path = world.folder / world.keys[1].name
+    data = bytearray(path.read_bytes())
+    data[-5 if where == "unit" else 40] ^= 0x10
+    path.write_bytes(data)
+
+    class Hangs(RecordingStore):
+        num_asked = 0
+
+        async def quarantine(self, name, reason):
+            self.num_asked += 1
+            await answer.wait()
+            await super().quarantine(name, reason)
+
+    answer = asyncio.Event()
+    store = Hangs(world.store)
+    fetcher = world.fetcher(store=store, deadline_seconds=10.0)
+    for _ in range(3):
+        fetched = await asyncio.wait_for(world.fetch(fetcher), timeout=5)
+        assert (fetched.report.reason, fetched.report.hit_tokens) == ("corrupt_chunk", CHUNK_TOKENS)
+    assert store.num_asked == 1, "one that is being set aside is not set aside again"
+    answer.set()
+    await set_aside(world.store, world.keys[1].name)
+
+
+async def test_setting_aside_is_bounded():
+    class Hangs:
+        num_asked = 0
+
+        async def quarantine(self, name, reason):
+            self.num_asked += 1
+            await answer.wait()
+
+    answer, store = asyncio.Event(), Hangs()
+    failures = Failures(store)
+    for number in range(100):
+        assert failures.note(f"chunk{number}", FormatError("torn"))[0] == "corrupt_chunk"
+    await asyncio.sleep(0)
+    bound = store.num_asked
+    assert 0 < bound < 100
+    answer.set()
+    await until(lambda: not failures._pending)
+    failures.note("later", FormatError("torn"))
+    await until(lambda: store.num_asked == bound + 1)
 
 
 @pytest.mark.parametrize(
@@ -466,6 +517,8 @@ async def test_a_fetch_that_is_given_up_does_not_wait_for_the_room_it_asked_for(
     assert time.monotonic() - started < 2.5
     world.units.gate.set()
     assert (await first).report.outcome == "hit"
+    budget = fetcher._stages.budget
+    assert (budget.num_holders, budget.used_bytes) == (0, 0)
 
 
 async def test_an_open_breaker_is_a_miss_that_costs_no_reads(world):
@@ -663,7 +716,7 @@ async def test_warming_sets_a_corrupt_chunk_aside_and_warms_the_others(world):
     tier = in_memory(world.store)
     report = (await world.fetch(world.fetcher(store=tier, near=tier), policy="warm")).report
     assert (report.outcome, report.reason, report.chunks_hit) == ("warmed", "corrupt_chunk", 1)
-    assert await world.store.head(world.keys[1].name) is None
+    await set_aside(world.store, world.keys[1].name)
 
 
 async def test_warming_ends_at_its_deadline_and_when_the_client_goes_away(world):
@@ -682,6 +735,82 @@ async def test_warming_ends_at_its_deadline_and_when_the_client_goes_away(world)
     with pytest.raises(RequestCancelledError):
         await world.fetch(fetcher, policy="warm", cancelled=lambda: True)
     assert fetcher.load().inflight_bytes == 0
+
+
+class HeldStore(RecordingStore):
+    """Holds reads of some objects back until told to let them go, and counts them."""
+
+    def __init__(self, inner, names):
+        super().__init__(inner)
+        self.names = names
+        self.let_go = asyncio.Event()
+        self.num_held = self.most_held = 0
+
+    async def get_range(self, name, start, end):
+        if name in self.names and (start, end) != (0, container.HEADER_READ_BYTES):
+            self.num_held += 1
+            self.most_held = max(self.most_held, self.num_held)
+            await self.let_go.wait()
+            self.num_held -= 1
+        return await super().get_range(name, start, end)
+
+
+async def test_warming_leaves_a_place_to_requests_that_need_their_bytes_now(world):
+    await world.save(0, 1)
+    for salt in ("cold", "colder"):
+        await world.save(0, 1, 2, 3, salt=salt)
+    cold = {key.name for salt in ("cold", "colder") for key in world.keys_of(salt)}
+    store = HeldStore(world.store, cold)
+    tier = in_memory(store)
+    fetcher = world.fetcher(store=tier, near=tier)
+    warming = [
+        asyncio.create_task(world.fetch(fetcher, policy="warm", salt=salt))
+        for salt in ("cold", "colder")
+    ]
+    await until(lambda: store.num_held)
+    hit = await asyncio.wait_for(world.fetch(fetcher, policy="fetch"), timeout=5)
+    assert hit.report.hit_tokens == 2 * CHUNK_TOKENS
+    assert fetcher._stages.requested.num_bytes > 0, "what is being warmed is in others' way"
+    store.let_go.set()
+    assert {each.report.chunks_hit for each in await asyncio.gather(*warming)} == {4}
+    assert store.most_held == 1
+    assert fetcher._stages.requested.num_bytes == 0
+
+
+async def test_requests_that_need_their_bytes_now_pass_those_that_warm(world):
+    await world.save(0)
+    await world.save(0, 1, 2, salt="cold")
+    cold = [key.name for key in world.keys_of("cold")]
+    store = HeldStore(world.store, {cold[0]})
+    tier = in_memory(store)
+    fetcher = world.fetcher(store=tier, near=tier, max_inflight_reads=1)
+    warming = asyncio.create_task(world.fetch(fetcher, policy="warm", salt="cold"))
+    await until(lambda: store.num_held)
+    wanted = asyncio.create_task(world.fetch(fetcher, policy="fetch"))
+    await until(lambda: fetcher._stages.read_places._waiting)
+    store.spans.clear()
+    store.let_go.set()
+    assert (await wanted).report.hit_tokens == CHUNK_TOKENS
+    assert (await warming).report.chunks_hit == 3
+    first, second, *_ = [name for name, start, _ in store.spans]
+    assert (first, second) == (cold[0], world.keys[0].name)
+
+
+async def test_a_chunk_is_warmed_in_reads_of_whole_units(world):
+    await world.save(0)
+    store = RecordingStore(world.store)
+    tier = in_memory(store)
+    fetcher = world.fetcher(store=tier, near=tier, max_read_bytes=1)
+    tokens = TOKENS[: CHUNK_TOKENS + 1]
+    report = (await world.fetch(fetcher, policy="warm", tokens=tokens)).report
+    units = container.parse_header(world.chunk(0)).units
+    assert report.chunks_hit == 1
+    assert units[0].stop <= container.HEADER_READ_BYTES < units[1].stop
+    parts = [(unit.offset, unit.stop) for unit in units[1:]]
+    assert [span[1:] for span in store.spans] == [(0, container.HEADER_READ_BYTES), *parts]
+    near = await world.fetch(fetcher, tokens=tokens, policy="fetch")
+    assert near.report.hit_tokens == CHUNK_TOKENS
+    assert len(store.spans) == 1 + len(parts), "what lies near is not read again"
 
 
 async def test_how_long_this_machine_decodes_and_restores_is_learnt(world):

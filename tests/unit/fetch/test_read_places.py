@@ -42,6 +42,37 @@ async def test_who_came_first_goes_first_and_who_leaves_holds_nobody_up():
     assert places.num_holders == 0
 
 
+async def test_who_asks_to_be_last_lets_those_pass_that_come_later():
+    places, got = ReadPlaces(1, window_bytes=lambda: 0.0), []
+
+    async def take(name, *, last=False):
+        await places.take(1, last=last)
+        got.append(name)
+
+    tasks = [asyncio.create_task(take("first"))]
+    for name, last in (("warm", True), ("warmer", True), ("now", False)):
+        tasks.append(asyncio.create_task(take(name, last=last)))
+    for _ in range(4):
+        await asyncio.sleep(0)
+        places.give(1)
+    await asyncio.gather(*tasks)
+    assert got == ["first", "now", "warm", "warmer"]
+    assert places.num_holders == 0
+
+
+async def test_who_asks_to_be_last_waits_while_others_wait():
+    places = ReadPlaces(2, window_bytes=lambda: 0.0)
+    tasks = await started(places, [1, 1, 1])
+    last = asyncio.create_task(places.take(1, last=True))
+    await asyncio.sleep(0)
+    places.give(1)
+    await asyncio.sleep(0)
+    assert tasks[2].done()
+    assert not last.done()
+    places.give(1)
+    await last
+
+
 async def test_a_place_comes_back_when_its_read_fails():
     places = ReadPlaces(1, window_bytes=lambda: 0.0)
     with pytest.raises(OSError, match="gone"):
