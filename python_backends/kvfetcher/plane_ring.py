@@ -120,6 +120,7 @@ class PlaneRing:
         self._expiry_seconds = expiry_seconds
         self._clock = clock
         self._parts: list[_Part] = []
+        self._address = self._event = 0
         self._table = _Table.create(table)
         try:
             self._address = context.allocate(num_bytes)
@@ -127,8 +128,7 @@ class PlaneRing:
             self._event = context.new_event()
             self._event_handle = context.share_event(self._event).hex()
         except GpuError:
-            self._table.close()
-            table.unlink(missing_ok=True)
+            self.close()
             raise
 
     @property
@@ -186,11 +186,16 @@ class PlaneRing:
 
     def close(self) -> None:
         """Free memory and file. Readers keep what they opened until they let go of it."""
-        if self._table.is_open:
-            self._context.free_event(self._event)
-            self._context.free(self._address)
-            self._table.close()
-            self._table.path.unlink(missing_ok=True)
+        if not self._table.is_open:
+            return
+        # A lost context refuses, and its process is about to end.
+        with contextlib.suppress(GpuError):
+            if self._event:
+                self._context.free_event(self._event)
+            if self._address:
+                self._context.free(self._address)
+        self._table.close()
+        self._table.path.unlink(missing_ok=True)
 
     def _find(self, num_bytes: int) -> tuple[int, int] | None:
         """A free entry and the first gap of that size."""
@@ -259,8 +264,13 @@ class PlaneReader:
         table = _Table.open(Path(ticket.table))
         try:
             address = context.open_shared(bytes.fromhex(ticket.handle))
+        except GpuError:
+            table.close()
+            raise
+        try:
             event = context.open_event(bytes.fromhex(ticket.event))
         except GpuError:
+            context.close_shared(address)
             table.close()
             raise
         return _OpenRing(table, address, event, ticket.handle, context)

@@ -116,8 +116,8 @@ class HostAsNvdec:
         geometry: of the streams that it is given; each packet is an intra picture.
     """
 
-    cudaVideoCodec = SimpleNamespace(HEVC=0)  # noqa: N815 - the library's names
-    cudaVideoChromaFormat = SimpleNamespace(__members__={"420": 1, "444": 3})  # noqa: N815
+    cudaVideoCodec = SimpleNamespace(HEVC=0)
+    cudaVideoChromaFormat = SimpleNamespace(__members__={"420": 1, "444": 3})
     DisplayDecodeLatencyType = SimpleNamespace(LOW=1)
     VideoPacketFlag = SimpleNamespace(ENDOFPICTURE=1)
     PacketData = SimpleNamespace
@@ -127,13 +127,13 @@ class HostAsNvdec:
         self.opened = []
         self.pictures = 0
 
-    def GetDecoderCaps(self, **_):  # noqa: N802
+    def GetDecoderCaps(self, **_):
         return {
             "num_decoder_engines": 7, "width_min": 144, "height_min": 144,
             "width_max": 8192, "height_max": 8192,
         }  # fmt: skip
 
-    def CreateDecoder(self, **settings):  # noqa: N802
+    def CreateDecoder(self, **settings):
         self.opened.append((settings["maxwidth"], settings["maxheight"]))
         return SimpleNamespace(Decode=self._decode)
 

@@ -15,10 +15,16 @@ class FakeGpu:
 
     gpu = 0
 
-    def __init__(self, *, is_full=False):
+    def __init__(self, *, is_full=False, refuses=()):
         self.is_full = is_full
+        self.refuses = refuses
         self.open = set()
         self.log = []
+
+    def __getattribute__(self, name):
+        if not name.startswith("_") and name in object.__getattribute__(self, "refuses"):
+            raise GpuError(f"{name} is refused")
+        return object.__getattribute__(self, name)
 
     def allocate(self, num_bytes):
         if self.is_full:
@@ -149,6 +155,32 @@ def test_vanished_table_and_odd_tables_are_refused(ring, reader, tmp_path):
 def test_gpu_without_memory_leaves_no_table(tmp_path):
     with pytest.raises(GpuError, match="no memory"):
         PlaneRing(FakeGpu(is_full=True), 4096, table=tmp_path / "planes", expiry_seconds=1.0)
+    assert not (tmp_path / "planes").exists()
+
+
+@pytest.mark.parametrize("call", ["share", "new_event", "share_event"])
+def test_gpu_that_does_not_share_its_memory_gets_it_back(tmp_path, call):
+    gpu = FakeGpu(refuses={call})
+    with pytest.raises(GpuError, match=call):
+        PlaneRing(gpu, 4096, table=tmp_path / "planes", expiry_seconds=1.0)
+    assert ("free", 1 << 20) in gpu.log
+    assert (("free_event", 7) in gpu.log) == (call == "share_event")
+    assert not (tmp_path / "planes").exists()
+
+
+def test_reader_that_cannot_open_the_event_lets_go_of_the_memory(ring):
+    gpu = FakeGpu(refuses={"open_event"})
+    reader = PlaneReader(lambda _: gpu)
+    with pytest.raises(GpuError, match="open_event"):
+        reader.address(reserve(ring))
+    assert not gpu.open
+
+
+def test_lost_context_does_not_keep_the_table(tmp_path):
+    gpu = FakeGpu()
+    made = PlaneRing(gpu, 4096, table=tmp_path / "planes", expiry_seconds=1.0)
+    gpu.refuses = {"free", "free_event"}
+    made.close()
     assert not (tmp_path / "planes").exists()
 
 

@@ -157,6 +157,8 @@ def _kept_unit(kept: KeptPlanes, started: float) -> DecodedUnit:
         "planes": "gpu" if kept.planes is None else "host",
         "decode_ms": _ms_since(started),
     }
+    if kept.why:
+        status["fallback"] = kept.why
     return DecodedUnit(planes, kept.planes_at, json.dumps(status))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kvfetcher.arena import Arena
-    from kvfetcher.codec.base import Integers
+    from kvfetcher.codec.base import Integers, PlaneGeometry
     from kvfetcher.codec.nvdec import NvdecDecoder
     from kvfetcher.codec.unit import Unit
     from kvfetcher.cuda import CudaContext
@@ -40,6 +41,8 @@ _SHARED_MEMORY = Path("/dev/shm")
 _WAIT_SECONDS = 2.0
 # Longer than any request waits (fetch.deadline_seconds and the drain after it).
 _EXPIRY_SECONDS = 60.0
+# A GPU without memory for planes is asked again so often.
+_RETRY_SECONDS = 30.0
 _MAX_KNOWN_TARGETS = 256
 
 _log = logging.getLogger(__name__)
@@ -79,6 +82,8 @@ class KeptPlanes(NamedTuple):
     """JSON `PlaneTicket`; "" = in `planes`."""
     planes: Integers | None = None
     """[F, P, Y, X] in host memory."""
+    why: str = ""
+    """Why they are in host memory."""
 
 
 class GpuOutput:
@@ -91,6 +96,11 @@ class GpuOutput:
     def __init__(self, ring_bytes: int) -> None:
         self._ring_bytes = ring_bytes
         self._ring: PlaneRing | None = None
+        self._no_ring = ""
+        """Why there is none, since `_tried_at`."""
+        self._tried_at = 0.0
+        self._was_full = False
+        self._has_warned = False
         self._gpus: OrderedDict[str, bool] = OrderedDict()
 
     def wants(self, target_json: str) -> bool:
@@ -118,34 +128,61 @@ class GpuOutput:
         ring = self._open_ring(decoder.context)
         geometry = unit.geometry
         ticket: PlaneTicket | None = None
+        why = self._no_ring
 
         def place() -> int | None:
-            nonlocal ticket
-            ticket = ring.reserve(
-                geometry.num_bytes, shift=sample_shift(geometry), wait_seconds=_WAIT_SECONDS
-            )
-            return None if ticket is None else ring.address_of(ticket)
+            nonlocal ticket, why
+            if ring is not None:
+                ticket, why = self._reserve(ring, geometry)
+            return None if ring is None or ticket is None else ring.address_of(ticket)
 
         try:
             planes = decoder.decode_on_gpu(unit.packets(), geometry, place)
-            if ticket is None:
-                return KeptPlanes("", planes)
+            if ring is None or ticket is None:
+                return KeptPlanes("", planes, why)
             ring.written()
         except BaseException:
-            if ticket is not None:
+            if ring is not None and ticket is not None:
                 ring.cancel(ticket)
             raise
         return KeptPlanes(ticket.to_json())
 
-    def _open_ring(self, context: CudaContext) -> PlaneRing:
-        if self._ring is None:
-            name = f"kvfetcher-{run_dir().name}-planes-{os.getpid()}"
-            self._ring = PlaneRing(
-                context,
-                self._ring_bytes,
-                table=_SHARED_MEMORY / name,
-                expiry_seconds=_EXPIRY_SECONDS,
+    def _reserve(self, ring: PlaneRing, geometry: PlaneGeometry) -> tuple[PlaneTicket | None, str]:
+        """Room for planes, or None and why there is none."""
+        num_bytes = geometry.num_bytes
+        if num_bytes > ring.num_bytes:
+            why = (
+                f"planes of {num_bytes} bytes do not fit this decoder's {ring.num_bytes} on the GPU;"
+                " raise server.plane_bytes, which kv_decode's processes share, or lower"
+                " server.decode_instances"
             )
+            if not self._has_warned:
+                self._has_warned = True
+                _log.warning("%s; such units go through host memory", why)
+            return None, why
+        # Where the last one waited in vain, kv_restore is lost or far behind: not each unit again.
+        wait_seconds = 0.0 if self._was_full else _WAIT_SECONDS
+        ticket = ring.reserve(num_bytes, shift=sample_shift(geometry), wait_seconds=wait_seconds)
+        self._was_full = ticket is None
+        if ticket is None:
+            return None, "planes that were not restored yet fill this decoder's memory on the GPU"
+        return ticket, ""
+
+    def _open_ring(self, context: CudaContext) -> PlaneRing | None:
+        now = time.monotonic()
+        if self._ring is None and (not self._no_ring or now - self._tried_at > _RETRY_SECONDS):
+            name = f"kvfetcher-{run_dir().name}-planes-{os.getpid()}"
+            try:
+                self._ring = PlaneRing(
+                    context,
+                    self._ring_bytes,
+                    table=_SHARED_MEMORY / name,
+                    expiry_seconds=_EXPIRY_SECONDS,
+                )
+                self._no_ring = ""
+            except GpuError as exc:
+                self._no_ring, self._tried_at = f"no memory for planes on the GPU: {exc}", now
+                _log.warning("%s", self._no_ring)
         return self._ring
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from kvfetcher.codec.unit import parse_unit
 from kvfetcher.config import CodecConfig
 from kvfetcher.container import parse_header
 from kvfetcher.cuda import IPC_HANDLE_BYTES
-from kvfetcher.errors import ArenaError, ChecksumError, LayoutError
+from kvfetcher.errors import ArenaError, ChecksumError, GpuError, LayoutError
 from kvfetcher.gpu_arena import GpuArena
 from kvfetcher.plane_ring import PlaneTicket
 from kvfetcher.server.probe import probe_unit
@@ -284,6 +284,7 @@ def test_planes_stay_on_the_gpu_while_the_ring_has_room(decoder, probe_arena, pr
     np.testing.assert_array_equal(full.planes, expected)
     facts = json.loads(full.status)
     assert (full.planes_at, facts["decoder"], facts["planes"]) == ("", "nvdec", "host")
+    assert "not restored yet" in facts["fallback"]
     assert decoder.library.pictures == 3 * probe.geometry.num_frames, "decoded once"
 
 
@@ -299,3 +300,50 @@ def test_a_stream_that_fails_holds_no_memory(decoder, probe_arena, monkeypatch):
     kept = decoder.decode_for(probe_unit(), target_of(probe_arena))
     assert (kept.planes_at, json.loads(kept.status)["decoder"]) == ("", "cpu")
     assert tickets_of(decoder) == 0
+
+
+def test_a_decoder_waits_for_room_until_it_waited_in_vain(decoder, probe_arena, probe, monkeypatch):
+    asked = []
+
+    class Full:
+        num_bytes = 1 << 20
+
+        def reserve(self, num_bytes, *, shift, wait_seconds):
+            asked.append(wait_seconds)
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(gpu_coding, "_WAIT_SECONDS", 2.0)
+    decoder._gpu_output._ring = Full()
+    for _ in range(3):
+        decoder.decode_for(probe_unit(), target_of(probe_arena))
+    assert asked == [2.0, 0.0, 0.0]
+
+
+def test_units_larger_than_the_ring_say_what_to_change(monkeypatch, decoder, probe_arena, caplog):
+    decoder._gpu_output._ring_bytes = 1024
+    for _ in range(2):
+        kept = decoder.decode_for(probe_unit(), target_of(probe_arena))
+        assert "raise server.plane_bytes" in json.loads(kept.status)["fallback"]
+        assert kept.planes.size > 1
+    assert caplog.text.count("raise server.plane_bytes") == 1
+
+
+def test_a_gpu_without_memory_for_planes_is_not_asked_for_each_unit(
+    decoder, probe_arena, monkeypatch
+):
+    decoder.gpu.allocate = lambda num_bytes: asked.append(num_bytes) or fail()
+    asked = []
+
+    def fail():
+        raise GpuError("out of memory")
+
+    monkeypatch.setattr(decoder._nvdec._copies, "copy_out", lambda *_, **__: None)
+    for _ in range(2):
+        kept = decoder.decode_for(probe_unit(), target_of(probe_arena))
+        assert "out of memory" in json.loads(kept.status)["fallback"]
+    assert len(asked) == 1
+    monkeypatch.setattr(gpu_coding, "_RETRY_SECONDS", -1.0)
+    del decoder.gpu.allocate
+    assert decoder.decode_for(probe_unit(), target_of(probe_arena)).planes_at
