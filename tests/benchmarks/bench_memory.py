@@ -61,7 +61,7 @@ def likely_values(calibration, num_tokens):
     ):
         for b, (first, stop) in enumerate(grouping.head_ranges):
             basis = calibration.bases[a, b]
-            matrices = calibration.matrices((a, b), len(basis.sigma), keep=False)
+            matrices = calibration.matrices((a, b), len(basis.sigma))
             z = rng.normal(size=(num_tokens, len(basis.sigma))).astype(np.float32) * basis.sigma
             x = (z @ matrices.inverse + matrices.mean).reshape(
                 num_tokens, count, spec.kv_factor, stop - first, spec.head_dim

@@ -24,10 +24,10 @@ import torch
 from kvfetcher.codec import digest, gpu_kernels
 from kvfetcher.codec.exact import check_exact, plan_exact
 from kvfetcher.codec.raw_tokens import exact_tokens
-from kvfetcher.codec.symbols import TRANSFORM, UNCALIBRATED, check_digest, escapes
+from kvfetcher.codec.symbols import check_digest, escapes
 from kvfetcher.codec.transform import plan_restore
 from kvfetcher.codec.uncalibrated import plan_uncalibrated
-from kvfetcher.codec.unit import EXACT
+from kvfetcher.codec.unit import EXACT, TRANSFORM, UNCALIBRATED
 from kvfetcher.errors import ChecksumError, LayoutError
 
 if TYPE_CHECKING:
@@ -413,10 +413,7 @@ class GpuRestorer:
 
     def _make_inverse(self, calibration: Calibration, place: Place) -> _Inverse:
         basis = calibration.bases[place.layer_group, place.head_group]
-        # Not kept on the host: this is the only use.
-        matrices = calibration.matrices(
-            (place.layer_group, place.head_group), len(basis.rows), keep=False
-        )
+        matrices = calibration.matrices((place.layer_group, place.head_group), len(basis.rows))
         spec = calibration.spec
         first = calibration.grouping.layer_starts[place.layer_group]
         ropes = calibration.rope.layers[first : first + place.layers.stop - place.layers.start]

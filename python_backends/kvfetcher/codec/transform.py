@@ -23,6 +23,7 @@ from kvfetcher.codec.frame_size import (
     max_unit_layers,
     parse_frame_size,
 )
+from kvfetcher.codec.low_bits import LOW_BITS, cut, packed_bytes, row_shifts, unpack
 from kvfetcher.codec.raw_tokens import (
     RAW_TOKENS,
     RAW_VALUES,
@@ -33,13 +34,19 @@ from kvfetcher.codec.raw_tokens import (
 from kvfetcher.codec.symbols import (
     ESCAPE_INDICES,
     ESCAPE_VALUES,
-    TRANSFORM,
     check_integers,
     check_pictures,
     read_corrections,
     to_symbols,
 )
-from kvfetcher.codec.unit import Unit, video_sections, write_unit
+from kvfetcher.codec.unit import (
+    HAS_LOW_BITS,
+    TRANSFORM,
+    Unit,
+    raw_section,
+    video_sections,
+    write_unit,
+)
 from kvfetcher.codec.video import encode_for
 from kvfetcher.errors import CodecError, ConfigError, FormatError, UnsupportedVersionError
 from kvfetcher.layout import NUM_PLANES, RowGrid
@@ -53,9 +60,12 @@ from kvfetcher.transform.rope import rotate_keys, unrotate_keys
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from numpy.typing import NDArray
+
     from kvfetcher.codec.base import Integers, UnitSource
     from kvfetcher.spec import KVSpec
     from kvfetcher.transform.artifact import F32
+    from kvfetcher.transform.inverse import LowBits
 
 
 # Largest picture where no frame size is asked for.
@@ -140,10 +150,13 @@ class TransformProfile:
         tokens = source.num_tokens
         layout = Layout.fit(len(calibration.grouping.head_ranges), ranks, tokens, variant)
         integers = np.zeros((layout.grid.num_rows, tokens), np.int32)
+        low_bits = bytearray()
         for place, part in parts:
             part[:, raw] = 0
             np.rint(part, out=part)
-            integers[layout.rows_of(place)] = part
+            rows = integers[layout.rows_of(place)]
+            rows[:] = part
+            low_bits += cut(rows, _shifts(calibration, place, len(part), float(step)))
         symbols = to_symbols(integers)
         grid = layout.grid
         planes = grid.place(
@@ -173,7 +186,9 @@ class TransformProfile:
                 *video_sections(encode_for(source, planes, bit_depth=symbols.bit_depth)),
                 *symbols.sections,
                 *raw_sections(source.values, raw),
+                *((raw_section(LOW_BITS, bytes(low_bits)),) if low_bits else ()),
             ),
+            flags=HAS_LOW_BITS if low_bits else 0,
         )
         return write_unit(unit)
 
@@ -189,6 +204,8 @@ class RestorePlan:
     layout: Layout
     places: tuple[Place, ...]
     """Its transforms, in the order of their rows."""
+    low_bits: tuple[LowBits | None, ...]
+    """Of each transform; None = the samples are whole integers."""
 
 
 def plan_restore(unit: Unit) -> RestorePlan:
@@ -199,7 +216,8 @@ def plan_restore(unit: Unit) -> RestorePlan:
         UnsupportedVersionError: its calibration is not on this machine.
     """
     params = _parse_params(unit)
-    unit.require_sections(ESCAPE_INDICES, ESCAPE_VALUES, RAW_TOKENS, RAW_VALUES)
+    more = (LOW_BITS,) if unit.flags & HAS_LOW_BITS else ()
+    unit.require_sections(ESCAPE_INDICES, ESCAPE_VALUES, RAW_TOKENS, RAW_VALUES, *more)
     try:
         calibration = find_calibration(params.calibration)
     except ConfigError as exc:
@@ -218,13 +236,15 @@ def plan_restore(unit: Unit) -> RestorePlan:
         params.frame_columns,
     )
     check_pictures(unit, layout.grid)
+    places = tuple(_places(calibration, groups))
     return RestorePlan(
         calibration,
         params.step,
         params.num_escapes,
         params.num_raw_tokens,
         layout,
-        tuple(_places(calibration, groups)),
+        places,
+        _read_low_bits(unit, calibration, places, params),
     )
 
 
@@ -246,7 +266,7 @@ def restore_transform(unit: Unit, planes: Integers) -> Integers:
     corrections = read_corrections(unit, plan.num_escapes, samples, neutral)
     values = np.empty(unit.shape, np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        for place in plan.places:
+        for place, low_bits in zip(plan.places, plan.low_bits, strict=True):
             key, rows = (place.layer_group, place.head_group), layout.rows_of(place)
             inverse = calibration.inverse(key, layout.ranks[place.number], plan.step)
             vectors = inverse.restore(
@@ -254,6 +274,7 @@ def restore_transform(unit: Unit, planes: Integers) -> Integers:
                 neutral,
                 np.float32(plan.step),
                 corrections.of_rows(rows, unit.num_tokens),
+                low_bits,
             )
             from_vectors(vectors, values[place.layers], place.heads)
         rope = calibration.rope.slice(unit.layer_start, unit.num_layers)
@@ -320,15 +341,32 @@ def _places(calibration: Calibration, groups: range) -> Iterator[Place]:
             first = layers.stop
 
 
+def _shifts(calibration: Calibration, place: Place, rank: int, step: float) -> NDArray[np.uint8]:
+    """Low bits of a transform's rows, those that have any."""
+    sigma = calibration.bases[place.layer_group, place.head_group].sigma
+    return row_shifts(sigma[:rank], step)
+
+
+def _read_low_bits(
+    unit: Unit, calibration: Calibration, places: tuple[Place, ...], params: _Params
+) -> tuple[LowBits | None, ...]:
+    """The low bits of each transform of a unit."""
+    if not unit.flags & HAS_LOW_BITS:
+        return (None,) * len(places)
+    shifts = [_shifts(calibration, p, params.ranks[p.number], params.step) for p in places]
+    num_bytes = packed_bytes(shifts, unit.num_tokens)
+    return tuple(unpack(unit.section(LOW_BITS, num_bytes=num_bytes), shifts, unit.num_tokens))
+
+
 def _forward(
     calibration: Calibration, values: F32, groups: range, ranks: tuple[int, ...], step: np.float32
 ) -> Iterator[tuple[Place, F32]]:
     """Coefficients [rank, T] in steps, not rounded, of every transform of a unit."""
     for place in _places(calibration, groups):
-        matrices = calibration.matrices((place.layer_group, place.head_group), ranks[place.number])
+        forward = calibration.forward((place.layer_group, place.head_group), ranks[place.number])
         vectors = to_vectors(values[place.layers], place.heads)
-        vectors -= matrices.mean
-        scaled = multiply(matrices.forward, vectors.T)
+        vectors -= forward.mean
+        scaled = multiply(forward.matrix, vectors.T)
         scaled *= np.float32(1) / step
         yield place, scaled
 

@@ -34,9 +34,14 @@ F16 = NDArray[np.float16]
 
 ARTIFACT_VERSION = 1
 MAX_ARTIFACT_BYTES = 16 << 30
+MAX_METADATA_CHARACTERS = 4 << 20
+"""Of each of its two JSON texts; the model with most layers and frequencies needs 1.5 million."""
 
-# One per transform and profile; units say the rank, and a hostile one may say any.
-_MAX_INVERSES = 128
+# What is certain of every root that `klt.fisher_roots` makes: equal halves up to the rounding to
+# float32 (relative to the largest value), and a condition of at most sqrt(D / 0.1) = 200.
+_ROOT_ASYMMETRY = 1e-6
+_ROOT_CONDITION = 1e4
+_ROOT_LIMITS = (1e-30, 1e30)
 
 LADDER = ("near", "balanced", "compact", "tiny")
 
@@ -53,8 +58,17 @@ class StoredBasis:
     """[n]."""
 
 
+class Forward(NamedTuple):
+    """The encoder's half of a transform: z = (x - mean) @ matrix.T."""
+
+    matrix: F32
+    """[m, n]."""
+    mean: F32
+    """[n]."""
+
+
 class Matrices(NamedTuple):
-    """One transform ready to multiply: z = (x - mean) @ forward.T, x = z @ inverse + mean."""
+    """Both directions of a transform: z = (x - mean) @ forward.T, x = z @ inverse + mean."""
 
     forward: F32
     """[m, n]."""
@@ -86,10 +100,10 @@ class Calibration:
     """How it was made: texts digest, tokens, settings."""
     certificate: Mapping[str, Any] | None = None
     """What was measured with it (`quality.certify`); None = not measured."""
-    _cache: dict[tuple[int, int, int], Matrices] = field(
+    _forwards: dict[tuple[int, int, int], Forward] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
-    _inverses: dict[tuple[int, int, int, int], SplitInverse] = field(
+    _inverses: dict[tuple[int, int, str], SplitInverse] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
     _lock: threading.Lock = field(
@@ -113,63 +127,86 @@ class Calibration:
         wanted = max(1, *(int(np.count_nonzero(sigma >= self.floor * step)) for sigma in sigmas))
         return min(wanted, *(len(sigma) for sigma in sigmas))
 
-    def matrices(self, key: tuple[int, int], rank: int, *, keep: bool = True) -> Matrices:
-        """The first ``rank`` components of one transform, ready to multiply.
+    def matrices(self, key: tuple[int, int], rank: int) -> Matrices:
+        """The first ``rank`` components of one transform, made anew at each call.
 
         Args:
             key: (layer group, head group).
             rank: number of components.
-            keep: hold the result for the next call.
 
         Raises:
             FormatError: it has fewer components.
         """
-        if not keep:
-            return self._make(key, rank)
+        return Matrices(
+            self._times(self._roots(key), key, rank),
+            self._times(_inverses(self._roots(key)), key, rank),
+            self.bases[key].mean,
+        )
+
+    def forward(self, key: tuple[int, int], rank: int) -> Forward:
+        """The encoder's half of `matrices`, kept for the next call: 4 m n bytes.
+
+        Raises:
+            FormatError: it has fewer components.
+        """
         with self._lock:
-            found = self._cache.get((*key, rank))
+            found = self._forwards.get((*key, rank))
             if found is None:
-                found = self._cache[(*key, rank)] = self._make(key, rank)
+                matrix = self._times(self._roots(key), key, rank)
+                found = self._forwards[*key, rank] = Forward(matrix, self.bases[key].mean)
             return found
 
     def inverse(self, key: tuple[int, int], rank: int, step: float) -> SplitInverse:
-        """The first ``rank`` components of one transform, ready to restore integers of a step.
+        """What restores the integers of one transform and profile, kept for the next call.
+
+        At most one for each transform and profile is kept, of 1 (8-bit products) to 4 m n bytes,
+        whatever ranks and steps units name.
 
         Raises:
-            FormatError: it has fewer components.
+            FormatError: no profile of this calibration codes so many components at that step.
         """
-        leading = int(np.count_nonzero(self.bases[key].sigma[:rank] > LEADING_STEPS * step))
-        if rank - leading < MIN_TRAILING or not has_int8_product():
-            leading = rank
+        profile = self._profile_at(key[0], rank, step)
         with self._lock:
-            found = self._inverses.get((*key, rank, leading))
+            found = self._inverses.get((*key, profile))
             if found is None:
-                matrices = self._make(key, rank)
-                found = SplitInverse.split(matrices.inverse, matrices.mean, num_leading=leading)
-                if len(self._inverses) == _MAX_INVERSES:
-                    self._inverses.pop(next(iter(self._inverses)))
-                self._inverses[*key, rank, leading] = found
+                sigma = self.bases[key].sigma[:rank]
+                leading = int(np.count_nonzero(sigma > LEADING_STEPS * step))
+                if rank - leading < MIN_TRAILING or not has_int8_product():
+                    leading = rank
+                rows = self._times(_inverses(self._roots(key)), key, rank)
+                found = SplitInverse.split(rows, self.bases[key].mean, num_leading=leading)
+                self._inverses[*key, profile] = found
             return found
 
-    def _make(self, key: tuple[int, int], rank: int) -> Matrices:
-        basis = self.bases[key]
-        if not 1 <= rank <= len(basis.rows):
-            raise FormatError(
-                f"transform {key} of the calibration has {len(basis.rows)} components, {rank} are"
-                " asked for"
-            )
+    def _profile_at(self, layer_group: int, rank: int, step: float) -> str:
+        """The profile that codes a layer group with this rank and (in float32) step."""
+        for name, ours in self.steps.items():
+            same = np.float32(ours) == np.float32(step)
+            if same and rank == self.unit_rank(layer_group, name):
+                return name
+        raise FormatError(
+            f"no profile of calibration {self.digest[:16]} codes layer group {layer_group} with"
+            f" {rank} components at step {step:.3g}"
+        )
+
+    def _roots(self, key: tuple[int, int]) -> F32:
+        """[n / D, D, D] of one transform."""
         start = self.grouping.layer_starts[key[0]]
         stop = start + self.grouping.layer_counts[key[0]]
         first, last = self.grouping.head_ranges[key[1]]
         dim = self.spec.head_dim
-        roots = self.roots[start:stop, :, first:last].reshape(-1, dim, dim)
-        inverse_roots = np.linalg.inv(roots.astype(np.float64)).astype(np.float32)
-        columns = np.ascontiguousarray(basis.rows[:rank].astype(np.float32).T)
-        return Matrices(
-            np.ascontiguousarray(block_multiply(roots, columns).T),
-            np.ascontiguousarray(block_multiply(inverse_roots, columns).T),
-            basis.mean,
-        )
+        return self.roots[start:stop, :, first:last].reshape(-1, dim, dim)
+
+    def _times(self, blocks: F32, key: tuple[int, int], rank: int) -> F32:
+        """[m, n]: the first rows of a basis times a block-diagonal matrix."""
+        rows = self.bases[key].rows
+        if not 1 <= rank <= len(rows):
+            raise FormatError(
+                f"transform {key} of the calibration has {len(rows)} components, {rank} are"
+                " asked for"
+            )
+        columns = np.ascontiguousarray(rows[:rank].astype(np.float32).T)
+        return np.ascontiguousarray(block_multiply(blocks, columns).T)
 
     @cached_property
     def digest(self) -> str:
@@ -189,7 +226,7 @@ class Calibration:
             "heads_per_group": self.grouping.heads_per_group,
             "rope": self.rope.to_dict(),
             "steps": {name: float(step) for name, step in self.steps.items()},
-            "floor": self.floor,
+            "floor": float(self.floor),
             "sink_tokens": self.sink_tokens,
             "source": dict(self.source),
         }
@@ -252,29 +289,34 @@ class Calibration:
             raise FormatError(f"calibration {path} of {size} bytes is over {MAX_ARTIFACT_BYTES}")
         try:
             with safe_open(path, framework="np") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError, TypeError, KeyError) as exc:
-            raise FormatError(f"calibration {path} is not a safetensors file: {exc}") from exc
-        try:
-            return _parse(metadata, tensors)
+                return _parse(file.metadata() or {}, file)
         except UnsupportedVersionError:
             raise
-        except (FormatError, ConfigError, KeyError, TypeError, ValueError, AttributeError) as exc:
+        except (SafetensorError, OSError) as exc:
+            raise FormatError(f"calibration {path} is not a safetensors file: {exc}") from exc
+        except (
+            FormatError, ConfigError, LookupError, TypeError, ValueError, AttributeError,
+            OverflowError, RecursionError,
+        ) as exc:  # fmt: skip
             raise FormatError(f"calibration {path}: {exc}") from exc
 
 
-def _parse(metadata: dict[str, str], tensors: dict[str, NDArray[Any]]) -> Calibration:
+def _parse(metadata: Mapping[str, str], file: Any) -> Calibration:
+    """An artifact from its metadata and tensors, which are read once their shapes are right."""
     if "kvfetcher" not in metadata:
         raise FormatError("no `kvfetcher` entry in its metadata; it is not a calibration")
-    head = json.loads(metadata["kvfetcher"])
+    head = _json(metadata["kvfetcher"])
     if head["version"] != ARTIFACT_VERSION:
         raise UnsupportedVersionError(
             f"calibration is of version {head['version']!r}, this build reads {ARTIFACT_VERSION};"
             " calibrate again"
         )
     spec = KVSpec(**head["spec"])
-    grouping = Grouping(spec, tuple(head["layer_counts"]), head["heads_per_group"])
+    counts = head["layer_counts"]
+    numbers = (spec.num_layers, spec.num_kv_heads, spec.head_dim, spec.kv_factor, *counts)
+    if not all(type(n) is int for n in (*numbers, head["heads_per_group"])):
+        raise FormatError(f"geometry and groups must be integers, got {numbers}")
+    grouping = Grouping(spec, tuple(counts), head["heads_per_group"])
     rope = Rope.from_dict(head["rope"])
     if len(rope.layers) != spec.num_layers:
         raise FormatError(f"rope facts of {len(rope.layers)} layers, expected {spec.num_layers}")
@@ -282,57 +324,110 @@ def _parse(metadata: dict[str, str], tensors: dict[str, NDArray[Any]]) -> Calibr
     if any(k.offset + k.rotary_dim > dim for k in rope.layers):
         raise FormatError(f"rope facts rotate more dims than a head's {dim}")
     steps = {name: float(head["steps"][name]) for name in LADDER}
-    if not all(1e-30 < step < 1e30 for step in steps.values()) or len(head["steps"]) != len(steps):
+    if not all(1e-30 < step < 1e30 for step in steps.values()):
         raise FormatError(f"steps must be positive numbers for {LADDER}, got {head['steps']}")
     floor, sinks = float(head["floor"]), head["sink_tokens"]
     if not 0 <= floor <= 100 or type(sinks) is not int or not 0 <= sinks <= 64:
         raise FormatError(f"floor {floor} or sink tokens {sinks!r} out of range")
     if not isinstance(head["model"], str) or not isinstance(head["source"], dict):
         raise FormatError("model digest or source is missing")
-    roots = _tensor(
-        tensors, "roots", np.float32, (spec.num_layers, spec.kv_factor, spec.num_kv_heads, dim, dim)
-    )
-    if np.linalg.eigvalsh(roots.astype(np.float64)).min() <= 0:
-        raise FormatError("a root of a Fisher matrix is not positive definite")
-    bases = {}
-    for a in range(len(grouping.layer_counts)):
-        for b in range(len(grouping.head_ranges)):
-            n = grouping.dimension(a, b)
-            m = len(tensors[f"basis.{a}.{b}.sigma"])
-            if not 1 <= m <= n:
-                raise FormatError(f"transform {a}.{b} has {m} components of {n} values")
-            basis = StoredBasis(
-                _tensor(tensors, f"basis.{a}.{b}.rows", np.float16, (m, n)),
-                _tensor(tensors, f"basis.{a}.{b}.sigma", np.float32, (m,)),
-                _tensor(tensors, f"basis.{a}.{b}.mean", np.float32, (n,)),
-            )
-            if np.any(np.diff(basis.sigma) > 0) or basis.sigma[-1] < 0:
-                raise FormatError(f"sigma of transform {a}.{b} is not in descending order")
-            bases[a, b] = basis
-    if len(tensors) != 1 + 3 * len(bases):
-        raise FormatError(f"{len(tensors)} tensors, expected {1 + 3 * len(bases)}")
-    certificate = json.loads(metadata["certificate"]) if "certificate" in metadata else None
-    if certificate is not None and not isinstance(certificate, dict):
-        raise FormatError("its certificate is not a JSON object")
-    return Calibration(
-        head["model"], grouping, rope, roots, bases, steps, floor, sinks, head["source"],
-        certificate,
+    certificate = _json(metadata["certificate"]) if "certificate" in metadata else None
+    calibration = Calibration(
+        head["model"], grouping, rope, *_read_tensors(file, grouping), steps, floor, sinks,
+        head["source"], certificate,
     )  # fmt: skip
+    # The digest is over what is stored, so there is one way to store it.
+    if _dump(calibration._metadata()) != metadata["kvfetcher"]:
+        raise FormatError(
+            "its `kvfetcher` entry is not canonical JSON of the keys that FORMAT.md lists, and no"
+            " others; get the artifact again"
+        )
+    return calibration
+
+
+def _read_tensors(file: Any, grouping: Grouping) -> tuple[F32, dict[tuple[int, int], StoredBasis]]:
+    """Roots and bases."""
+    spec, dim = grouping.spec, grouping.spec.head_dim
+    keys = [
+        (a, b) for a in range(len(grouping.layer_counts)) for b in range(len(grouping.head_ranges))
+    ]
+    names = set(file.keys())
+    if len(names) != 1 + 3 * len(keys):
+        raise FormatError(f"{len(names)} tensors, expected {1 + 3 * len(keys)}")
+    shape = (spec.num_layers, spec.kv_factor, spec.num_kv_heads, dim, dim)
+    roots = _tensor(file, names, "roots", np.float32, shape)
+    for layer, blocks in enumerate(roots):
+        _check_roots(blocks, layer)
+    bases = {}
+    for a, b in keys:
+        n, name = grouping.dimension(a, b), f"basis.{a}.{b}"
+        if f"{name}.sigma" not in names:
+            raise FormatError(f"tensor {name}.sigma is missing")
+        m = file.get_slice(f"{name}.sigma").get_shape()[0]
+        if not 1 <= m <= n:
+            raise FormatError(f"transform {a}.{b} has {m} components of {n} values")
+        sigma = _tensor(file, names, f"{name}.sigma", np.float32, (m,))
+        if np.any(sigma[1:] > sigma[:-1]) or sigma[-1] < 0:
+            raise FormatError(f"sigma of transform {a}.{b} is not in descending order")
+        bases[a, b] = StoredBasis(
+            _tensor(file, names, f"{name}.rows", np.float16, (m, n)),
+            sigma,
+            _tensor(file, names, f"{name}.mean", np.float32, (n,)),
+        )
+    return roots, bases
+
+
+def _check_roots(blocks: F32, layer: int) -> None:
+    """Refuse roots [K, H, D, D] of a layer whose inverses float32 does not hold."""
+    wide = blocks.astype(np.float64)
+    flipped = np.swapaxes(wide, -1, -2)
+    largest = np.abs(wide).max(axis=(-1, -2))
+    if np.any(np.abs(wide - flipped).max(axis=(-1, -2)) > _ROOT_ASYMMETRY * largest):
+        raise FormatError(f"a root of a Fisher matrix of layer {layer} is not symmetric")
+    values = np.linalg.eigvalsh((wide + flipped) / 2)
+    low, high = values[..., 0], values[..., -1]
+    if np.any(low * _ROOT_CONDITION < high) or low.min() < _ROOT_LIMITS[0]:
+        raise FormatError(f"a root of a Fisher matrix of layer {layer} is not positive definite")
+    if high.max() > _ROOT_LIMITS[1]:
+        raise FormatError(f"a root of a Fisher matrix of layer {layer} is over {_ROOT_LIMITS[1]}")
 
 
 def _tensor(
-    tensors: dict[str, NDArray[Any]], name: str, dtype: type, shape: tuple[int, ...]
+    file: Any, names: set[str], name: str, dtype: type, shape: tuple[int, ...]
 ) -> NDArray[Any]:
-    if name not in tensors:
+    if name not in names:
         raise FormatError(f"tensor {name} is missing")
-    array = tensors[name]
-    if array.dtype != dtype or array.shape != shape:
+    stored = file.get_slice(name)
+    code = f"F{8 * np.dtype(dtype).itemsize}"
+    if stored.get_dtype() != code or tuple(stored.get_shape()) != shape:
         raise FormatError(
-            f"tensor {name} must be {shape} {np.dtype(dtype)}, got {array.shape} {array.dtype}"
+            f"tensor {name} must be {shape} {code}, got {tuple(stored.get_shape())}"
+            f" {stored.get_dtype()}"
         )
+    array: NDArray[Any] = file.get_tensor(name)
     if not np.isfinite(array).all():
         raise FormatError(f"tensor {name} holds values that are not finite")
     return array
+
+
+def _inverses(blocks: F32) -> F32:
+    return np.linalg.inv(blocks.astype(np.float64)).astype(np.float32)
+
+
+def _json(text: str) -> dict[str, Any]:
+    """A JSON object of the metadata."""
+    if len(text) > MAX_METADATA_CHARACTERS:
+        raise FormatError(
+            f"a metadata entry of {len(text)} characters is over {MAX_METADATA_CHARACTERS}"
+        )
+    data = json.loads(text, parse_constant=_refuse_constant)
+    if not isinstance(data, dict):
+        raise FormatError("a metadata entry is not a JSON object")
+    return data
+
+
+def _refuse_constant(name: str) -> None:
+    raise FormatError(f"its metadata holds {name}, which is no JSON number")
 
 
 def _dump(data: Any) -> str:

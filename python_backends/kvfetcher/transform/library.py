@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 from kvfetcher.config import cache_home
 from kvfetcher.errors import ConfigError
@@ -96,14 +96,18 @@ def certified(calibration: Calibration, profile: str, *, dtype: KVDtype | None =
     else:
         profiles = certificate.get("profiles")
         row = profiles.get(profile) if isinstance(profiles, dict) else None
-        numbers = [row.get(name) for name in Certified._fields] if isinstance(row, dict) else [None]
-        if all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
-            return Certified(*map(float, numbers))
+        ratio, kl = (row.get("ratio"), row.get("kl")) if isinstance(row, dict) else (None, None)
+        if _is_number(ratio) and _is_number(kl):
+            return Certified(ratio, kl)
         wrong = f"carries a certificate without ratio and KL of {profile}"
     raise ConfigError(
         f"calibration {calibration.digest[:16]} {wrong}; run `kvfetcher certify`, or set"
         " codec.allow_uncertified"
     )
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return type(value) is float and math.isfinite(value)
 
 
 def served_calibration(

@@ -56,7 +56,7 @@ class LayerRope:
             )
         if not (isinstance(self.amplitude, (int, float)) and 1e-3 <= self.amplitude <= 1e3):
             raise ConfigError(f"LayerRope.amplitude must be 0.001 to 1000, got {self.amplitude!r}")
-        if not isinstance(self.offset, int) or not 0 <= self.offset <= 4096:
+        if type(self.offset) is not int or not 0 <= self.offset <= 4096:
             raise ConfigError(f"LayerRope.offset must be 0 to 4096, got {self.offset!r}")
 
     @property
@@ -82,9 +82,9 @@ class Rope:
         return {
             "kinds": [
                 {
-                    "inv_freq": list(k.inv_freq),
+                    "inv_freq": [float(f) for f in k.inv_freq],
                     "style": k.style,
-                    "amplitude": k.amplitude,
+                    "amplitude": float(k.amplitude),
                     "offset": k.offset,
                 }
                 for k in kinds
@@ -113,7 +113,7 @@ class Rope:
             if not all(type(i) is int and 0 <= i < len(kinds) for i in layers):
                 raise ConfigError("rope description: a layer names a kind that is not listed")
             return cls(tuple(kinds[i] for i in layers))
-        except (KeyError, TypeError, ValueError) as exc:
+        except (KeyError, TypeError, ValueError, OverflowError) as exc:
             raise ConfigError(
                 f"rope description is not {{kinds, layers}} as `Rope.to_dict` writes it: {exc!r}"
             ) from exc

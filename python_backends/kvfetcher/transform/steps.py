@@ -121,7 +121,7 @@ def round_cache(
     ):
         rank = calibration.rank_at(group, step)
         for index, heads in enumerate(grouping.head_ranges):
-            matrices = calibration.matrices((group, index), rank, keep=False)
+            matrices = calibration.matrices((group, index), rank)
             vectors = to_vectors(work[start : start + count], heads)
             vectors -= matrices.mean
             scaled = multiply(matrices.forward, vectors.T)

@@ -1,5 +1,7 @@
+import dataclasses
 import json
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from kvfetcher.errors import ConfigError, FormatError, UnsupportedVersionError
 from kvfetcher.spec import KVSpec
 from kvfetcher.transform.artifact import LADDER, Calibration
+from kvfetcher.transform.rope import LayerRope, Rope
 from support.calibrations import make_calibration
 
 SPEC = KVSpec(5, 2, 8)
@@ -74,12 +77,16 @@ def test_missing_artifact_names_the_remedy(tmp_path):
         Calibration.load(tmp_path / "none.safetensors")
 
 
+def canonical(data):
+    return json.dumps(data, sort_keys=True, separators=(",", ":"))
+
+
 def broken(artifact, tmp_path, *, head=None, tensors=None, metadata=None):
     """The artifact with some entries replaced."""
     arrays, meta = load_file(artifact), metadata_of(artifact)
     arrays.update(tensors or {})
     arrays = {name: array for name, array in arrays.items() if array is not None}
-    meta["kvfetcher"] = json.dumps({**json.loads(meta["kvfetcher"]), **(head or {})})
+    meta["kvfetcher"] = canonical({**json.loads(meta["kvfetcher"]), **(head or {})})
     path = tmp_path / "broken.safetensors"
     save_file(arrays, path, metadata if metadata is not None else meta)
     return path
@@ -95,13 +102,21 @@ def broken(artifact, tmp_path, *, head=None, tensors=None, metadata=None):
         {"layer_counts": [2, 2]},
         {"layer_counts": [5, 0]},
         {"layer_counts": "ab"},
+        {"layer_counts": [2.0, 2.0, 1.0]},
+        {"layer_counts": [True, 2, 2]},
+        {"heads_per_group": 2.0},
+        {"spec": {"num_layers": 5, "num_kv_heads": 2, "head_dim": 8, "kv_factor": 2.0}},
+        {"another": 1},
         {"heads_per_group": 0},
         {"rope": {}},
         {"rope": {"kinds": [], "layers": []}},
         {"steps": {}},
         {"steps": {"near": 0, "balanced": 1, "compact": 1, "tiny": 1}},
         {"steps": {"near": "x", "balanced": 1, "compact": 1, "tiny": 1}},
+        {"steps": {"near": 10**400, "balanced": 1, "compact": 1, "tiny": 1}},
         {"floor": -1},
+        {"floor": 10**400},
+        {"floor": 0},
         {"sink_tokens": 1000},
         {"sink_tokens": 1.5},
         {"model": 7},
@@ -113,14 +128,29 @@ def test_artifact_with_a_wrong_head_is_refused(artifact, tmp_path, head):
         Calibration.load(broken(artifact, tmp_path, head=head))
 
 
+def roots_with(change):
+    """Identities, but for what is added to the first dims of one."""
+    roots = np.tile(np.eye(8, dtype=np.float32), (5, 2, 2, 1, 1))
+    roots[3, 1, 0, :2, :2] += np.array(change, np.float32)
+    return roots
+
+
 @pytest.mark.parametrize(
     "tensors",
     [
         {"roots": None},
         {"roots": np.zeros((5, 2, 2, 8, 8), np.float32)},
         {"roots": np.zeros((1,), np.float32)},
+        {"roots": roots_with([[0, 1], [0, 0]])},
+        {"roots": roots_with([[0, 0], [1, 0]])},
+        {"roots": roots_with([[-1, 0], [0, 0]])},
+        {"roots": roots_with([[1e-7 - 1, 0], [0, 0]])},
+        {"roots": np.float32(1e-35) * roots_with([[0, 0], [0, 0]])},
+        {"roots": np.float32(1e35) * roots_with([[0, 0], [0, 0]])},
         {"basis.0.0.rows": np.zeros((3, 3), np.float16)},
         {"basis.0.0.sigma": np.zeros((0,), np.float32)},
+        {"basis.0.0.sigma": np.zeros((), np.float32)},
+        {"basis.0.0.sigma": None, "another": np.zeros(1, np.float32)},
         {"basis.1.0.mean": np.full((64,), np.nan, np.float32)},
         {"basis.1.0.mean": np.zeros((64,), np.float64)},
         {"another": np.zeros(1, np.float32)},
@@ -129,6 +159,144 @@ def test_artifact_with_a_wrong_head_is_refused(artifact, tmp_path, head):
 def test_artifact_with_a_wrong_tensor_is_refused(artifact, tmp_path, tensors):
     with pytest.raises(FormatError):
         Calibration.load(broken(artifact, tmp_path, tensors=tensors))
+
+
+def test_identity_roots_are_accepted(artifact, tmp_path):
+    changed = {"roots": roots_with([[0, 1e-7], [0, 0]])}
+    calibration = Calibration.load(broken(artifact, tmp_path, tensors=changed))
+    assert np.isfinite(calibration.matrices((1, 0), 4).inverse).all()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        lambda text: json.dumps(json.loads(text), indent=1),
+        lambda text: text + " ",
+        lambda text: text.replace('"floor":0.25', '"floor":2.5e-1'),
+        lambda text: text.replace('"floor":0.25', '"floor":1,"floor":0.25'),
+        lambda text: text.replace('"floor":0.25', '"floor":NaN'),
+        lambda text: text.replace('"source":{', '"source":' + "[" * 100_000 + '{"'),
+        lambda text: text.replace('"source":{', '"source":{"x":"' + "x" * (4 << 20) + '",'),
+        lambda _: "[]",
+        lambda _: "",
+    ],
+    ids=["indent", "space", "float", "twice", "NaN", "deep", "long", "list", "empty"],
+)
+def test_metadata_that_is_not_canonical_is_refused(artifact, tmp_path, text):
+    meta = metadata_of(artifact)
+    changed = {**meta, "kvfetcher": text(meta["kvfetcher"])}
+    with pytest.raises(FormatError):
+        Calibration.load(broken(artifact, tmp_path, metadata=changed))
+
+
+@pytest.mark.parametrize("text", ["[]", "NaN", "{", "[" * 100_000, '{"kl":NaN}'])
+def test_certificate_that_is_no_object_is_refused(artifact, tmp_path, text):
+    changed = {**metadata_of(artifact), "certificate": text}
+    with pytest.raises(FormatError):
+        Calibration.load(broken(artifact, tmp_path, metadata=changed))
+
+
+def test_whole_numbers_are_stored_as_they_are_read(calibration, tmp_path):
+    layers = tuple(LayerRope((1, 0), amplitude=2) for _ in range(SPEC.num_layers))
+    whole = dataclasses.replace(
+        calibration, floor=1, steps=dict.fromkeys(LADDER, 1), rope=Rope(layers)
+    )
+    whole.save(tmp_path / "whole.safetensors")
+    assert Calibration.load(tmp_path / "whole.safetensors").digest == whole.digest
+
+
+def test_shapes_are_checked_before_tensors_are_read(artifact, tmp_path):
+    huge = {"roots": np.zeros((64, 1 << 20), np.float32)}
+    path = broken(artifact, tmp_path, tensors=huge)
+    tracemalloc.start()
+    try:
+        with pytest.raises(FormatError, match="roots must be"):
+            Calibration.load(path)
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def places(data, path=()):
+    """Every place in a JSON value, as a path of keys."""
+    yield path
+    items = data.items() if isinstance(data, dict) else enumerate(data)
+    for key, value in items:
+        if isinstance(value, (dict, list)):
+            yield from places(value, (*path, key))
+        else:
+            yield (*path, key)
+
+
+WRONG = (
+    None, True, -1, 0, 1, 2.5, 1e308, 10**400, 1 << 63, "", "x", "\ud800", [], [[]], {}, {"x": 1}
+)  # fmt: skip
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_changed_field_ends_in_an_error_or_another_digest(
+    calibration, artifact, tmp_path, data
+):
+    head = json.loads(metadata_of(artifact)["kvfetcher"])
+    path = data.draw(st.sampled_from(sorted(set(places(head)) - {()}, key=str)))
+    inner = head
+    for key in path[:-1]:
+        inner = inner[key]
+    if data.draw(st.booleans()):
+        inner[path[-1]] = data.draw(st.sampled_from(WRONG))
+    elif isinstance(inner, dict):
+        del inner[path[-1]]
+    else:
+        inner.append(inner[path[-1]])
+    meta = {**metadata_of(artifact), "kvfetcher": canonical(head)}
+    try_to_use(calibration, broken(artifact, tmp_path, metadata=meta))
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_changed_tensor_ends_in_an_error_or_another_digest(
+    calibration, artifact, tmp_path, data
+):
+    arrays = load_file(artifact)
+    name = data.draw(st.sampled_from(sorted(arrays)))
+    array = arrays[name]
+    how = data.draw(st.sampled_from(["cut", "reshape", "dtype", "value", "drop", "rename"]))
+    changed = {name: None}
+    if how == "cut":
+        axis = data.draw(st.integers(0, array.ndim - 1))
+        kept = data.draw(st.integers(0, array.shape[axis] - 1))
+        changed = {name: np.ascontiguousarray(array.take(range(kept), axis))}
+    elif how == "reshape":
+        shape = data.draw(st.sampled_from([(-1,), (1, *array.shape), array.shape[::-1]]))
+        changed = {name: array.reshape(shape)}
+    elif how == "dtype":
+        changed = {name: array.astype(data.draw(st.sampled_from(["f2", "f4", "f8", "i4", "?"])))}
+    elif how == "value":
+        array = array.copy()
+        place = data.draw(st.integers(0, array.size - 1))
+        values = [np.nan, np.inf, -np.inf, 6e4, -6e4, 0, 1e-7, np.finfo(array.dtype).max]
+        array.reshape(-1)[place] = data.draw(st.sampled_from(values))
+        changed = {name: array}
+    elif how == "rename":
+        changed = {name: None, data.draw(st.sampled_from(["", "x", f"{name} "])): array}
+    try_to_use(calibration, broken(artifact, tmp_path, tensors=changed))
+
+
+def try_to_use(calibration, path):
+    """Load and restore with what was changed: refused, or another calibration that computes."""
+    try:
+        again = Calibration.load(path)
+    except FormatError:
+        return
+    if again.digest == calibration.digest:
+        assert again.rope == calibration.rope
+        return
+    for key in again.bases:
+        rank = again.unit_rank(key[0], "near")
+        with np.errstate(over="ignore", invalid="ignore"):  # as `restore_transform` does
+            again.inverse(key, rank, again.steps["near"])
+            again.forward(key, rank)
 
 
 def test_other_versions_are_refused(artifact, tmp_path):

@@ -3,8 +3,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvfetcher.errors import FormatError
 from kvfetcher.spec import KVSpec
 from kvfetcher.transform import artifact, product
+from kvfetcher.transform.artifact import LADDER
 from kvfetcher.transform.inverse import LEADING_STEPS, Corrections, SplitInverse
 from support.calibrations import make_calibration
 
@@ -98,22 +100,40 @@ def test_splitting_adds_under_one_percent_to_the_noise():
 
 def test_calibration_splits_where_8_bit_products_are_fast(monkeypatch):
     monkeypatch.setattr(artifact, "MIN_TRAILING", 4)
-    calibration = make_calibration(KVSpec(3, 2, 8))
-    sigma = calibration.bases[0, 0].sigma
-    step, rank = float(sigma[5]) / LEADING_STEPS, len(sigma)
+    spec = KVSpec(3, 2, 8)
+    sigma = make_calibration(spec).bases[0, 0].sigma
+    steps = dict.fromkeys(LADDER, float(sigma[5]) / LEADING_STEPS)
     monkeypatch.setattr(artifact, "has_int8_product", lambda: True)
-    assert len(calibration.inverse((0, 0), rank, step).leading) == 5
-    assert len(calibration.inverse((0, 0), 6, step).leading) == 6
+    assert len(inverse_of(make_calibration(spec).with_steps(steps), "near").leading) == 5
     monkeypatch.setattr(artifact, "has_int8_product", lambda: False)
-    assert len(calibration.inverse((0, 0), rank, step).leading) == rank
+    calibration = make_calibration(spec).with_steps(steps)
+    assert len(inverse_of(calibration, "near").leading) == calibration.unit_rank(0, "near")
 
 
-def test_inverses_are_kept_and_their_number_is_bounded(monkeypatch):
-    monkeypatch.setattr(artifact, "_MAX_INVERSES", 2)
+def inverse_of(calibration, profile, **changed):
+    rank = changed.get("rank", calibration.unit_rank(0, profile))
+    return calibration.inverse((0, 0), rank, changed.get("step", calibration.steps[profile]))
+
+
+def test_inverses_are_kept_one_for_each_profile():
     calibration = make_calibration(KVSpec(3, 2, 8))
-    first = calibration.inverse((0, 0), 5, 0.1)
-    assert calibration.inverse((0, 0), 5, 0.1) is first
-    calibration.inverse((0, 0), 6, 0.1)
-    calibration.inverse((0, 0), 7, 0.1)
-    assert len(calibration._inverses) == 2
-    assert calibration.inverse((0, 0), 5, 0.1) is not first
+    first = inverse_of(calibration, "near")
+    assert inverse_of(calibration, "near") is first
+    assert inverse_of(calibration, "near", step=np.float32(calibration.steps["near"])) is first
+    assert len({id(inverse_of(calibration, name)) for name in LADDER}) == len(LADDER)
+
+
+@pytest.mark.parametrize("changed", [{"rank": 7}, {"rank": 10_000}, {"rank": 0}, {"step": 0.1}])
+def test_inverse_that_no_profile_codes_with_is_refused(changed):
+    calibration = make_calibration(KVSpec(3, 2, 8))
+    with pytest.raises(FormatError, match="no profile of calibration"):
+        inverse_of(calibration, "near", **changed)
+
+
+def test_encoding_makes_no_inverse(monkeypatch):
+    calibration = make_calibration(KVSpec(3, 2, 8))
+    monkeypatch.setattr(artifact, "_inverses", None)
+    first = calibration.forward((0, 0), 5)
+    assert calibration.forward((0, 0), 5) is first
+    monkeypatch.undo()
+    np.testing.assert_array_equal(first.matrix, calibration.matrices((0, 0), 5).forward)
