@@ -193,13 +193,14 @@ class ChunkRun:
             )
         return result
 
-    async def finish(self, deadline: Callable[[], float]) -> int:
+    async def finish(self, deadline: Callable[[int], float]) -> int:
         """Run; the number of whole chunks from position 0 on.
 
         Returns once nothing is pending, or a little after the deadline: see `is_live`.
 
         Args:
-            deadline: on the stages' clock, asked again and again.
+            deadline: for a number of whole chunks that are ready, when to end with these; on the
+                stages' clock, asked again and again.
         """
         self._stages.planned.add(self._planned(range(self._end)))
         feeder = asyncio.create_task(self._feed())
@@ -217,7 +218,7 @@ class ChunkRun:
         """Return when no unit of this run can write any more."""
         await asyncio.gather(*self._groups, return_exceptions=True)
 
-    async def _watch(self, feeder: asyncio.Task[None], deadline: Callable[[], float]) -> None:
+    async def _watch(self, feeder: asyncio.Task[None], deadline: Callable[[int], float]) -> None:
         seen: set[asyncio.Task[None]] = set()
         clock = self._stages.clock
         looked = started = clock()
@@ -238,8 +239,9 @@ class ChunkRun:
             if not pending:
                 return
             now = clock()
-            if now >= deadline():
-                await self._give_up_late(deadline() - started)
+            until = deadline(self._num_ready())
+            if now >= until:
+                await self._give_up_late(until - started)
                 return
             if now - looked >= _LOOK_SECONDS:
                 looked = now

@@ -72,9 +72,17 @@ class SharedFetch:
         self.facts_are_told = False
         """Whether some request's report has what the fetch did: it is counted once."""
 
-    def deadline(self) -> float:
-        """Until when somebody waits."""
-        return max((waiter.deadline for waiter in self.waiters), default=float("-inf"))
+    def deadline(self, num_ready: int) -> float:
+        """When the fetch must end that has so many chunks ready.
+
+        One lease goes to all, once, and nothing can be taken out of it before. So what is ready is
+        shared when the first waiter can wait no longer, even if others could: who came first would
+        else leave with nothing for all its waiting, and where requests keep coming, each of them
+        would. While nothing is ready, whoever can wait longer goes on alone.
+        """
+        deadlines = [waiter.deadline for waiter in self.waiters]
+        choose = min if num_ready else max
+        return choose(deadlines, default=float("-inf"))
 
     def join(self, deadline: float) -> Waiter:
         """One more request waits. It must `leave` again."""

@@ -128,7 +128,7 @@ class FetchWork:
                     return await self._lease_or_release(num_tokens)
                 except ArenaFullError as exc:
                     fetch.waits_for = ("arena_full", str(exc))
-                    if self._clock() + _ARENA_RETRY_SECONDS >= fetch.deadline():
+                    if self._clock() + _ARENA_RETRY_SECONDS >= fetch.deadline(0):
                         facts.end("arena_full", str(exc))
                         return None
                 await asyncio.sleep(_ARENA_RETRY_SECONDS)

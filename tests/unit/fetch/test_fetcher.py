@@ -18,6 +18,7 @@ from kvfetcher.errors import (
 from kvfetcher.fetch.decode_times import AS_IN_TABLE
 from kvfetcher.fetch.failures import Failures
 from kvfetcher.fetch.fetcher import UnitStatus
+from kvfetcher.fetch.shared import SharedFetch
 from kvfetcher.storage import TieredStore
 from kvfetcher.storage.base import get_ranges_singly
 from kvfetcher.storage.disk_tier import DiskTier
@@ -301,6 +302,45 @@ async def test_at_the_deadline_whole_chunks_are_kept_and_live_blocks_rest(world)
     assert world.leases.table.usage()["resting"] == 2 * CHUNK_TOKENS // 16
     hold.set()
     await until(lambda: world.units.done == 6)
+
+
+async def test_who_can_wait_no_longer_gets_what_is_ready_even_if_others_could_wait(world):
+    await world.save(0, 1, 2, 3)
+    first_blocks = set(range(CHUNK_TOKENS // 16))  # an empty arena is leased from its start
+
+    async def stuck_behind_the_first_chunk(unit, target):
+        if not first_blocks & set(target.block_ids):
+            await hold.wait()
+        return await world.units(unit, target)
+
+    hold = asyncio.Event()
+    fetcher = world.fetcher(run_unit=stuck_behind_the_first_chunk, deadline_seconds=2.0)
+    first = asyncio.create_task(world.fetch(fetcher, policy="fetch"))
+    await until(lambda: world.units.done == 2)
+    later = []
+    while not first.done():  # a stream of them must not keep the fetch going for ever
+        later.append(asyncio.create_task(world.fetch(fetcher, policy="fetch")))
+        await asyncio.wait({first}, timeout=0.3)
+    for fetched in (await first, *await asyncio.gather(*later)):
+        assert (fetched.report.outcome, fetched.report.reason) == ("partial", "deadline")
+        np.testing.assert_array_equal(
+            world.restored(fetched.claim), world.values[:, :, :, :CHUNK_TOKENS]
+        )
+    assert later
+    assert world.units.done == 2
+    hold.set()
+    await until(lambda: world.units.done == 8)
+
+
+def test_a_shared_fetch_ends_for_its_first_waiter_once_something_is_ready():
+    fetch = SharedFetch()
+    first, second = fetch.join(10.0), fetch.join(12.0)
+    assert fetch.deadline(1) == 10.0
+    assert fetch.deadline(0) == 12.0, "nothing is ready: the second one may go on alone"
+    fetch.waiters.remove(first)
+    assert fetch.deadline(1) == fetch.deadline(0) == 12.0
+    fetch.waiters.remove(second)
+    assert fetch.deadline(0) == float("-inf")
 
 
 async def test_waiting_for_a_place_ends_at_the_deadline_too(world):
