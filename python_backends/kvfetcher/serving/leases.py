@@ -1,10 +1,12 @@
-"""The engine's lease service for asyncio: `control.ControlClient` on threads."""
+"""The engine's lease service for asyncio: `control.ControlClient` on a thread of its own."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
-from typing import TYPE_CHECKING
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from kvfetcher.control import ControlClient, socket_path
 from kvfetcher.fetch.fetcher import EnginePace, FetchFacts
@@ -12,8 +14,13 @@ from kvfetcher.prefill_rate import PrefillModel
 from kvfetcher.spec import ModelIdentity
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvfetcher.arena import BlockTarget
     from kvfetcher.config import Config
+
+Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
 
 # Table look-ups take well under a millisecond; a busy engine process may be late, not silent.
 _TIMEOUT_SECONDS = 10.0
@@ -24,19 +31,22 @@ _PACE_SECONDS = 0.25
 class EngineLeases:
     """`LeaseService` over the engine's control socket.
 
-    Facts are asked for once: they are constant while a server runs. One event loop.
+    Facts are asked for once: they are constant while a server runs. One event loop. No thread of
+    the loop's executor is used: whatever hangs there, leases are granted and given back.
     """
 
     def __init__(self, config: Config) -> None:
         self._config = config
         self._client = ControlClient(socket_path(), timeout_seconds=_TIMEOUT_SECONDS)
+        # One thread: calls take turns on the connection anyway.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvfetcher-leases")
         self._facts: FetchFacts | None = None
         self._asking: asyncio.Task[EnginePace] | None = None
         self._asked_at = 0.0
 
     async def facts(self) -> FetchFacts:
         if self._facts is None:
-            self._facts = await asyncio.to_thread(self._ask_facts)
+            self._facts = await self._call(self._ask_facts)
         return self._facts
 
     async def pace(self) -> EnginePace:
@@ -48,7 +58,7 @@ class EngineLeases:
         return await asyncio.shield(self._asking)
 
     async def lease(self, num_tokens: int, ttl_seconds: float) -> tuple[str, BlockTarget]:
-        return await asyncio.to_thread(self._client.lease, num_tokens, ttl_seconds=ttl_seconds)
+        return await self._call(self._client.lease, num_tokens, ttl_seconds=ttl_seconds)
 
     async def seal(
         self,
@@ -59,7 +69,7 @@ class EngineLeases:
         num_holders: int,
         tail_is_live: bool,
     ) -> None:
-        await asyncio.to_thread(
+        await self._call(
             self._client.seal,
             lease_id,
             num_tokens=num_tokens,
@@ -69,23 +79,34 @@ class EngineLeases:
         )
 
     async def share(self, lease_id: str) -> None:
-        await asyncio.to_thread(self._client.share, lease_id)
+        await self._call(self._client.share, lease_id)
 
     async def renew(self, lease_id: str) -> None:
-        await asyncio.to_thread(self._client.renew, lease_id)
+        await self._call(self._client.renew, lease_id)
 
     async def release(self, lease_id: str) -> None:
-        await asyncio.to_thread(self._client.release, lease_id)
+        await self._call(self._client.release, lease_id)
 
     async def was_cancelled(self, fetch_id: str) -> bool:
         """Whether the LLM's step saw that the client of this fetch went away."""
-        return await asyncio.to_thread(self._client.was_cancelled, fetch_id)
+        return await self._call(self._client.was_cancelled, fetch_id)
 
     def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
         self._client.close()
 
+    async def _call(
+        self,
+        call: Callable[Arguments, Result],
+        *args: Arguments.args,
+        **kwargs: Arguments.kwargs,
+    ) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(
+            self._thread, functools.partial(call, *args, **kwargs)
+        )
+
     async def _ask_pace(self) -> EnginePace:
-        stats = await asyncio.to_thread(self._client.stats)
+        stats = await self._call(self._client.stats)
         return EnginePace(
             prefill=PrefillModel(**stats["prefill"]),
             arena_tokens=stats["blocks"]["total"] * (await self.facts()).tokens_per_block,

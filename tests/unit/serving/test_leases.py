@@ -1,7 +1,9 @@
 """The engine's lease service over a real control socket: what is asked, and how often."""
 
 import asyncio
+import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -80,3 +82,17 @@ async def test_a_lease_is_sealed_for_several_and_shared(engine):
 async def test_who_went_away_is_asked_of_the_engine_process(engine):
     assert await engine.leases.was_cancelled("gone")
     assert not await engine.leases.was_cancelled("there")
+
+
+async def test_leases_are_granted_while_every_thread_of_the_loop_hangs(engine):
+    loop, end = asyncio.get_running_loop(), threading.Event()
+    loop.set_default_executor(ThreadPoolExecutor(2))
+    hanging = [asyncio.create_task(asyncio.to_thread(end.wait)) for _ in range(8)]
+    try:
+        async with asyncio.timeout(5):
+            lease_id, _ = await engine.leases.lease(64, 30.0)
+            await engine.leases.pace()
+            await engine.leases.release(lease_id)
+    finally:
+        end.set()
+        await asyncio.gather(*hanging)
