@@ -9,18 +9,21 @@ Both classes are made when they are first asked for, over the abstract classes o
 is installed. `bind` makes them over any other module with the same interface: the paged torch engine
 and the tests run these very classes over `engines.paged.contract`.
 
-They find the process that owns the KV arena through $KVFETCHER_RUN_DIR, which its engine's processes
-inherit; settings come from there (`messages.Welcome`).
+They find the process that owns the KV arena through $KVFETCHER_RUN_DIR, or $TRTLLM_KVFETCHER_RUN_DIR
+where TensorRT-LLM hands on variables of its own names only; settings come from there (`messages.Welcome`).
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
+import os
+import sys
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvfetcher.arena import Arena
+from kvfetcher.config import RUN_DIR_VARIABLE
 from kvfetcher.control import run_dir
 from kvfetcher.engines.connector import checks
 from kvfetcher.engines.connector.copies import BlockCopier
@@ -33,7 +36,7 @@ from kvfetcher.errors import ConfigError
 from kvfetcher.spec import KVSpec, heads_of_rank
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     import torch
@@ -45,6 +48,8 @@ INTERFACES = (
     "tensorrt_llm._torch.pyexecutor.connectors.kv_cache_connector",
     "tensorrt_llm._torch.pyexecutor.kv_cache_connector",
 )
+
+FORWARDED_RUN_DIR_VARIABLE = f"TRTLLM_{RUN_DIR_VARIABLE}"
 
 _CONNECT_SECONDS = 60.0
 _MAKING = threading.Lock()
@@ -95,7 +100,7 @@ def bind(
     Args:
         api: module with KvCacheConnectorScheduler and KvCacheConnectorWorker.
         place: tells a new worker which rank it is; None = MPI's environment (`place_from_mpi`).
-        socket_path: of the arena's owner; None = in $KVFETCHER_RUN_DIR.
+        socket_path: of the arena's owner; None = in the run folder (`find_run_folder`).
 
     Raises:
         ConfigError: the interface is not one that this build implements.
@@ -167,12 +172,20 @@ def bind(
             self._arena = Arena.attach(welcome.arena, generation=welcome.generation)
             copier = BlockCopier(self._arena, pool)
             facts = (
-                f"{checks.interface_text(api)}\nrank {rank} of {num_ranks}: pool"
+                f"{_version_text(api)}\n{checks.interface_text(api)}\nrank {rank} of {num_ranks}: pool"
                 f" {list(kv_cache_tensor.shape)} {kv_cache_tensor.dtype} on"
                 f" {kv_cache_tensor.device}, KV heads {heads.start} to {heads.stop - 1}"
             )
             _log.info("KV connector: %s", facts)
             self.core.register(pool, copier, facts=facts)
+
+        def register_kv_cache_layout(self, layout: Any) -> None:
+            """What the second KV cache manager (1.4) calls instead. Raises: it is not supported."""
+            raise ConfigError(
+                "the engine's KV cache has the layout of TensorRT-LLM's second manager, which this"
+                " build of KVFetcher does not read; set kv_cache_config.use_kv_cache_manager_v2 to"
+                " false, or use TensorRT-LLM 1.2.x"
+            )
 
         def start_load_kv(self, stream: Any) -> None:
             self.core.start_load_kv(self.get_connector_meta(), stream)
@@ -208,6 +221,16 @@ def place_from_mpi() -> RankPlace:
     return RankPlace(mpi_rank(), mpi_world_size())
 
 
+def find_run_folder(environ: Mapping[str, str]) -> Path:
+    """The run folder of the server whose worker this is; its own variable comes first.
+
+    Raises:
+        ConfigError: as `control.run_dir`.
+    """
+    chosen = environ.get(RUN_DIR_VARIABLE) or environ.get(FORWARDED_RUN_DIR_VARIABLE, "")
+    return run_dir(environ={RUN_DIR_VARIABLE: chosen})
+
+
 class _SharedLink:
     """One link for the scheduler and the worker of a process, whichever comes first."""
 
@@ -225,7 +248,7 @@ class _SharedLink:
         with self._lock:
             if self._link is None:
                 self.place = self._locate()
-                path = self._path or run_dir() / SOCKET_NAME
+                path = self._path or find_run_folder(os.environ) / SOCKET_NAME
                 self._link = OwnerLink(
                     path,
                     rank=self.place.rank,
@@ -254,6 +277,13 @@ class _SharedLink:
     def _receive(self, message: Message) -> None:
         for receive in tuple(self._listeners.values()):
             receive(message)
+
+
+def _version_text(api: Any) -> str:
+    """Of the package that `api` is a part of."""
+    package = api.__name__.partition(".")[0]
+    version = getattr(sys.modules.get(package), "__version__", "of unknown version")
+    return f"{package} {version}"
 
 
 def _refuse(llm_args: Any) -> None:

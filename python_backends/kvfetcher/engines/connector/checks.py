@@ -13,6 +13,19 @@ from kvfetcher.errors import ConfigError
 
 _REQUIRED_POLICY = "GUARANTEED_NO_EVICT"
 
+# Of the configurations of models with recurrent layers, by the families that have them.
+_RECURRENT = (
+    "hybrid_override_pattern",
+    "mamba_num_heads",
+    "mamba_n_heads",
+    "mamba_d_state",
+    "ssm_cfg",
+    "state_size",
+    "attn_layer_period",
+    "layers_block_type",
+    "block_types",
+)
+
 # Abstract methods of both classes over all versions that this connector was written for.
 _KNOWN_ABSTRACT = {
     "KvCacheConnectorScheduler": {
@@ -92,10 +105,22 @@ def refusals(llm_args: Any) -> list[str]:
     if _get(cache, "host_cache_size", 0):
         found.append("kv_cache_config.host_cache_size moves blocks to the host; set it to 0")
     windows = _get(cache, "max_attention_window", None)
+    longest = _get(llm_args, "max_seq_len", None)
     if windows and len(set(windows)) > 1:
         found.append(
             "kv_cache_config.max_attention_window varies over the layers (VSWA), so that the KV lies"
             " in several pools; use one window for all"
+        )
+    elif windows and (longest is None or min(windows) < longest):
+        found.append(
+            f"kv_cache_config.max_attention_window is {min(windows)} and max_seq_len"
+            f" {'not set' if longest is None else longest}: sequences longer than the window lose"
+            " blocks; remove the window, or set max_seq_len to it at most"
+        )
+    if _get(cache, "use_kv_cache_manager_v2", False):
+        found.append(
+            "kv_cache_config.use_kv_cache_manager_v2 is on, whose blocks lie in another layout; set"
+            " it false"
         )
     dtypes = (
         _text(_get(cache, "dtype", "")),
@@ -116,6 +141,15 @@ def refusals(llm_args: Any) -> list[str]:
         found.append("enable_attention_dp spreads requests over the ranks; set it false")
     if _get(llm_args, "speculative_config", None) is not None:
         found.append("speculative_config is set, which is not supported with the connector")
+    if _get(llm_args, "sparse_attention_config", None) is not None:
+        found.append(
+            "sparse_attention_config is set, so that KV is left out or kept beside the pool; remove it"
+        )
+    orchestrator = _text(_get(llm_args, "orchestrator_type", ""))
+    if orchestrator not in ("", "mpi"):
+        found.append(
+            f"orchestrator_type is {orchestrator}; the connector finds its rank through MPI: remove it"
+        )
     if _text(_get(llm_args, "backend", "pytorch")) not in ("pytorch", "", "None"):
         found.append(f"backend is {llm_args.backend!r}; the KV connector exists in `pytorch` only")
     return found
@@ -131,10 +165,7 @@ def refuse_model(config: Any) -> None:
         ConfigError: recurrent or mixed layers.
     """
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    mixed = any(
-        getattr(config, name, None)
-        for name in ("hybrid_override_pattern", "mamba_num_heads", "ssm_cfg", "attn_layer_period")
-    )
+    mixed = any(getattr(config, name, None) for name in _RECURRENT)
     if mixed or not kinds <= {"full_attention"}:
         raise ConfigError(
             f"model type {getattr(config, 'model_type', '?')!r} has layers of kinds {sorted(kinds)}"
@@ -149,4 +180,8 @@ def _get(holder: Any, name: str, default: Any) -> Any:
 
 
 def _text(value: Any) -> str:
-    return "" if value is None else str(getattr(value, "value", value))
+    """A setting as text; of an enumeration its value, or its name where values are numbers."""
+    text = getattr(value, "value", value)
+    if not isinstance(text, str):
+        text = getattr(value, "name", text)
+    return "" if text is None else str(text)

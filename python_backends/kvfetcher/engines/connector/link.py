@@ -164,7 +164,7 @@ def _connect(path: Path, deadline: float) -> socket.socket:
                 raise EngineError(
                     f"the owner of the KV arena cannot be reached at {path}: {exc}; the connector"
                     " runs only under the model tensorrt_llm of `kvfetcher serve`, and needs its"
-                    " $KVFETCHER_RUN_DIR"
+                    " $KVFETCHER_RUN_DIR (or $TRTLLM_KVFETCHER_RUN_DIR)"
                 ) from exc
             time.sleep(_RETRY_SECONDS)
         else:
