@@ -63,12 +63,15 @@ def check_tensorrt_llm(config: Config) -> list[Check]:
 
     def arguments() -> Check:
         folder = prepare_model(config.engine.model).path
-        values, num_ranks = tensorrt_llm.llm_arguments(config, folder)
+        given = tensorrt_llm.llm_arguments(config, folder)
         found = str(tensorrt_llm.import_tensorrt_llm().__version__)
-        model = tensorrt_llm.read_model(folder, config, version=found, num_ranks=num_ranks)
-        del values["model"]
+        model = tensorrt_llm.read_model(folder, config, version=found, arguments=given)
+        values = {name: value for name, value in given.values.items() if name != "model"}
         return Check(
-            "tensorrt_llm arguments", "ok", f"{model.spec}, {num_ranks} rank(s), LLM({values})"
+            "tensorrt_llm arguments",
+            "ok",
+            f"{model.spec}, {given.num_ranks} rank(s), LLM({values}); arguments that tell chunks"
+            f" apart: {tensorrt_llm.kv_arguments(values) or 'none'}",
         )
 
     checks = [

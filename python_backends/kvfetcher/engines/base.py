@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from kvfetcher.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Callable, Mapping
 
     from kvfetcher.arena import BlockTarget
     from kvfetcher.leases import LeaseClaim
@@ -110,6 +110,9 @@ class GenerateTimings:
     """From submission until this event."""
     lease_error: str = ""
     """Why a lease was not used and everything was computed instead; "" = it was, or none came."""
+    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """What the engine measured by itself, by group: TensorRT-LLM's `kv_cache_metrics` and
+    `timing_metrics` (seconds of its clock). Empty for other engines."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -393,6 +393,7 @@ class _Answer:
             generated_tokens=self.num_generated,
             total_ms=1e3 * (now - self._submitted),
             lease_error=self._why_unused(),
+            metrics=run.metrics,
         )
 
     def _why_unused(self) -> str:

@@ -118,7 +118,7 @@ class _TensorrtLlm:
         self._arguments = tensorrt_llm.llm_arguments(config, model)
         version = str(tensorrt_llm.import_tensorrt_llm().__version__)
         self._model = tensorrt_llm.read_model(
-            model, config, version=version, num_ranks=self._arguments.num_ranks
+            model, config, version=version, arguments=self._arguments
         )
         self.spec = self._model.spec
         # Assumed: rank N runs on the N-th visible GPU. A wrong guess costs copies between GPUs only.

@@ -9,12 +9,16 @@ Nothing here was run against TensorRT-LLM itself: python_backends/TENSORRT_LLM.m
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
+import json
 import logging
+import math
 import os
 import threading
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -52,6 +56,66 @@ _CACHE_DTYPES: dict[KVDtype, str] = {
     "bfloat16": "auto",
     "float16": "auto",
     "float8_e4m3fn": "fp8",
+}
+# Arguments of LLM() that say how fast it runs and how much it holds, or that the identity has by
+# another name (weights, KV type). All others may change KV, and so do ones not heard of yet.
+_PERFORMANCE_ARGUMENTS: dict[str, frozenset[str]] = {
+    "": frozenset(
+        {
+            "backend",
+            "batch_wait_max_tokens_ratio",
+            "batch_wait_timeout_iters",
+            "batch_wait_timeout_ms",
+            "cuda_graph_config",
+            "disable_overlap_scheduler",
+            "enable_chunked_prefill",
+            "enable_iter_perf_stats",
+            "enable_iter_req_stats",
+            "gpus_per_node",
+            "iter_stats_max_iterations",
+            "kv_connector_config",
+            "max_batch_size",
+            "max_num_tokens",
+            "model",
+            "num_postprocess_workers",
+            "perf_metrics_max_requests",
+            "print_iter_log",
+            "request_stats_max_iterations",
+            "return_perf_metrics",
+            "scheduler_config",
+            "stream_interval",
+            "tensor_parallel_size",
+        }
+    ),
+    "kv_cache_config": frozenset(
+        {
+            "copy_on_partial_reuse",
+            "dtype",
+            "enable_block_reuse",
+            "enable_partial_reuse",
+            "event_buffer_max_size",
+            "free_gpu_memory_fraction",
+            "host_cache_size",
+            "max_gpu_total_bytes",
+            "max_tokens",
+            "tokens_per_block",
+        }
+    ),
+}
+_METRICS = {
+    "kv_cache_metrics": (
+        "total_allocated_blocks",
+        "new_allocated_blocks",
+        "reused_blocks",
+        "missed_blocks",
+        "hit_rate",
+    ),
+    "timing_metrics": (
+        "arrival_time",
+        "first_scheduled_time",
+        "first_token_time",
+        "last_token_time",
+    ),
 }
 # Shorter prompts are dominated by fixed costs and say little of the rate.
 _MIN_RATE_TOKENS = 256
@@ -137,28 +201,52 @@ def llm_arguments(config: Config, folder: Path) -> LlmArguments:
                     + (" or set engine.kv_dtype" if key == "dtype" else "")
                 )
         values[section] = {**given, **wanted}
+    if values.get("model", config.engine.model) not in (config.engine.model, str(folder)):
+        raise ConfigError(
+            f"{config.engine.llm_args}: model = {values['model']!r}, but engine.model ="
+            f" {config.engine.model!r}, whose tokens and geometry are used; remove the line"
+        )
+    reasons = checks.refusals(_as_object(values))
+    if reasons:
+        raise ConfigError(f"{config.engine.llm_args or 'engine'}: " + "; ".join(reasons))
     values |= {
         "model": str(folder),
         "backend": "pytorch",
         "kv_connector_config": dict(CONNECTOR),
     }
-    reasons = checks.refusals(_as_object(values))
-    if reasons:
-        raise ConfigError(f"{config.engine.llm_args or 'engine'}: " + "; ".join(reasons))
     num_ranks = values.get("tensor_parallel_size", 1)
     if type(num_ranks) is not int or num_ranks < 1:
         raise ConfigError(f"tensor_parallel_size must be at least 1, got {num_ranks!r}")
     return LlmArguments(values, num_ranks)
 
 
-def read_model(folder: Path, config: Config, *, version: str, num_ranks: int) -> TrtllmModel:
+def kv_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `LLM()` that may change KV: all but those known for speed and size alone.
+
+    The number of ranks is left out: it changes the order of sums, as the batch size does.
+    """
+    kept = {}
+    for name, value in values.items():
+        if name in _PERFORMANCE_ARGUMENTS and isinstance(value, dict):
+            fast = _PERFORMANCE_ARGUMENTS[name]
+            value = {key: item for key, item in value.items() if key not in fast}
+            if not value:
+                continue
+        if name not in _PERFORMANCE_ARGUMENTS[""]:
+            kept[name] = value
+    return kept
+
+
+def read_model(
+    folder: Path, config: Config, *, version: str, arguments: LlmArguments
+) -> TrtllmModel:
     """Geometry and identity of a model folder, without its weights in memory.
 
     Args:
         folder: Hugging Face's.
         config: engine.kv_dtype.
         version: of TensorRT-LLM; part of the identity, as its kernels are.
-        num_ranks: tensor-parallel processes.
+        arguments: of `LLM()`; those that may change KV are part of the identity.
 
     Raises:
         ConfigError: the model cannot run behind the connector.
@@ -166,16 +254,26 @@ def read_model(folder: Path, config: Config, *, version: str, num_ranks: int) ->
     """
     from transformers import AutoConfig, AutoTokenizer
 
+    num_ranks = arguments.num_ranks
     try:
-        model = AutoConfig.from_pretrained(folder, local_files_only=True)
+        whole = AutoConfig.from_pretrained(folder, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as exc:
         raise EngineError(f"model folder {folder} cannot be read: {exc}") from exc
-    checks.refuse_model(model)
-    spec = _spec_of(model, config.engine.kv_dtype)
+    model = whole.get_text_config()  # the whole, but for models of several kinds of input
+    for part in (whole, model):
+        checks.refuse_model(part)
+    try:
+        spec = _spec_of(model, config.engine.kv_dtype)
+        vocab_size, max_positions = int(model.vocab_size), int(model.max_position_embeddings)
+    except (AttributeError, TypeError) as exc:
+        raise ConfigError(
+            f"model folder {folder}: config.json of model type"
+            f" {getattr(model, 'model_type', '?')!r} lacks what a KV cache is sized by ({exc}); only"
+            " decoder models of uniform full attention are supported"
+        ) from exc
     heads_of_rank(spec.num_kv_heads, rank=0, num_ranks=num_ranks)  # raises where it cannot be
-    computes_in = str(getattr(model, "dtype", None) or getattr(model, "torch_dtype", None))
-    computes_in = computes_in.removeprefix("torch.")
+    computes_in = _compute_dtype(arguments, model, whole)
     if spec.dtype != "float8_e4m3fn" and computes_in != spec.dtype:
         raise ConfigError(
             f"engine.kv_dtype = {spec.dtype!r}, but the model computes in {computes_in} and"
@@ -187,10 +285,13 @@ def read_model(folder: Path, config: Config, *, version: str, num_ranks: int) ->
         tokenizer=tokenizer_digest(folder),
         lora="",
         rope=rope_text(model),
-        compute=f"tensorrt_llm {version} pytorch {computes_in}, KV as {spec.dtype}",
+        compute=(
+            f"tensorrt_llm {version} pytorch {computes_in}, KV as {spec.dtype}, arguments"
+            f" {_digest(kv_arguments(arguments.values))}"
+        ),
         spec=spec,
     )
-    eos = getattr(model, "eos_token_id", None)
+    eos = getattr(model, "eos_token_id", None) or getattr(whole, "eos_token_id", None)
     if eos is None:
         eos = tokenizer.eos_token_id
     return TrtllmModel(
@@ -201,8 +302,8 @@ def read_model(folder: Path, config: Config, *, version: str, num_ranks: int) ->
         identity=identity,
         rope=config_rope_facts(model, num_layers=spec.num_layers, head_dim=spec.head_dim),
         eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),
-        vocab_size=model.vocab_size,
-        max_positions=model.max_position_embeddings,
+        vocab_size=vocab_size,
+        max_positions=max_positions,
     )
 
 
@@ -212,6 +313,7 @@ class LlmRun:
     def __init__(self, result: Any) -> None:
         self._result = result
         self.queue_seconds = 0.0
+        self.metrics: dict[str, dict[str, float]] = {}
 
     async def steps(self) -> AsyncIterator[TokenStep]:
         seen = 0
@@ -220,8 +322,7 @@ class LlmRun:
                 completion = output.outputs[0]
                 # Cumulative in every version; the differences are counted here.
                 new = tuple(int(token) for token in completion.token_ids[seen:])
-                if seen == 0 and new:
-                    self._note_first(completion)
+                self._note_metrics(completion)
                 seen += len(new)
                 reason = completion.finish_reason
                 if new or reason:
@@ -237,14 +338,55 @@ class LlmRun:
         except Exception:  # noqa: BLE001  over already, or its workers are gone: nothing to end
             _log.info("a request could not be aborted", exc_info=True)
 
-    def _note_first(self, completion: Any) -> None:
-        """How long it waited, where this version's metrics say so."""
-        timing = getattr(getattr(completion, "request_perf_metrics", None), "timing_metrics", None)
-        arrival = getattr(timing, "arrival_time", None)
-        scheduled = getattr(timing, "first_scheduled_time", None)
-        if arrival is not None and scheduled is not None:
-            waited = scheduled - arrival  # a timedelta
-            self.queue_seconds = max(0.0, float(waited.total_seconds()))
+    def _note_metrics(self, completion: Any) -> None:
+        """Keep the newest metrics; how long it waited is among them."""
+        found = getattr(completion, "request_perf_metrics", None)
+        if found is None:
+            return
+        self.metrics = read_metrics(found)
+        timing = self.metrics.get("timing_metrics", {})
+        if "arrival_time" in timing and "first_scheduled_time" in timing:
+            waited = timing["first_scheduled_time"] - timing["arrival_time"]
+            self.queue_seconds = max(0.0, waited)
+
+
+def read_metrics(metrics: Any) -> dict[str, dict[str, float]]:
+    """TensorRT-LLM's `request_perf_metrics` as plain numbers, by group; what is missing is left out.
+
+    Versions differ in types (numbers, texts, timedeltas) and in names (`num_reused_blocks`,
+    `reused_block`). Times are seconds of the engine's clock.
+    """
+    result: dict[str, dict[str, float]] = {}
+    for group, names in _METRICS.items():
+        holder = _member(metrics, group)
+        found = {
+            name: value
+            for name in names
+            if (value := _number(_first_member(holder, name))) is not None
+        }
+        if found:
+            result[group] = found
+    return result
+
+
+def _first_member(holder: Any, name: str) -> Any:
+    for spelling in (name, f"num_{name}", name.removesuffix("s"), f"kv_cache_{name}"):
+        if (value := _member(holder, spelling)) is not None:
+            return value
+    return None
+
+
+def _member(holder: Any, name: str) -> Any:
+    return holder.get(name) if isinstance(holder, dict) else getattr(holder, name, None)
+
+
+def _number(value: Any) -> float | None:
+    """None where it is none, or one that JSON cannot carry."""
+    try:
+        number = value.total_seconds() if isinstance(value, timedelta) else float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 class LlmSource:
@@ -360,8 +502,10 @@ def start_llm(arguments: LlmArguments, *, run_folder: Path) -> LlmSource:
     """
     package = import_tensorrt_llm()
     checks.check_interface(trtllm_connector.find_interface())
-    # The workers are children of this process and have another parent than the other models.
-    os.environ[RUN_DIR_VARIABLE] = str(run_folder)
+    # The workers are children of this process and have another parent than the other models. Its pool
+    # of MPI workers hands on only variables of its own names.
+    for name in (RUN_DIR_VARIABLE, trtllm_connector.FORWARDED_RUN_DIR_VARIABLE):
+        os.environ[name] = str(run_folder)
     try:
         llm = package.LLM(**arguments.values)
     except Exception as exc:
@@ -388,6 +532,23 @@ def _spec_of(model: Any, kv_dtype: KVDtype) -> KVSpec:
         head_dim=getattr(model, "head_dim", None) or model.hidden_size // heads,
         dtype=kv_dtype,
     )
+
+
+def _compute_dtype(arguments: LlmArguments, *configs: Any) -> str:
+    """What the model computes in: as the arguments say, else the first configuration that tells."""
+    given = str(arguments.values.get("dtype") or "auto").removeprefix("torch.")
+    if given != "auto":
+        return given
+    for config in configs:
+        found = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+        if found is not None:
+            return str(found).removeprefix("torch.")
+    return "None"
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _reason(text: str | None) -> FinishReason:

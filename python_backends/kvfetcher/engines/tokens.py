@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Mapping
 
     from kvfetcher.engines.base import FinishReason, SamplingParams
     from kvfetcher.prefill_rate import PrefillModel
@@ -40,6 +40,11 @@ class TokenRun(Protocol):
     @property
     def queue_seconds(self) -> float:
         """How long it waited to be scheduled; 0 where that is not known (yet)."""
+        ...
+
+    @property
+    def metrics(self) -> Mapping[str, Mapping[str, float]]:
+        """What the engine measured of it by itself, by group; {} where it tells nothing (yet)."""
         ...
 
 

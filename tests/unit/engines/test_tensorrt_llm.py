@@ -1,6 +1,7 @@
 """The TensorRT-LLM engine over a stand-in of its LLM API (support/trtllm_stand_in)."""
 
 import asyncio
+import os
 import sys
 import time
 from datetime import timedelta
@@ -34,6 +35,9 @@ def forget_tensorrt_llm():
 def stand_in(monkeypatch):
     forget_tensorrt_llm()
     monkeypatch.syspath_prepend(str(STAND_IN))
+    # `start_llm` sets both for good, as the process of an engine has one run folder.
+    for name in ("KVFETCHER_RUN_DIR", trtllm_connector.FORWARDED_RUN_DIR_VARIABLE):
+        monkeypatch.setenv(name, "")
     yield
     forget_tensorrt_llm()
 
@@ -80,7 +84,9 @@ def request(ids, *, max_tokens=12, save=False, lease=None, salt="", **sampling):
 async def test_a_hit_gives_the_tokens_and_bytes_of_computing(host):
     described = host.engine.describe()
     assert described.engine == "tensorrt_llm"
-    assert described.identity.compute == "tensorrt_llm 1.2.1 pytorch bfloat16, KV as bfloat16"
+    assert described.identity.compute == (
+        "tensorrt_llm 1.2.1 pytorch bfloat16, KV as bfloat16, arguments 44136fa355b3678a"
+    )
     assert host.engine.stats()["kv_layouts"] == ["HND"]
     await check_a_hit(host)
 
@@ -123,6 +129,18 @@ async def check_a_hit(host):
     loaded = await collect(host.engine.generate(request(other, lease=claim)))
     assert loaded.ids == full.ids
     assert loaded.timings[0].cached_tokens == 64
+    metrics = loaded.timings[-1].metrics
+    assert metrics["kv_cache_metrics"] == {
+        "total_allocated_blocks": 9,
+        "reused_blocks": 2,
+        "hit_rate": 0.25,
+    }
+    assert set(metrics["timing_metrics"]) == {
+        "arrival_time",
+        "first_scheduled_time",
+        "first_token_time",
+        "last_token_time",
+    }
     return values
 
 
@@ -254,6 +272,9 @@ class TestArguments:
             ("scheduler_config: {capacity_scheduler_policy: MAX_UTILIZATION}", "NO_EVICT"),
             ("kv_cache_config: {host_cache_size: 1000}", "set it to 0"),
             ("kv_cache_config: {max_attention_window: [512, 4096]}", "VSWA"),
+            ("kv_cache_config: {max_attention_window: [512]}", "is 512 and max_seq_len not set"),
+            ("model: some/other", r"model = 'some/other', but engine\.model ="),
+            ("backend: tensorrt", "backend is 'tensorrt'"),
             ("max_beam_width: 4", "max_beam_width is above 1"),
             ("pipeline_parallel_size: 2", "use tensor_parallel_size alone"),
             ("context_parallel_size: 2", "use tensor_parallel_size alone"),
@@ -277,9 +298,12 @@ class TestArguments:
 
 
 class TestModel:
-    def read(self, folder, num_ranks=1, **engine):
+    def read(self, folder, num_ranks=1, arguments=(), **engine):
         return tensorrt_llm.read_model(
-            folder, config_of(folder, **engine), version="1.2.1", num_ranks=num_ranks
+            folder,
+            config_of(folder, **engine),
+            version="1.2.1",
+            arguments=tensorrt_llm.LlmArguments(dict(arguments), num_ranks),
         )
 
     def test_facts_are_those_of_the_loaded_model(self, bf16_folder, loaded):
@@ -304,6 +328,64 @@ class TestModel:
         edit_json(folder / "config.json", hybrid_override_pattern="M-M*")
         with pytest.raises(ConfigError, match="uniform full attention"):
             self.read(folder)
+
+    def test_configuration_without_what_a_cache_needs_is_refused(self, bf16_folder, monkeypatch):
+        from transformers import AutoConfig, LlamaConfig
+
+        class Thinker(LlamaConfig):
+            def get_text_config(self, **_):
+                return SimpleNamespace(model_type="thinker", num_hidden_layers=2)
+
+        monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: Thinker())
+        with pytest.raises(ConfigError, match=r"'thinker' lacks .*num_attention_heads"):
+            self.read(bf16_folder)
+
+    def test_model_inside_one_of_several_inputs_is_the_one_that_counts(
+        self, bf16_folder, monkeypatch
+    ):
+        from transformers import AutoConfig, LlamaConfig
+
+        inner = AutoConfig.from_pretrained(bf16_folder)
+
+        class Seeing(LlamaConfig):
+            def get_text_config(self, **_):
+                return inner
+
+        plain = self.read(bf16_folder)
+        monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: Seeing())
+        assert self.read(bf16_folder).spec == plain.spec
+
+    def test_arguments_that_may_change_kv_are_part_of_the_identity(self, bf16_folder):
+        def compute(**arguments):
+            return self.read(bf16_folder, arguments=arguments).identity.compute
+
+        plain = compute()
+        for fast in (
+            {"max_batch_size": 64, "tensor_parallel_size": 2, "enable_chunked_prefill": True},
+            {"cuda_graph_config": {"enable_padding": True}, "model": "/elsewhere"},
+            {"kv_cache_config": {"free_gpu_memory_fraction": 0.5, "tokens_per_block": 64}},
+            {"scheduler_config": {"capacity_scheduler_policy": "GUARANTEED_NO_EVICT"}},
+        ):
+            assert compute(**fast) == plain
+        others = [
+            compute(**changed)
+            for changed in (
+                {"quant_config": {"quant_algo": "FP8"}},
+                {"quant_config": {"quant_algo": "NVFP4"}},
+                {"model_kwargs": {"num_hidden_layers": 1}},
+                {"load_format": "dummy"},
+                {"dtype": "bfloat16"},
+                {"kv_cache_config": {"max_attention_window": [4096]}},
+                {"never_heard_of": 1},
+            )
+        ]
+        assert len({plain, *others}) == 8
+
+    def test_type_that_the_arguments_ask_for_is_the_one_computed_in(self, bf16_folder):
+        with pytest.raises(ConfigError, match="computes in float16"):
+            self.read(bf16_folder, arguments={"dtype": "float16"})
+        fp8 = self.read(bf16_folder, arguments={"dtype": "float16"}, kv_dtype="float8_e4m3fn")
+        assert "pytorch float16, KV as float8_e4m3fn" in fp8.identity.compute
 
     def test_no_model(self, tmp_path):
         with pytest.raises(EngineError, match="cannot be read"):
@@ -350,13 +432,53 @@ async def test_prefill_is_learnt_from_what_was_computed_alone(host):
     assert source.prefill.base_seconds == pytest.approx(1e-3)
 
 
-def test_waiting_time_comes_from_the_metrics_where_there_are_any():
+@pytest.mark.parametrize(
+    ("arrival", "scheduled", "waited"),
+    [
+        (timedelta(seconds=5), timedelta(seconds=5.25), 0.25),
+        (5, 5.25, 0.25),
+        ("5.5", "5.75", 0.25),
+        (6, 5, 0.0),
+        (5, object(), 0.0),
+        (5, "soon", 0.0),
+        (5, "nan", 0.0),
+        (None, 5, 0.0),
+    ],
+)
+def test_waiting_time_comes_from_the_metrics_whatever_their_type(arrival, scheduled, waited):
     run = tensorrt_llm.LlmRun(None)
-    timing = SimpleNamespace(
-        arrival_time=timedelta(seconds=5), first_scheduled_time=timedelta(seconds=5.25)
-    )
-    run._note_first(SimpleNamespace(request_perf_metrics=SimpleNamespace(timing_metrics=timing)))
-    assert run.queue_seconds == 0.25
+    timing = SimpleNamespace(arrival_time=arrival, first_scheduled_time=scheduled)
+    run._note_metrics(SimpleNamespace(request_perf_metrics=SimpleNamespace(timing_metrics=timing)))
+    assert run.queue_seconds == waited
+
+
+def test_metrics_under_every_name_that_was_seen():
+    assert tensorrt_llm.LlmRun(None).metrics == {}
     run = tensorrt_llm.LlmRun(None)
-    run._note_first(SimpleNamespace())
-    assert run.queue_seconds == 0
+    run._note_metrics(SimpleNamespace())
+    assert run.metrics == {}
+    for names in (
+        {"num_reused_blocks": 3, "num_missed_blocks": "4", "kv_cache_hit_rate": "0.5"},
+        {"reused_block": 3, "missed_block": 4.0, "hit_rate": 0.5},
+        {"reused_blocks": "3", "missed_blocks": "4", "hit_rate": "0.5"},
+    ):
+        for metrics in (
+            {"kv_cache_metrics": names},
+            SimpleNamespace(kv_cache_metrics=SimpleNamespace(**names)),
+        ):
+            assert tensorrt_llm.read_metrics(metrics) == {
+                "kv_cache_metrics": {"reused_blocks": 3, "missed_blocks": 4, "hit_rate": 0.5}
+            }
+
+
+def test_workers_find_the_run_folder_by_either_name(tmp_path):
+    own, forwarded = tmp_path / "own", tmp_path / "forwarded"
+    find, other = trtllm_connector.find_run_folder, trtllm_connector.FORWARDED_RUN_DIR_VARIABLE
+    assert other == "TRTLLM_KVFETCHER_RUN_DIR"  # of those that its MPI pool hands on
+    assert find({"KVFETCHER_RUN_DIR": str(own), other: str(forwarded)}) == own
+    assert find({other: str(forwarded)}) == forwarded
+
+
+async def test_start_tells_the_workers_by_both_names(host, tmp_path):
+    assert os.environ[trtllm_connector.FORWARDED_RUN_DIR_VARIABLE] == str(tmp_path)
+    assert os.environ["KVFETCHER_RUN_DIR"] == str(tmp_path)

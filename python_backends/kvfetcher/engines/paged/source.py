@@ -49,6 +49,7 @@ class PagedRun:
         self._eos_ids = frozenset(eos_ids)
         self._abort = abort
         self._loop = asyncio.get_running_loop()
+        self.metrics: dict[str, dict[str, float]] = {}
         self._queue: asyncio.Queue[TokenStep | EngineError] = asyncio.Queue()
         self._submitted = time.perf_counter()
         self._began = 0.0

@@ -11,8 +11,10 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -67,8 +69,10 @@ class CompletionOutput:
 class RequestOutput:
     """Cumulative tokens; iterating gives the object itself after every step."""
 
-    def __init__(self, run):
+    def __init__(self, run, params):
         self._run = run
+        self._tells_metrics = params.return_perf_metrics
+        self._arrival = time.monotonic()
         self.outputs = [CompletionOutput()]
 
     def abort(self):
@@ -78,7 +82,24 @@ class RequestOutput:
         async for step in self._run.steps():
             self.outputs[0].token_ids.extend(step.token_ids)
             self.outputs[0].finish_reason = step.finish_reason or None
+            if self._tells_metrics:
+                self.outputs[0].request_perf_metrics = self._metrics()
             yield self
+
+    def _metrics(self):
+        """In the types that were seen: timedeltas, numbers, and numbers as text."""
+        scheduled = timedelta(seconds=self._arrival + self._run.queue_seconds)
+        return SimpleNamespace(
+            timing_metrics=SimpleNamespace(
+                arrival_time=timedelta(seconds=self._arrival),
+                first_scheduled_time=scheduled,
+                first_token_time=scheduled,
+                last_token_time=timedelta(seconds=time.monotonic()),
+            ),
+            kv_cache_metrics=SimpleNamespace(
+                num_total_allocated_blocks=9, num_reused_blocks="2", kv_cache_hit_rate=0.25
+            ),
+        )
 
 
 def as_arguments(
@@ -197,7 +218,7 @@ class LLM:
             eos_ids=(*end, *(params.stop_token_ids or ())),
             cache_salt=cache_salt or "",
         )
-        return RequestOutput(run)
+        return RequestOutput(run, params)
 
     def shutdown(self):
         self._closing.close()
