@@ -4,6 +4,7 @@ Inputs   unit    UINT8 [1, num_bytes]  one unit (FORMAT.md)
          kv_target  STRING [1, 1]  JSON BlockTarget; on a GPU, the planes stay there; optional
 Outputs  planes  UINT8 [1, num_frames, num_planes, height, width * bytes_per_sample]
          planes_at  STRING [1, 1]  JSON PlaneTicket of planes on a GPU (planes is then one zero), or ""
+         unit_rest  UINT8 [1, num_bytes]  the unit without its bitstream, for kv_restore
          decode_status  STRING [1, 1]  JSON: decoder, decode_ms, fallback
 Errors   INVALID_ARG bad unit or target · UNAVAILABLE no decoder for it
 """
@@ -15,7 +16,7 @@ from kvfetcher.config import load_config
 from kvfetcher.serving import setup
 from kvfetcher.serving.coding import UnitDecoder
 from kvfetcher.serving.respond import respond_each
-from kvfetcher.serving.tensors import read_text, read_view, text_tensor
+from kvfetcher.serving.tensors import bytes_tensor, read_text, read_view, text_tensor
 
 
 class TritonPythonModel:
@@ -40,6 +41,7 @@ class TritonPythonModel:
         return [
             pb_utils.Tensor(wire.PLANES, decoded.planes[None]),
             text_tensor(wire.PLANES_AT, decoded.planes_at, pb_utils, batched=True),
+            bytes_tensor(wire.UNIT_REST, decoded.rest, pb_utils, batched=True),
             text_tensor(wire.DECODE_STATUS, decoded.status, pb_utils, batched=True),
         ]
 

@@ -18,6 +18,7 @@ from kvfetcher.codec import nvdec, profiles
 from kvfetcher.codec.base import PlaneGeometry
 from kvfetcher.codec.nvenc import choose_encoder
 from kvfetcher.codec.unit import parse_unit
+from kvfetcher.codec.unit_rest import without_bitstream
 from kvfetcher.codec.video import VideoDecoder, encode_planes
 from kvfetcher.errors import (
     CodecError,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from kvfetcher.codec.base import Decoder, Integers
     from kvfetcher.codec.unit import Unit
     from kvfetcher.config import CodecConfig
     from kvfetcher.serving.gpu_coding import GpuJob, KeptPlanes
@@ -52,6 +54,8 @@ class DecodedUnit(NamedTuple):
     """[F, P, Y, X * bytes_per_sample]; one zero where they are on a GPU."""
     planes_at: str
     """JSON `PlaneTicket`; "" = `planes` holds them."""
+    rest: bytes | memoryview
+    """The unit without its bitstream, for who restores it."""
     status: str
 
 
@@ -100,17 +104,20 @@ class UnitDecoder:
             LayoutError, ArenaError: the target is not one, or its arena is gone.
         """
         started = time.perf_counter()
+        parsed = parse_unit(unit)
+        if not parsed.geometry.num_frames:
+            planes, text = self._decode(parsed, started)
+            return DecodedUnit(planes, "", memoryview(unit), text)
+        rest = without_bitstream(parsed)
         if self._nvdec is not None and self._gpu_output.wants(target_json):
-            parsed = parse_unit(unit)
-            if parsed.geometry.num_frames:
-                try:
-                    kept = self._gpu_output.decode(parsed, self._nvdec)
-                except (CodecError, GpuError) as exc:
-                    _log.warning("a unit is not kept on the GPU: %s", exc)
-                else:
-                    return _kept_unit(kept, started)
-        planes, text = self.decode(unit)
-        return DecodedUnit(planes, "", text)
+            try:
+                kept = self._gpu_output.decode(parsed, self._nvdec)
+            except (CodecError, GpuError) as exc:
+                _log.warning("a unit is not kept on the GPU: %s", exc)
+            else:
+                return _kept_unit(kept, rest, started)
+        planes, text = self._decode(parsed, started)
+        return DecodedUnit(planes, "", rest, text)
 
     def decode(self, unit: bytes | memoryview) -> tuple[NDArray[np.uint8], str]:
         """Planes [F, P, Y, X * bytes_per_sample] uint8 and the status JSON.
@@ -123,17 +130,20 @@ class UnitDecoder:
             CodecError: the bitstream does not decode to what the unit says.
         """
         started = time.perf_counter()
+        return self._decode(parse_unit(unit), started)
+
+    def _decode(self, unit: Unit, started: float) -> tuple[NDArray[np.uint8], str]:
         status: dict[str, Any] = {"decoder": self.name}
         fallback = self._fallback
         planes = None
         if self._nvdec is not None:
             try:
-                planes = profiles.decode_unit(unit, self._nvdec)
+                planes = _planes_of(unit, self._nvdec)
             except (CodecError, GpuError) as exc:
                 fallback = str(exc)
                 _log.warning("a unit is decoded by the CPU: %s", exc)
         if planes is None:
-            planes = profiles.decode_unit(unit, self._cpu)
+            planes = _planes_of(unit, self._cpu)
             status["decoder"] = "cpu"
         status["decode_ms"] = _ms_since(started)
         if not planes.size:
@@ -150,7 +160,13 @@ class UnitDecoder:
             self._nvdec.close()
 
 
-def _kept_unit(kept: KeptPlanes, started: float) -> DecodedUnit:
+def _planes_of(unit: Unit, decoder: Decoder) -> Integers:
+    if not unit.geometry.num_frames:
+        return np.empty(unit.geometry.shape, np.uint8)
+    return decoder.decode(unit.packets(), unit.geometry)
+
+
+def _kept_unit(kept: KeptPlanes, rest: bytes, started: float) -> DecodedUnit:
     planes = _NO_PLANES if kept.planes is None else kept.planes.view(np.uint8)
     status = {
         "decoder": "nvdec",
@@ -159,7 +175,7 @@ def _kept_unit(kept: KeptPlanes, started: float) -> DecodedUnit:
     }
     if kept.why:
         status["fallback"] = kept.why
-    return DecodedUnit(planes, kept.planes_at, json.dumps(status))
+    return DecodedUnit(planes, kept.planes_at, rest, json.dumps(status))
 
 
 def _proven_nvdec() -> nvdec.NvdecDecoder:
@@ -215,7 +231,7 @@ class UnitRestorer:
         """Restore one unit; into an arena on a GPU the work is only begun.
 
         Args:
-            data: the unit; it and `planes` must stay until `finish`.
+            data: the unit, or its `DecodedUnit.rest`; it and `planes` must stay until `finish`.
             planes: [F, P, Y, X * bytes_per_sample] uint8.
             planes_at: JSON `PlaneTicket` of planes on a GPU, which replace `planes`; "" = none.
             target_json: JSON `BlockTarget`; "" = the values are wanted themselves.

@@ -8,10 +8,12 @@ import pytest
 from kvfetcher.arena import Arena
 from kvfetcher.codec import nvdec
 from kvfetcher.codec.base import PlaneGeometry
+from kvfetcher.codec.unit import BITSTREAM, parse_unit
 from kvfetcher.config import CodecConfig
 from kvfetcher.container import parse_header
 from kvfetcher.errors import (
     ArenaError,
+    ChecksumError,
     CodecError,
     DecoderUnavailableError,
     FormatError,
@@ -129,6 +131,29 @@ def test_what_does_not_describe_a_chunk_is_refused(bad):
 def test_values_of_another_size_are_refused_with_both_sizes():
     with pytest.raises(RequestError, match=r"= 8192, got 8191"):
         encode(values=VALUES.tobytes()[:-1])
+
+
+def test_what_restores_a_unit_is_what_its_decoder_left_of_it(arena):
+    chunk, _ = encode()
+    decoder, restorer = UnitDecoder("cpu"), UnitRestorer()
+    restored, sizes = b"", []
+    for unit in units(chunk):
+        decoded = decoder.decode_for(unit, "")
+        values, _ = restorer.restore(
+            decoded.rest, decoded.planes, target_json="", decode_status=decoded.status
+        )
+        restored += values
+        sizes.append((len(decoded.rest), len(unit)))
+    assert restored == VALUES.tobytes()
+    assert all(rest < whole for rest, whole in sizes)
+
+
+def test_a_unit_whose_video_differs_from_its_crc_leaves_nothing(arena):
+    unit = bytearray(units(encode()[0])[0])
+    video = next(s for s in parse_unit(bytes(unit)).sections if s.kind == BITSTREAM)
+    unit[bytes(unit).index(bytes(video.stored)) + 9] ^= 1
+    with pytest.raises(ChecksumError, match="section 2"):
+        UnitDecoder("cpu").decode_for(bytes(unit), "")
 
 
 class Broken:

@@ -1,0 +1,20 @@
+"""What of a unit is still needed once its video is decoded; smaller by most of its bytes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from kvfetcher.codec.unit import BITSTREAM, Unit, raw_section, write_unit
+
+
+def without_bitstream(unit: Unit) -> bytes:
+    """The unit with an empty bitstream, its other sections as they are.
+
+    ``parse_unit(..., checks_video=False)`` and every restorer take it as the unit itself. It decodes
+    to nothing: who makes it has checked and decoded the video.
+    """
+    sections = (
+        raw_section(BITSTREAM, b"") if section.kind == BITSTREAM else section
+        for section in unit.sections
+    )
+    return write_unit(replace(unit, sections=tuple(sections)))
