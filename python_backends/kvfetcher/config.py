@@ -416,7 +416,10 @@ class FetchConfig(_Section):
         30.0, "a fetch is given up after this and the rest computed", low=0.1, high=3600
     )
     lease_ttl_seconds: float = _option(
-        120.0, "arena blocks of a vanished fetch come back after this", low=1, high=86400
+        120.0,
+        "arena blocks of a vanished fetch come back after this; at least fetch.deadline_seconds",
+        low=1,
+        high=86400,
     )
     nice: int = _option(
         10,
@@ -463,6 +466,12 @@ class Config:
                 f"codec.chunk_tokens = {tokens} is not a multiple of engine.prefill_slice_tokens ="
                 f" {self.engine.prefill_slice_tokens}; slices must end where chunks end, so that a"
                 " hit and a recompute run the same slices"
+            )
+        if self.fetch.deadline_seconds > self.fetch.lease_ttl_seconds:
+            raise ConfigError(
+                f"fetch.deadline_seconds = {self.fetch.deadline_seconds} is more than"
+                f" fetch.lease_ttl_seconds = {self.fetch.lease_ttl_seconds}; a fetch ends with the"
+                " lease on its arena blocks, raise the latter or lower the former"
             )
 
 

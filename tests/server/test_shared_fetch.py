@@ -89,7 +89,11 @@ def test_200_requests_for_one_prefix_transfer_each_chunk_once(tmp_path, prompt, 
         start_server(
             tmp_path / "unused",
             store={"kind": "redis", "url": f"redis://{link.host}:{link.port}/0"},
-            fetch={"min_hit_tokens": CHUNK_TOKENS, "deadline_seconds": 60.0},
+            fetch={
+                "min_hit_tokens": CHUNK_TOKENS,
+                "deadline_seconds": 60.0,
+                "lease_ttl_seconds": 120.0,
+            },
         ) as running,
     ):
         text = grpcclient.InferInput("text_input", [1], "BYTES")

@@ -62,6 +62,10 @@ def test_environment_values_are_parsed_by_type():
         ("[server]\nhttp_port = true\n", "server.http_port must be int, got True"),
         ('[fetch]\nenabled = "yes"\n', "fetch.enabled must be bool"),
         ('[store]\nkind = "tape"\n', "store.kind must be one of"),
+        (
+            "[fetch]\ndeadline_seconds = 200\n",
+            "fetch.deadline_seconds = 200 is more than fetch.lease_ttl_seconds = 120.0",
+        ),
         ("[codec]\nframe_sizes = [1]\n", "codec.frame_sizes must be a list of strings"),
         (
             '[store]\nkind = "redis"\n',

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvfetcher.errors import ArenaError, ArenaFullError, EngineError
 from kvfetcher.fetch.failures import Failures
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from kvfetcher.storage.base import Store
 
 _ARENA_RETRY_SECONDS = 0.02
+# A run ends after this part of its lease's time, so that it can be sealed in time. Nobody renews the
+# lease: what still writes then has the blocks' rest, as long again, to end.
+_LEASE_SHARE = 0.8
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +56,15 @@ class FetchOrder:
     costs: list[ChunkCost]
     fetch_seconds: float
     """Predicted."""
+
+
+class _Leased(NamedTuple):
+    """Blocks for a fetch."""
+
+    lease_id: str
+    target: BlockTarget
+    until: float
+    """When the run must end, whoever waits for it; on the fetcher's clock."""
 
 
 class FetchWork:
@@ -111,21 +123,22 @@ class FetchWork:
                 is_planned = False
                 if leased is None:
                     return Outcome(None, 0, facts)
-                return await self._restore(fetch, order, facts, *leased)
+                return await self._restore(fetch, order, facts, leased)
         finally:
             if is_planned:
                 planned.remove(ordered)
 
     async def _lease(
         self, fetch: SharedFetch, order: FetchOrder, facts: RunFacts
-    ) -> tuple[str, BlockTarget] | None:
+    ) -> _Leased | None:
         """Lease blocks, waiting for room as long as somebody waits for the fetch."""
         started = self._clock()
         num_tokens = len(order.chunks) * order.facts.chunk_tokens
         try:
             while True:
+                until = self._clock() + _LEASE_SHARE * self._config.lease_ttl_seconds
                 try:
-                    return await self._lease_or_release(num_tokens)
+                    return _Leased(*await self._lease_or_release(num_tokens), until)
                 except ArenaFullError as exc:
                     fetch.waits_for = ("arena_full", str(exc))
                     if self._clock() + _ARENA_RETRY_SECONDS >= fetch.deadline(0):
@@ -156,29 +169,27 @@ class FetchWork:
             raise
 
     async def _restore(
-        self,
-        fetch: SharedFetch,
-        order: FetchOrder,
-        facts: RunFacts,
-        lease_id: str,
-        target: BlockTarget,
+        self, fetch: SharedFetch, order: FetchOrder, facts: RunFacts, leased: _Leased
     ) -> Outcome:
-        run = self._run(order, facts, target)
+        run = self._run(order, facts, leased.target)
         fetch.is_running = True
         fetch.waits_for = ("deadline", "its units were not finished in time")
         try:
-            num_chunks = await run.finish(fetch.deadline)
-            if not num_chunks:
-                await self._release(lease_id, run)
-                return Outcome(None, 0, facts)
-            claim = await self._seal(
-                fetch, order, facts, lease_id, target, num_chunks, is_live=run.is_live
+            num_chunks = await run.finish(
+                lambda num_ready: min(fetch.deadline(num_ready), leased.until)
             )
+            if not num_chunks:
+                await self._release(leased.lease_id, run)
+                return Outcome(None, 0, facts)
+            claim = await self._seal(fetch, order, facts, leased, num_chunks, is_live=run.is_live)
         except BaseException:
-            self._fetches.release_later(lease_id, after=run.drained())
+            self._fetches.release_later(leased.lease_id, after=run.drained())
             raise
+        if claim is None:  # not sealed: the lease is open still, or was over
+            self._fetches.release_later(leased.lease_id, after=run.drained())
+            return Outcome(None, 0, facts)
         self._fetches.run_later(run.drained())
-        return Outcome(claim, num_chunks if claim else 0, facts)
+        return Outcome(claim, num_chunks, facts)
 
     def _run(self, order: FetchOrder, facts: RunFacts, target: BlockTarget) -> ChunkRun:
         return ChunkRun(
@@ -208,13 +219,16 @@ class FetchWork:
         fetch: SharedFetch,
         order: FetchOrder,
         facts: RunFacts,
-        lease_id: str,
-        target: BlockTarget,
+        leased: _Leased,
         num_chunks: int,
         *,
         is_live: bool,
     ) -> LeaseClaim | None:
-        """Seal what is whole for all that wait now; those who come during this share later."""
+        """Seal what is whole for all that wait now; those who come during this share later.
+
+        None where the engine refused or did not answer.
+        """
+        lease_id, target, _ = leased
         num_tokens = num_chunks * order.facts.chunk_tokens
         holders = list(fetch.waiters)
         fetch.is_sealing = True

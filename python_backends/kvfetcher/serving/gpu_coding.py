@@ -39,7 +39,9 @@ _SHARED_MEMORY = Path("/dev/shm")
 # kv_restore takes milliseconds; longer than this and the unit's request is gone or the GPU is
 # overloaded: the unit then goes through host memory.
 _WAIT_SECONDS = 2.0
-# Longer than any request waits (fetch.deadline_seconds and the drain after it).
+# Longer than a unit takes from kv_decode to kv_restore in a server that is well: milliseconds. A
+# request may wait longer (fetch.deadline_seconds); a reader that comes later is refused, and its
+# unit fails.
 _EXPIRY_SECONDS = 60.0
 # A GPU without memory for planes is asked again so often.
 _RETRY_SECONDS = 30.0

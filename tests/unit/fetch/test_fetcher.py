@@ -332,6 +332,40 @@ async def test_who_can_wait_no_longer_gets_what_is_ready_even_if_others_could_wa
     await until(lambda: world.units.done == 8)
 
 
+async def test_a_fetch_ends_before_its_lease_does(world):
+    await world.save(0, 1)
+    first_blocks = set(range(CHUNK_TOKENS // 16))  # an empty arena is leased from its start
+
+    async def stuck_behind_the_first_chunk(unit, target):
+        if not first_blocks & set(target.block_ids):
+            await hold.wait()
+        return await world.units(unit, target)
+
+    hold = asyncio.Event()
+    fetcher = world.fetcher(
+        run_unit=stuck_behind_the_first_chunk, deadline_seconds=60.0, lease_ttl_seconds=2.0
+    )
+    fetched = await asyncio.wait_for(world.fetch(fetcher, policy="fetch"), timeout=20)
+    assert (fetched.report.reason, fetched.report.hit_tokens) == ("deadline", CHUNK_TOKENS)
+    assert world.leases.table.counts.expired == 0
+    hold.set()
+    await until(lambda: world.units.done == 4)
+
+
+async def test_a_lease_that_cannot_be_sealed_is_given_back(world):
+    await world.save(0, 1)
+    free = world.free_blocks
+
+    class Refuses(Leases):
+        async def seal(self, lease_id, num_tokens, tokens_digest, **options):
+            raise EngineError("busy")
+
+    leases = Refuses(world.arena)
+    fetched = await world.fetch(world.fetcher(leases=leases))
+    assert (fetched.claim, fetched.report.reason) == (None, "engine_error")
+    await until(lambda: leases.table.usage()["free"] == free)
+
+
 def test_a_shared_fetch_ends_for_its_first_waiter_once_something_is_ready():
     fetch = SharedFetch()
     first, second = fetch.join(10.0), fetch.join(12.0)
