@@ -90,6 +90,7 @@ def check_paged(config: Config) -> list[Check]:
 
 
 def _check_running(config: Config, kind: Literal["paged", "tensorrt_llm"]) -> list[Check]:
+    from kvfetcher.engines.connected import ConnectedEngine
     from kvfetcher.engines.host import EngineHost
 
     # `--engine` may name another one than the configuration.
@@ -99,6 +100,8 @@ def _check_running(config: Config, kind: Literal["paged", "tensorrt_llm"]) -> li
 
         def start() -> Check:
             with EngineHost(config, run_folder=Path(folder)) as host:
+                if isinstance(host.engine, ConnectedEngine):
+                    host.engine.on_lost = None  # to be reported, not to end this process
                 layouts = host.engine.stats()["kv_layouts"]
                 checks.append(
                     Check("KV layout", "ok", f"{', '.join(layouts)} by rank, block order proven")

@@ -88,6 +88,8 @@ class ConnectedEngine:
         hub: the connector's other end; stays the caller's to close, after the engine.
         arena: stays the caller's, as do the leases.
         leases: over the arena's blocks.
+        on_lost: told the reason, from a thread, when the engine's ranks go unexpectedly once it has
+            started; until then that is an EngineError. None = requests fail, nothing else.
         clock: seconds, monotonic; the one that the control server leases with.
 
     Raises:
@@ -104,8 +106,10 @@ class ConnectedEngine:
         hub: ConnectorHub,
         arena: Arena,
         leases: LeaseTable,
+        on_lost: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.on_lost = on_lost
         self._kind = kind
         self._model = model
         self._config = config
@@ -125,6 +129,7 @@ class ConnectedEngine:
         if config.connector.kv_layout == "auto":
             _run_apart(self._probe(), _START_SECONDS)
             hub.wait_layout(_START_SECONDS)
+        hub.when_lost(self._lost)
 
     def describe(self) -> EngineInfo:
         model = self._model
@@ -167,14 +172,20 @@ class ConnectedEngine:
             max_positions=self._model.max_positions,
         )
         self._enter()
+        is_running = True
         try:
             async for event in self._serve(request, max_tokens, is_cancelled or _never):
+                if is_running and event.finish_reason:
+                    # What follows is waiting for the save, which takes nobody's place in the engine.
+                    is_running = False
+                    self._count(running=-1)
                 yield event
         except Exception:
             self._count(failed=1)
             raise
         finally:
-            self._count(running=-1)
+            if is_running:
+                self._count(running=-1)
 
     def close(self) -> None:
         with self._lock:
@@ -217,7 +228,7 @@ class ConnectedEngine:
         is_cancelled: Callable[[], bool],
     ) -> AsyncGenerator[GenerateEvent]:
         run: TokenRun | None = None
-        is_whole = False
+        is_over = is_whole = False
         try:
             await _settled(answer.handle.is_announced, _ANNOUNCE_SECONDS)
             run = self._source.start(
@@ -235,10 +246,12 @@ class ConnectedEngine:
                     return
                 if step is None:
                     continue
-                # What was loaded is told with the first token; the news came before it, but may
-                # still be on its way through the socket.
-                await _settled(answer.handle.is_matched, _NEWS_SECONDS)
+                is_over = bool(step.finish_reason)
                 is_first = not answer.num_generated
+                if is_first:
+                    # What was loaded is told with the first token; the news came before it, but may
+                    # still be on its way through the socket.
+                    await _settled(answer.handle.is_matched, _NEWS_SECONDS)
                 event = answer.take(step, run)
                 if event is None:
                     continue
@@ -254,7 +267,7 @@ class ConnectedEngine:
                     return
             raise EngineError("the engine ended a request without a reason")
         finally:
-            if run is not None:
+            if run is not None and not is_over:
                 run.abort()
             self._hub.settle(answer.handle, save=is_whole)
 
@@ -294,6 +307,10 @@ class ConnectedEngine:
         async for _ in run.steps():
             pass
         self._hub.settle(handle, save=True)
+
+    def _lost(self, reason: str) -> None:
+        if self.on_lost is not None:
+            self.on_lost(reason)
 
     def _enter(self) -> None:
         engine = self._config.engine

@@ -127,7 +127,7 @@ class _TensorrtLlm:
     def open(self, arena: Arena, leases: LeaseTable, closing: contextlib.ExitStack) -> Engine:
         from kvfetcher.engines.connected import ConnectedEngine
         from kvfetcher.engines.connector.hub import open_hub
-        from kvfetcher.engines.tensorrt_llm import start_llm
+        from kvfetcher.engines.tensorrt_llm import end_process, start_llm
 
         hub = open_hub(
             self._config,
@@ -150,5 +150,6 @@ class _TensorrtLlm:
             hub=hub,
             arena=arena,
             leases=leases,
+            on_lost=end_process,
             clock=time.monotonic,
         )

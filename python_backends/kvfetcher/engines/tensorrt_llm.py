@@ -516,6 +516,16 @@ def start_llm(arguments: LlmArguments, *, run_folder: Path) -> LlmSource:
     return LlmSource(llm, package.SamplingParams)
 
 
+def end_process(reason: str) -> None:
+    """End this process, the stub of the Triton model: TensorRT-LLM's workers are gone for good.
+
+    A model that answers errors only would pass for healthy; a stub that is gone makes the
+    supervisor start tritonserver again, with its workers.
+    """
+    _log.critical("%s; the model's process ends, so that it is started again", reason)
+    os._exit(1)
+
+
 def _spec_of(model: Any, kv_dtype: KVDtype) -> KVSpec:
     if latent := getattr(model, "kv_lora_rank", None):  # MLA: one latent vector per token
         return KVSpec(

@@ -347,6 +347,41 @@ async def test_connector_that_does_not_answer_costs_a_moment(paged, monkeypatch)
     assert "did not recognise the request" in output.timings[0].lease_error
 
 
+async def test_news_of_a_load_are_awaited_before_the_first_token_only(paged, monkeypatch):
+    right, waits = connected._settled, []
+
+    async def record(future, seconds):
+        waits.append(seconds)
+        return await right(future, seconds)
+
+    monkeypatch.setattr(connected, "_settled", record)
+    monkeypatch.setattr(connected, "_ANNOUNCE_SECONDS", 0.01)
+    monkeypatch.setattr(connected, "_NEWS_SECONDS", 0.02)
+    monkeypatch.setattr(OwnerLink, "send", lambda *_: None)  # never recognised
+    output = await paged.run(some_ids(20), max_tokens=30, min_length=30)
+    assert len(output.ids) == 30
+    assert waits == [0.01, 0.02]
+
+
+async def test_save_under_way_takes_no_place_of_a_running_request(paged_of, monkeypatch):
+    rig = paged_of(engine={"max_running_requests": 1, "max_waiting_requests": 0})
+    right, rooms = ConnectorWorker._take_room, []
+    monkeypatch.setattr(ConnectorWorker, "_take_room", lambda *given: rooms.append(given))
+    first = rig.engine.generate(rig.request(some_ids(40), save=True))
+    while not (await anext(first)).finish_reason:
+        with pytest.raises(EngineBusyError):
+            await rig.run(some_ids(20))
+    assert rig.engine.stats()["running"] == 0
+    saving = asyncio.ensure_future(anext(first))
+    await rig.run(some_ids(20))
+    assert not saving.done()
+    for given in rooms:
+        right(*given)
+    assert (await saving).save is not None
+    await first.aclose()
+    assert rig.engine.stats()["running"] == 0
+
+
 def test_first_request_that_never_ends_is_an_error():
     with pytest.raises(EngineError, match="did not answer a first request"):
         connected._run_apart(asyncio.sleep(60), 0.05)

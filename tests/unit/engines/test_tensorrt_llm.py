@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import subprocess
 import sys
 import time
 from datetime import timedelta
@@ -197,6 +198,45 @@ async def test_refusals_and_failures_of_the_llm_are_told_apart(host, monkeypatch
     with pytest.raises(EngineError, match="failed at a request: CUDA error"):
         await collect(host.engine.generate(request(some_ids(20))))
     assert host.engine.stats()["failed"] == 2
+
+
+async def test_only_what_still_runs_is_aborted(host, monkeypatch):
+    aborted = []
+    monkeypatch.setattr(tensorrt_llm.LlmRun, "abort", lambda self: aborted.append(self))
+    plain = await collect(host.engine.generate(request(some_ids(20), max_tokens=30, min_length=30)))
+    assert not aborted
+    stopped = request(some_ids(20), max_tokens=30, min_length=30, stop_words=(plain.text[3:5],))
+    await collect(host.engine.generate(stopped))
+    assert len(aborted) == 1
+
+
+async def test_ranks_that_are_lost_end_the_models_process(host, monkeypatch):
+    assert host.engine.on_lost is tensorrt_llm.end_process
+    told = asyncio.Event()
+    loop, reasons = asyncio.get_running_loop(), []
+
+    def note(reason):
+        reasons.append(reason)
+        loop.call_soon_threadsafe(told.set)
+
+    host.engine.on_lost = note
+    host.engine._hub._ranks[0].shut()  # as when the worker process dies
+    async with asyncio.timeout(10):
+        await told.wait()
+    assert reasons == ["rank 0 of the engine is gone; restart the server"]
+    with pytest.raises(EngineError, match="rank 0 of the engine is gone"):
+        await collect(host.engine.generate(request(some_ids(20))))
+
+
+def test_end_of_the_process_is_logged_and_an_error():
+    program = (
+        "from kvfetcher.engines.tensorrt_llm import end_process; end_process('rank 1 is gone')"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == 1
+    assert "rank 1 is gone; the model's process ends" in ended.stderr
 
 
 def test_without_tensorrt_llm_the_error_names_the_image(bf16_folder, tmp_path):
