@@ -8,12 +8,11 @@
 A writer fills a unique file in ``.partial``, syncs it, and makes it visible with ``link``, which
 fails if the name exists: readers see whole objects only, and of two writers one wins. The same
 holds over NFS. No locks, no index, no state in the process: any number of processes may share the
-folder. All I/O runs in threads, never in the event loop.
+folder. All I/O runs in threads of the store's own, never in the event loop.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import logging
@@ -34,6 +33,7 @@ from kvfetcher.storage.base import (
     check_range,
     get_ranges_singly,
 )
+from kvfetcher.storage.threads import IoThreads
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -48,6 +48,8 @@ _QUARANTINE = ".quarantine"
 _LIST_BATCH = 256
 # Reads of one batch that run at one time: hides the round trips of NFS; each holds a thread.
 _BATCH_READS = 16
+# Two batches of reads at one time; that many hang where the file system does.
+_MAX_THREADS = 32
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 _log = logging.getLogger(__name__)
@@ -66,6 +68,12 @@ class LocalStore:
     def __init__(self, folder: str | os.PathLike[str], *, timeout_seconds: float) -> None:
         self._folder = Path(folder)
         self._timeout_seconds = timeout_seconds
+        self._threads = IoThreads(
+            "kvfetcher-file",
+            max_threads=_MAX_THREADS,
+            max_stuck=_MAX_THREADS,
+            timeout_seconds=timeout_seconds,
+        )
         self._swept = False
 
     def __repr__(self) -> str:
@@ -117,7 +125,7 @@ class LocalStore:
                 yield info
 
     async def close(self) -> None:
-        """Nothing to give back."""
+        """Nothing to give back: threads without work end by themselves."""
 
     def _path(self, name: str) -> Path:
         return self._folder / check_name(name)
@@ -129,12 +137,12 @@ class LocalStore:
         stopped: after a timeout it ends by itself, its result unused.
         """
         try:
-            async with asyncio.timeout(self._timeout_seconds):
-                return await asyncio.to_thread(call)
+            return await self._threads.run(call)
         except TimeoutError as exc:
+            problem = str(exc) or f"it took longer than {self._timeout_seconds:g} s"
             raise StoreTimeoutError(
-                f"file store {self._folder}: {what} took longer than {self._timeout_seconds:g} s"
-                " (store.timeout_seconds); is the file system it lies on alive?"
+                f"file store {self._folder}: {what}: {problem} (store.timeout_seconds); is the file"
+                " system it lies on alive?"
             ) from exc
         except OSError as exc:
             if reads and isinstance(

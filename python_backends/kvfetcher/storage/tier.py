@@ -3,7 +3,7 @@
 A read that the copies answer asks nothing of the store, so a copy may outlive its object: by
 `max_age_seconds` where another host deleted it, not at all where this process did. A copy that
 fails, rots or is gone is a miss. Copies are made behind the reader's back; where too many wait to
-be written, further ones are not made.
+be written, further ones are not made. A disk of which a call hangs is passed over until that ends.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from kvfetcher.errors import StoreError
 from kvfetcher.storage.base import check_name, check_range, check_ranges
 from kvfetcher.storage.spans import UNBOUNDED, Span, span_of_answer
+from kvfetcher.storage.threads import IoThreads
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -32,6 +33,9 @@ TierEvent = Literal["memory_hit", "disk_hit", "near_miss", "copy_dropped", "disk
 made because too many waited, and calls of the disk that failed."""
 
 _MAX_REMEMBERED = 65536
+# Threads at the disk. Copies have their own, so that no read waits behind them.
+_DISK_THREADS = 16
+_COPY_THREADS = 4
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -66,7 +70,12 @@ class TieredStore:
         self._remote = remote
         self._memory = memory
         self._disk = disk
-        self._disk_timeout_seconds = disk_timeout_seconds
+        self._disk_threads, self._copy_threads = (
+            IoThreads(
+                "kvfetcher-tier", max_threads=num, max_stuck=1, timeout_seconds=disk_timeout_seconds
+            )
+            for num in (_DISK_THREADS, _COPY_THREADS)
+        )
         self._served: OrderedDict[str, None] = OrderedDict()
         self._drops: OrderedDict[str, int] = OrderedDict()
         self._num_drops = 0
@@ -219,7 +228,7 @@ class TieredStore:
     async def _write(self, disk: DiskTier, name: str, span: Span, data: bytes, before: int) -> None:
         try:
             if self._drops.get(name, 0) <= before:
-                await self._on_disk(lambda: disk.add(name, span, data))
+                await self._on_disk(lambda: disk.add(name, span, data), self._copy_threads)
             if self._drops.get(name, 0) > before:  # dropped while it was written
                 await self._drop_on_disk(disk, name)
         finally:
@@ -241,11 +250,10 @@ class TieredStore:
         else:
             self._stuck.discard(name)
 
-    async def _on_disk(self, call: Callable[[], _T]) -> _T | None:
-        """Run disk work in a thread; None where it fails or takes too long."""
+    async def _on_disk(self, call: Callable[[], _T], threads: IoThreads | None = None) -> _T | None:
+        """Run disk work in a thread; None where it fails, takes too long, or other work hangs."""
         try:
-            async with asyncio.timeout(self._disk_timeout_seconds):
-                return await asyncio.to_thread(call)
+            return await (threads or self._disk_threads).run(call)
         except OSError as exc:  # TimeoutError is one
             self._observe("disk_failure")
             level = logging.DEBUG if self._disk_has_failed else logging.WARNING

@@ -2,7 +2,10 @@ import asyncio
 import errno
 import os
 import stat
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -132,6 +135,48 @@ async def test_slow_file_system_ends_in_a_timeout(store, tmp_path):
     with pytest.raises(StoreTimeoutError, match=r"store\.timeout_seconds"):
         await slow.get("ab/fifo")
     await asyncio.to_thread(fifo.write_bytes, b"")  # lets the abandoned thread end
+
+
+async def test_a_hung_file_system_takes_no_threads_but_the_stores(tmp_path, monkeypatch):
+    monkeypatch.setattr(local_module, "_MAX_THREADS", 2)
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    fifo = tmp_path / "ab" / "fifo"
+    fifo.parent.mkdir()
+    os.mkfifo(fifo)
+    slow = LocalStore(tmp_path, timeout_seconds=0.5)
+    for _ in range(2):
+        with pytest.raises(StoreTimeoutError, match="took longer than"):
+            await slow.get("ab/fifo")
+    started = time.monotonic()
+    for _ in range(10):
+        with pytest.raises(StoreTimeoutError, match=r"2 earlier calls.*store\.timeout_seconds"):
+            await slow.head(NAME)
+    assert time.monotonic() - started < 2.5, "refused at once, not after the timeout"
+    await asyncio.to_thread(fifo.write_bytes, b"")  # the file system lives again
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            assert await slow.head(NAME) is None
+            break
+        except StoreTimeoutError:
+            assert time.monotonic() < deadline, "the store did not heal"
+            await asyncio.sleep(0.01)
+
+
+def test_a_hung_file_system_does_not_keep_the_process(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    program = """
+import asyncio, sys
+from kvfetcher.errors import StoreTimeoutError
+from kvfetcher.storage import LocalStore
+try:
+    asyncio.run(LocalStore(sys.argv[1], timeout_seconds=0.05).get("fifo"))
+except StoreTimeoutError:
+    print("timed out", flush=True)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "timed out\n", "")
 
 
 async def test_latency_store_delays_and_paces(tmp_path):

@@ -4,7 +4,7 @@ import asyncio
 import os
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 
 import pytest
 
@@ -408,6 +408,56 @@ async def test_a_disk_that_hangs_costs_its_timeout_only(remote, disk, monkeypatc
     assert await store.get(NAME) == DATA
     assert time.monotonic() - started < 0.4
     assert store.told["disk_failure"] == 1
+
+
+async def test_a_disk_that_hangs_is_passed_over_until_it_does_not(remote, disk, monkeypatch):
+    await remote.put(NAME, DATA)
+    may_go_on, asked, get = threading.Event(), [], disk.get
+
+    def hang(*args):
+        asked.append(args)
+        may_go_on.wait(60)
+        return get(*args)
+
+    monkeypatch.setattr(disk, "get", hang)
+    store = tiered(remote, disk=disk, timeout_seconds=0.3)
+    asker = asyncio.create_task(store.get(NAME))
+    async with asyncio.timeout(20):
+        while not asked:
+            await asyncio.sleep(0.001)
+    asker.cancel()  # before the disk's timeout
+    await asyncio.sleep(0.31)
+    for _ in range(20):
+        assert await store.get(NAME) == DATA
+    assert len(asked) == 1
+    await store.drained()
+    may_go_on.set()
+    deadline = time.monotonic() + 20
+    while not store.told["disk_hit"]:
+        assert time.monotonic() < deadline, "the disk is not asked again"
+        assert await store.get(NAME) == DATA
+        await asyncio.sleep(0.01)
+
+
+async def test_copies_that_hang_keep_no_read_from_the_disk(remote, disk, monkeypatch):
+    await remote.put(NAME, DATA)
+    await remote.put(OTHER, DATA)
+    disk.add(NAME, WHOLE, DATA)
+    may_go_on, asked = threading.Event(), []
+
+    def hang(*args):
+        asked.append(args)
+        may_go_on.wait(60)
+
+    monkeypatch.setattr(disk, "add", hang)
+    store = tiered(remote, disk=disk, timeout_seconds=0.3)
+    await asyncio.gather(*(store.get_range(OTHER, i, i + 1) for i in range(50)))
+    assert await store.get(NAME) == DATA
+    assert store.told["disk_hit"] == 1
+    await store.drained()
+    assert 1 <= len(asked) <= tier_module._COPY_THREADS
+    assert store._copy_threads._waiting == deque()  # nor what they would have written
+    may_go_on.set()
 
 
 async def test_a_copy_that_could_not_be_dropped_is_never_served(remote, disk, monkeypatch):

@@ -1,0 +1,121 @@
+"""Threads for blocking calls: bounded, never blocking an asker or the process."""
+
+import asyncio
+import contextlib
+import threading
+import time
+
+import pytest
+
+from kvfetcher.storage import threads as threads_module
+from kvfetcher.storage.threads import IoThreads
+
+
+def pool(**options):
+    settings = {"max_threads": 2, "max_stuck": 2, "timeout_seconds": 10.0} | options
+    return IoThreads("test-io", **settings)
+
+
+class Hanging:
+    """Calls that hang until `end`."""
+
+    def __init__(self):
+        self.may_end = threading.Event()
+        self.begun = 0
+
+    def __call__(self):
+        self.begun += 1
+        self.may_end.wait(60)
+        return "late"
+
+
+@pytest.fixture
+def hanging():
+    hanging = Hanging()
+    yield hanging
+    hanging.may_end.set()
+
+
+async def test_every_call_is_answered_and_no_more_run_at_once_than_allowed():
+    io, lock = pool(max_threads=3, max_stuck=3), threading.Lock()
+    running = most = 0
+
+    def call(i):
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.001)
+        with lock:
+            running -= 1
+        return i
+
+    answers = await asyncio.gather(*(io.run(lambda i=i: call(i)) for i in range(60)))
+    assert answers == list(range(60))
+    assert most == 3
+
+
+@pytest.mark.parametrize("error", [OSError("disk"), TimeoutError("ETIMEDOUT"), KeyError("x")])
+async def test_errors_are_the_callers(error):
+    def fail():
+        raise error
+
+    io = pool()
+    for _ in range(5):
+        with pytest.raises(type(error), match=error.args[0]):
+            await io.run(fail)
+
+
+async def test_while_too_many_hang_calls_are_refused_at_once(hanging):
+    io = pool(timeout_seconds=0.3)
+    for _ in range(2):
+        with pytest.raises(TimeoutError):
+            await io.run(hanging)
+    ran = []
+    for _ in range(10):
+        with pytest.raises(TimeoutError, match=r"2 earlier calls have taken longer than 0\.3 s"):
+            await io.run(lambda: ran.append(1))
+    assert not ran
+    hanging.may_end.set()
+    async with asyncio.timeout(20):
+        while not ran:
+            with contextlib.suppress(TimeoutError):
+                await io.run(lambda: ran.append(1))
+            await asyncio.sleep(0.01)
+
+
+async def test_calls_whose_askers_left_early_count_as_hanging_after_the_timeout(hanging):
+    io = pool(timeout_seconds=0.3, max_stuck=1)
+    asker = asyncio.create_task(io.run(hanging))
+    async with asyncio.timeout(20):
+        while not hanging.begun:
+            await asyncio.sleep(0.001)
+    asker.cancel()
+    await asyncio.sleep(0.31)
+    with pytest.raises(TimeoutError, match="1 earlier calls"):
+        await io.run(lambda: None)
+
+
+async def test_a_call_that_nobody_waits_for_any_more_never_begins(hanging):
+    io, ran = pool(max_threads=1), []
+    first = asyncio.create_task(io.run(hanging))
+    second = asyncio.create_task(io.run(lambda: ran.append(1)))
+    await asyncio.sleep(0.02)
+    second.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await second
+    assert not io._waiting
+    hanging.may_end.set()
+    assert await first == "late"
+    await io.run(lambda: None)
+    assert (hanging.begun, ran) == (1, [])
+
+
+async def test_threads_without_work_end(monkeypatch):
+    monkeypatch.setattr(threads_module, "_LINGER_SECONDS", 0.05)
+    io = pool()
+    for _ in range(3):
+        await asyncio.gather(io.run(lambda: None), io.run(lambda: None))
+        async with asyncio.timeout(20):
+            while any(thread.name == "test-io" for thread in threading.enumerate()):
+                await asyncio.sleep(0.01)
