@@ -227,6 +227,33 @@ async def test_the_second_read_failing_leaves_the_first_its_time(local):
     assert (guard.events["hedge"], guard.events["hedge_won"]) == (1, 0)
 
 
+@pytest.mark.parametrize("failing", [1, 2])
+async def test_of_reads_that_end_at_once_the_one_that_succeeded_counts(local, failing):
+    class Pair(WrappedStore):
+        """Both reads end when the second has come."""
+
+        def __init__(self, inner):
+            super().__init__(inner)
+            self.both = asyncio.Event()
+
+        async def get_range(self, name, start, end):
+            self.calls["get_range"] += 1
+            number = self.calls["get_range"]
+            if number == 2:
+                self.both.set()
+            await self.both.wait()
+            await asyncio.sleep(0)
+            if number == failing:
+                raise StoreError("down")
+            return b"0123"
+
+    for _ in range(20):  # which of the two is looked at first is a matter of chance
+        guard = warmed(Pair(local), seconds=0.001)
+        assert await guard.store.get_range(NAME, 0, 4) == b"0123"
+        assert guard.events["hedge_won"] == (failing == 1)
+        assert guard.events["failure"] == 0
+
+
 async def test_without_budget_there_is_no_second_read(local):
     await local.put(NAME, b"0123456789")
     guard = warmed(LatencyStore(local, latency_seconds=0.3))
