@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from support.engine_rig import write_model
@@ -34,8 +36,11 @@ def calibration(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("calibration")
     texts = folder / "texts"
     texts.mkdir()
+    words = DOCUMENT.split()
     for index in range(6):
-        (texts / f"{index}.txt").write_text(DOCUMENT[1200 * index : 1200 * index + 6500])
+        # Drawn anew: files that repeat one another are not calibrated with.
+        drawn = random.Random(index).choices(words, k=2000)
+        (texts / f"{index}.txt").write_text(" ".join(drawn)[:6500])
     output = folder / "tiny.safetensors"
     assert main_calibrate([str(tiny_model), "--texts", str(texts), "--output", str(output)]) == 0
     return output

@@ -12,17 +12,19 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
+from kvfetcher import __version__
 from kvfetcher.engines.identity import weights_digest
 from kvfetcher.errors import ConfigError
-from kvfetcher.transform.artifact import LADDER, Calibration, StoredBasis
+from kvfetcher.transform.artifact import ARTIFACT_VERSION, LADDER, Calibration, StoredBasis
 from kvfetcher.transform.capture import CaptureModel
 from kvfetcher.transform.certify import CertifySettings, certify, held_out_documents
 from kvfetcher.transform.groups import Grouping
+from kvfetcher.transform.journal import Journal
 from kvfetcher.transform.klt import fisher_roots, solve_basis
 from kvfetcher.transform.rope import Rope, unrotate_keys
 from kvfetcher.transform.statistics import Statistics
@@ -98,55 +100,88 @@ def calibrate(
 ) -> Calibration:
     """Calibrate a model, choose its steps and certify it.
 
+    Memory beside the model, in bytes: while reading and solving, 8 sum(n^2) of the statistics (see
+    `statistics`) and 60 n^2 of the largest transform; then 4 bytes per value of the cache and per
+    log-probability of the texts that are measured, `num_step_documents` or `certify.num_documents`
+    at a time.
+
     Args:
         folder: local Hugging Face model folder.
         texts: documents to read.
         held_out: documents to certify with; not among ``texts``.
         settings: groups and amounts.
-        checkpoint: where the statistics are kept meanwhile, and resumed from.
+        checkpoint: where the statistics are kept meanwhile, and resumed from; what was measured
+            after them is kept in `journal_path` of it.
         device: where the model runs.
         progress: called after every document and measurement.
 
     Raises:
         EngineError: the model cannot be loaded.
         ConfigError: its geometry, rotation or the texts do not serve.
+        FormatError: the checkpoint or its journal cannot be read.
     """
     model = CaptureModel.load(folder, device=device)
+    _check_lengths(model, texts, held_out, settings)
     digest = weights_digest(folder)
     rope = model.measure_rope()
     spec = replace(model.measure_spec(), dtype=settings.dtype)
     grouping = Grouping.even(spec, layers=settings.layers_per_group, heads=settings.heads_per_group)
-    stats = collect(
-        model, rope, texts, grouping, settings.collect, checkpoint=checkpoint, progress=progress
-    )
-    source = {
-        "texts": texts_digest(texts),
-        "documents": stats.num_documents,
-        "tokens": stats.num_tokens,
-        "settings": asdict(settings),
-    }
+    run = json.dumps([ARTIFACT_VERSION, digest, device])
+    collected = collect(
+        model, rope, texts, grouping, settings.collect,
+        run=run, checkpoint=checkpoint, progress=progress,
+    )  # fmt: skip
+    # Texts that the statistics have not seen, where there are more than they needed.
+    unseen = [*collected.rest, *texts]
     progress("solve", 0, 1)
-    # A provisional ladder far below any that is chosen keeps every component of use.
-    guess = dict.fromkeys(LADDER, _finest_step(spec, settings))
     draft = solve(
-        stats,
+        collected.statistics,
         rope,
         model=digest,
-        steps=guess,
+        # A provisional ladder far below any that is chosen keeps every component of use.
+        steps=dict.fromkeys(LADDER, _finest_step(spec, settings)),
         floor=settings.floor,
         sink_tokens=settings.sink_tokens,
-        source=source,
+        source={
+            "texts": texts_digest(texts),
+            "documents": collected.statistics.num_documents,
+            "tokens": collected.statistics.num_tokens,
+            "settings": asdict(settings),
+        },
     )
-    amount = replace(settings.certify, num_documents=settings.num_step_documents)
-    # Texts that the statistics have not seen, where there are more than they needed.
-    unseen = [*texts[settings.collect.num_documents :], *texts]
-    tuning = held_out_documents(model, unseen, amount, progress=progress)
-    calibration = draft.with_steps(choose_steps(model, draft, tuning, progress=progress))
-    del tuning
+    del collected
+    journal = Journal(
+        journal_path(checkpoint) if checkpoint is not None else None,
+        context=json.dumps([run, __version__, draft.digest, TARGETS, texts_digest(held_out)]),
+    )
+
+    def steps() -> dict[str, float]:
+        amount = replace(settings.certify, num_documents=settings.num_step_documents)
+        tuning = held_out_documents(model, unseen, amount, progress=progress)
+        return choose_steps(model, draft, tuning, journal=journal, progress=progress)
+
+    calibration = draft.with_steps(journal.measured("steps", steps))
     documents = held_out_documents(model, held_out, settings.certify, progress=progress)
     return calibration.with_certificate(
-        certify(model, calibration, held_out, documents, progress=progress)
+        certify(model, calibration, held_out, documents, journal=journal, progress=progress)
     )
+
+
+def journal_path(checkpoint: Path) -> Path:
+    """The file beside a checkpoint that keeps what was measured after the statistics."""
+    return checkpoint.with_suffix(".json")
+
+
+def _check_lengths(
+    model: CaptureModel, texts: list[Text], held_out: list[Text], settings: CalibrateSettings
+) -> None:
+    """Refuse now what would be found too short after all the reading."""
+    needed = settings.certify.prefix_tokens + settings.certify.following_tokens
+    for what, found in (("calibration", texts), ("held-out", held_out)):
+        if not any(len(model.encode(text.text)) >= needed for text in found):
+            raise ConfigError(
+                f"none of {len(found)} {what} texts has {needed} tokens; give more or longer texts"
+            )
 
 
 def recertify(
@@ -181,6 +216,13 @@ def _finest_step(spec: KVSpec, settings: CalibrateSettings) -> float:
     return math.sqrt(24 * TARGETS["near"] / (2048 * spec.elements_per_token)) / 3
 
 
+class Collected(NamedTuple):
+    """What was read, and the texts after the last that was."""
+
+    statistics: Statistics
+    rest: list[Text]
+
+
 def collect(
     model: CaptureModel,
     rope: Rope,
@@ -188,10 +230,11 @@ def collect(
     grouping: Grouping,
     settings: CollectSettings,
     *,
+    run: str = "",
     checkpoint: Path | None = None,
     checkpoint_documents: int = 8,
     progress: Progress = no_progress,
-) -> Statistics:
+) -> Collected:
     """Statistics over the first ``num_documents`` texts that are long enough.
 
     Args:
@@ -200,26 +243,28 @@ def collect(
         texts: documents in order.
         grouping: which values are transformed together.
         settings: how much to read.
+        run: what else a checkpoint must agree in: the model.
         checkpoint: file that the state is kept in, and resumed from where it is of the same run.
-        checkpoint_documents: documents between two checkpoints.
+        checkpoint_documents: documents between two checkpoints; the last ends in one, too.
         progress: called after every document.
 
     Raises:
         ConfigError: no text is long enough.
         FormatError: the checkpoint cannot be read.
     """
-    context = _context(rope, texts, grouping, settings)
+    context = _context(run, rope, texts, grouping, settings)
     stats = None
     if checkpoint is not None and checkpoint.exists():
         stats = Statistics.load(checkpoint, grouping, context=context)
     stats = stats or Statistics(grouping)
-    resumed = stats.num_documents
+    resumed = saved = stats.num_documents
     needed = settings.label_tokens * 2 + SINK_TOKENS
-    done = 0
+    done = num_read = 0
     total = min(settings.num_documents, len(texts))
     for text in texts:
         if done == settings.num_documents:
             break
+        num_read += 1
         ids = model.encode(text.text)[: settings.prefix_tokens + settings.label_tokens]
         if len(ids) < needed:
             continue
@@ -227,13 +272,17 @@ def collect(
         if done <= resumed:
             continue
         _count(model, rope, ids, stats, settings, done)
-        progress(f"read {text.name}", done, total)
-        if checkpoint is not None and done % checkpoint_documents == 0:
+        is_last = done == settings.num_documents
+        if checkpoint is not None and (is_last or done % checkpoint_documents == 0):
             stats.save(checkpoint, context=context)
+            saved = done
+        progress(f"read {text.name}", done, total)
+    if checkpoint is not None and saved != done:
+        stats.save(checkpoint, context=context)
     if not stats.num_documents:
         raise ConfigError(f"no calibration text has {needed} tokens; give longer texts")
     log.debug("calibration: %d documents, %d tokens", stats.num_documents, stats.num_tokens)
-    return stats
+    return Collected(stats, texts[num_read:])
 
 
 def solve(
@@ -305,9 +354,12 @@ def _count(
     )
 
 
-def _context(rope: Rope, texts: list[Text], grouping: Grouping, settings: CollectSettings) -> str:
+def _context(
+    run: str, rope: Rope, texts: list[Text], grouping: Grouping, settings: CollectSettings
+) -> str:
     text = json.dumps(
         [
+            run,
             rope.digest(),
             texts_digest(texts),
             grouping.spec.to_dict(),

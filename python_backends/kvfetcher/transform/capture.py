@@ -43,20 +43,6 @@ class CapturedKV:
             ]
         )
 
-    @classmethod
-    def from_array(cls, values: F32, like: CapturedKV) -> CapturedKV:
-        """Inverse of `to_array`, with the dtype and device of ``like``."""
-        reference = like.layers[0][0]
-        return cls(
-            tuple(
-                (
-                    torch.from_numpy(np.ascontiguousarray(layer[0]))[None].to(reference),
-                    torch.from_numpy(np.ascontiguousarray(layer[1]))[None].to(reference),
-                )
-                for layer in values
-            )
-        )
-
 
 class CaptureModel:
     """A causal language model whose cache can be read, replaced and differentiated.
@@ -114,6 +100,16 @@ class CaptureModel:
                 f" ({sorted(shapes)}); a transform needs one geometry, use `exact` for it"
             )
         return CapturedKV(layers)
+
+    def take(self, values: F32) -> CapturedKV:
+        """Inverse of `CapturedKV.to_array`: a cache of the model's dtype, on its device."""
+        return CapturedKV(
+            tuple((self._tensor(layer[0]), self._tensor(layer[1])) for layer in values)
+        )
+
+    def _tensor(self, values: F32) -> torch.Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(values))[None]
+        return tensor.to(device=self.model.device, dtype=self.model.dtype)
 
     def logits(self, ids: list[int], kv: CapturedKV) -> torch.Tensor:
         """Next-token logits [T, V] of ``ids`` teacher-forced after the cache ``kv``."""

@@ -22,6 +22,7 @@ from kvfetcher.container import parse_header
 from kvfetcher.errors import ConfigError
 from kvfetcher.quant import bits_to_float32, float32_to_bits
 from kvfetcher.transform.artifact import LADDER, Calibration
+from kvfetcher.transform.journal import Journal
 from kvfetcher.transform.library import register_calibration
 from kvfetcher.transform.quality import Document, measure, prepare
 from kvfetcher.transform.texts import Text, texts_digest
@@ -136,6 +137,7 @@ def certify(
     texts: list[Text],
     documents: list[Document],
     *,
+    journal: Journal | None = None,
     progress: Progress,
 ) -> dict[str, Any]:
     """Measure a calibration.
@@ -145,6 +147,7 @@ def certify(
         calibration: what to measure.
         texts: what ``documents`` were taken from; only for their digest.
         documents: held-out texts, prefilled.
+        journal: of the profiles' figures.
         progress: called after every profile.
 
     Returns:
@@ -153,20 +156,27 @@ def certify(
     """
     register_calibration(calibration)
     spec, decoder = calibration.spec, VideoDecoder()
+    journal = journal or Journal()
     profiles: dict[str, Any] = {}
-    for name in LADDER:
+
+    def row(name: str) -> dict[str, Any]:
         coder = functools.partial(
             code_cache, spec=spec, profile=TransformProfile(name, calibration), decoder=decoder
         )
         found = measure(model, documents, coder)
-        profiles[name] = {
+        return {
             "step": calibration.steps[name],
             "bits_per_element": round(found.bits_per_element, 4),
             "ratio": round(8 * spec.item_bytes / found.bits_per_element, 3),
             "worst_kl": found.worst_kl,
             **asdict(found.quality),
         }
-        progress(f"measured {name}: KL {found.quality.kl:.2e}", len(profiles), len(LADDER))
+
+    for name in LADDER:
+        profiles[name] = journal.measured(
+            f"{name} of {calibration.digest}", functools.partial(row, name)
+        )
+        progress(f"measured {name}: KL {profiles[name]['kl']:.2e}", len(profiles), len(LADDER))
     decoder.close()
     return {
         "calibration": calibration.digest,

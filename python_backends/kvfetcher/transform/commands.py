@@ -9,13 +9,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvfetcher.errors import KVFetcherError
+from kvfetcher.errors import ConfigError, KVFetcherError
 from kvfetcher.transform.artifact import LADDER, Calibration
 from kvfetcher.transform.calibrate import (
     CalibrateSettings,
     CollectSettings,
     Progress,
     calibrate,
+    journal_path,
     recertify,
 )
 from kvfetcher.transform.certify import CertifySettings
@@ -24,7 +25,7 @@ from kvfetcher.transform.library import (
     model_calibration_path,
     store_calibration,
 )
-from kvfetcher.transform.texts import Text, default_texts, load_texts
+from kvfetcher.transform.texts import Text, default_texts, keep_apart, load_texts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,7 +39,9 @@ def main_calibrate(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("model", help="a built-in model's name, or a Hugging Face model folder")
     parser.add_argument(
-        "--texts", type=Path, help="folder of texts; a fifth is held out. Default: Python's own"
+        "--texts",
+        type=Path,
+        help="folder of texts; a fifth of the files is held out. Default: this machine's",
     )
     parser.add_argument("--documents", type=int, default=amounts.num_documents)
     parser.add_argument("--layers-per-group", type=int, default=defaults.layers_per_group)
@@ -97,8 +100,24 @@ def main_certify(argv: Sequence[str] | None = None) -> int:
 
 
 def split_texts(texts: list[Text]) -> tuple[list[Text], list[Text]]:
-    """(to calibrate with, held out): every fifth document is held out."""
-    return [t for i, t in enumerate(texts) if i % 5 != 4], texts[4::5]
+    """(to calibrate with, held out): every fifth file is held out, of fewer than five the last.
+
+    Files that repeat what is held out are in neither.
+
+    Raises:
+        ConfigError: nothing is left to calibrate with.
+    """
+    files = list(dict.fromkeys(text.file for text in texts))
+    chosen = set(files[4::5] or files[-1:])
+    held_out = [text for text in texts if text.file in chosen]
+    kept = keep_apart([text for text in texts if text.file not in chosen], held_out)
+    if not kept:
+        raise ConfigError(
+            f"of {len(files)} files of texts, {len(chosen)} are held out to certify with, and no"
+            " other is left that does not repeat them; give more files, five or more of different"
+            " content"
+        )
+    return kept, held_out
 
 
 def _calibrate(args: argparse.Namespace) -> Calibration:
@@ -126,6 +145,7 @@ def _calibrate(args: argparse.Namespace) -> Calibration:
     )
     path = store_calibration(calibration)
     checkpoint.unlink(missing_ok=True)
+    journal_path(checkpoint).unlink(missing_ok=True)
     sys.stderr.write(f"kept as {path}\n")
     if args.output is not None:
         calibration.save(args.output)

@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvfetcher.transform.capture import CapturedKV, CaptureModel
-
 if TYPE_CHECKING:
+    from kvfetcher.transform.capture import CaptureModel
     from kvfetcher.transform.texts import Text
 
 F32 = NDArray[np.float32]
@@ -25,15 +24,15 @@ F32 = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Document:
-    """One text, prefilled. ``reference`` [T, V] are log-probabilities after the exact cache."""
+    """One text, prefilled: 4 bytes per value of its cache and per log-probability."""
 
     name: str
     ids: list[int]
     following: list[int]
-    kv: CapturedKV
     values: F32
     """[L, 2, H, T, D], keys rotated."""
     reference: torch.Tensor
+    """[T, V] log-probabilities after the exact cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +62,12 @@ def prepare(
     kv = model.prefill(prefix)
     with torch.no_grad():
         reference = torch.log_softmax(model.logits(following, kv).float(), dim=-1)
-    return Document(text.name, prefix, following, kv, kv.to_array(), reference)
+    return Document(text.name, prefix, following, kv.to_array(), reference)
 
 
 def compare(model: CaptureModel, document: Document, values: F32) -> Quality:
     """Quality of a cache [L, 2, H, T, D] in place of the document's own."""
-    kv = CapturedKV.from_array(values, like=document.kv)
+    kv = model.take(values)
     with torch.no_grad():
         coded = torch.log_softmax(model.logits(document.following, kv).float(), dim=-1)
         exact = document.reference

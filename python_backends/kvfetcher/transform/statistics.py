@@ -7,6 +7,8 @@ heads * head_dim of one) plus 8 * L * 2 * H * D^2. SmolLM2-135M in groups of 5 l
 from __future__ import annotations
 
 import os
+import zipfile
+import zlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +103,8 @@ class Statistics:
             FormatError: the file is not a checkpoint of this grouping.
         """
         try:
-            with np.load(path, allow_pickle=False) as data:
+            # Opened here: numpy does not close a file that turns out to be no archive.
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
                 if data["context"].tobytes().decode() != context:
                     return None
                 stats = cls(grouping)
@@ -112,7 +115,10 @@ class Statistics:
                     stats.products[a, b] = _like(
                         data[f"product.{a}.{b}"], stats.products[a, b], path
                     )
-        except (OSError, ValueError, KeyError, EOFError) as exc:
+        except (
+            OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error,
+            MemoryError,
+        ) as exc:  # fmt: skip
             raise FormatError(
                 f"calibration checkpoint {path} cannot be read ({exc}); delete it to start over"
             ) from exc

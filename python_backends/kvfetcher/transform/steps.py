@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from kvfetcher.transform.calibrate import Progress
     from kvfetcher.transform.capture import CaptureModel
+    from kvfetcher.transform.journal import Journal
 
 TARGETS: Mapping[str, float] = {
     "near": 7e-5,
@@ -47,6 +48,7 @@ def choose_steps(
     calibration: Calibration,
     documents: list[Document],
     *,
+    journal: Journal,
     progress: Progress,
 ) -> dict[str, float]:
     """Step of each profile.
@@ -55,6 +57,7 @@ def choose_steps(
         model: the model that is calibrated.
         calibration: its bases; whatever steps it has are ignored.
         documents: prefilled texts to measure on, none of those that certificates use.
+        journal: of the divergences.
         progress: called after each measurement.
 
     Returns:
@@ -65,8 +68,12 @@ def choose_steps(
     def measured(step: float) -> float:
         nonlocal trials
         trials += 1
+        kl = journal.measured(f"KL at {step!r}", lambda: divergence(step))
+        progress(f"step {step:.3g} gives KL {kl:.2e}", trials, 0)
+        return float(kl)
+
+    def divergence(step: float) -> float:
         kl = [compare(model, d, round_cache(d.values, calibration, step)).kl for d in documents]
-        progress(f"step {step:.3g} gives KL {np.mean(kl):.2e}", trials, 0)
         return float(np.mean(kl))
 
     known: list[tuple[float, float]] = []

@@ -44,11 +44,16 @@ _MODULES = (
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """One document. ``name`` is "kind/title"."""
+    """One document. ``name`` is "kind/title", of a user's file "user/path#piece"."""
 
     name: str
     kind: TextKind
     text: str
+
+    @property
+    def file(self) -> str:
+        """What it is a piece of; its name, where it is whole."""
+        return self.name.rpartition("#")[0] or self.name
 
 
 def default_texts(*, held_out: bool = False) -> list[Text]:
@@ -66,8 +71,8 @@ def default_texts(*, held_out: bool = False) -> list[Text]:
     if held_out:
         return _mixed(held)
     # Licences quote one another and docstrings lie in sources: titles alone do not keep apart.
-    known = set().union(*(_phrases(t.text) for kind in held for t in kind))
-    return _mixed([[t for t in kind if _is_apart(t, known)] for kind in kinds])
+    known = [t for kind in held for t in kind]
+    return _mixed([keep_apart(kind, known) for kind in kinds])
 
 
 def _mixed(kinds: list[list[Text]]) -> list[Text]:
@@ -81,9 +86,13 @@ def _phrases(text: str) -> set[int]:
     return {hash(tuple(words[i : i + 12])) for i in range(len(words) - 11)}
 
 
-def _is_apart(text: Text, known: set[int]) -> bool:
-    """Whether at most 2 % of a text's phrases are known."""
-    phrases = _phrases(text.text)
+def keep_apart(texts: list[Text], others: list[Text]) -> list[Text]:
+    """The texts of whose phrases at most 2 % are in the others."""
+    known = set().union(*(_phrases(text.text) for text in others))
+    return [t for t in texts if _is_apart(_phrases(t.text), known)]
+
+
+def _is_apart(phrases: set[int], known: set[int]) -> bool:
     return len(phrases & known) <= 0.02 * max(len(phrases), 1)
 
 

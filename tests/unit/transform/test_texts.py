@@ -6,6 +6,7 @@ from kvfetcher.transform.texts import (
     HELD_OUT,
     MAX_CHARACTERS,
     MIN_CHARACTERS,
+    Text,
     default_texts,
     load_texts,
     texts_digest,
@@ -70,7 +71,35 @@ def test_folder_without_texts_is_refused(tmp_path):
         load_texts(tmp_path / "none")
 
 
-def test_every_fifth_text_of_a_user_is_held_out(texts):
-    kept, out = split_texts(texts[:12])
-    assert [texts.index(t) for t in out] == [4, 9]
-    assert len(kept) == 10
+def user_text(file, piece=0, content=None):
+    words = content or " ".join(f"{file}.{piece}.{i}" for i in range(500))
+    return Text(f"user/{file}#{piece}", "user", words)
+
+
+def test_every_fifth_file_of_a_user_is_held_out_with_all_its_pieces():
+    texts = [user_text(f"{file}.txt", piece) for file in range(12) for piece in range(3)]
+    kept, held_out = split_texts(texts)
+    assert [t.name for t in held_out] == [
+        f"user/{file}.txt#{piece}" for file in (4, 9) for piece in range(3)
+    ]
+    assert kept == [t for t in texts if t not in held_out]
+
+
+def test_of_few_files_the_last_is_held_out():
+    texts = [user_text("a"), user_text("b"), user_text("b", 1)]
+    assert split_texts(texts) == (texts[:1], texts[1:])
+
+
+@pytest.mark.parametrize("texts", [[], [user_text("a"), user_text("a", 1)]])
+def test_files_that_cannot_be_split_are_refused(texts):
+    with pytest.raises(ConfigError, match="five or more"):
+        split_texts(texts)
+
+
+def test_files_that_repeat_what_is_held_out_are_left_out():
+    texts = [user_text(f"{i}") for i in range(5)]
+    copied = user_text("copy", content=texts[4].text[:600] + texts[0].text)
+    kept, held_out = split_texts([copied, *texts[1:]])
+    assert (kept, held_out) == (texts[1:4], texts[4:])
+    with pytest.raises(ConfigError, match="does not repeat them"):
+        split_texts([copied, texts[4]])
