@@ -67,14 +67,22 @@ class ServerConfig(_Section):
     )
     decode_instances: int = _option(
         0,
-        "kv_decode processes; 0 = one per CPU core (at most 4), or one per NVDEC engine",
+        "kv_decode processes; 0 = one per CPU core (at most 4), or one per NVDEC engine, two where"
+        " engine.arena is not host",
         low=0,
         high=64,
     )
-    restore_instances: int = _option(1, "kv_restore processes", low=1, high=16)
+    restore_instances: int = _option(
+        1,
+        "kv_restore processes; each that works on a GPU has its own CUDA context and copy of the"
+        " calibration's inverse transforms (8B shape, balanced: 330 MB) there",
+        low=1,
+        high=16,
+    )
     plane_bytes: int = _option(
         224 << 20,
-        "GPU memory for decoded planes on their way to a GPU's arena, over all kv_decode processes",
+        "GPU memory for decoded planes on their way to a GPU's arena, over all kv_decode processes; units"
+        " that do not fit a process's part go through host memory",
         low=0,
         high=1 << 34,
     )
@@ -380,7 +388,11 @@ class FetchConfig(_Section):
         64 << 20, "bytes asked for and not restored yet, over all requests", low=1 << 16
     )
     max_inflight_units: int = _option(
-        8, "units in decode or restore at one time, over all requests", low=1, high=1024
+        0,
+        "units in decode or restore at one time, over all requests; 0 = two for each kv_decode process,"
+        " at least 8",
+        low=0,
+        high=1024,
     )
     max_inflight_requests: int = _option(
         4, "prefixes fetched at one time; others wait in line", low=1, high=1024
@@ -428,6 +440,10 @@ class FetchConfig(_Section):
         low=0,
         high=19,
     )
+
+    def units_in_flight(self, num_decoders: int) -> int:
+        """`max_inflight_units`; 0 = one at work and one on its way for each decoder, or 8."""
+        return self.max_inflight_units or max(8, 2 * num_decoders)
 
 
 @dataclass(frozen=True, slots=True)

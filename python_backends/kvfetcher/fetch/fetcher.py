@@ -179,7 +179,7 @@ class Fetcher:
             max_inflight_reads=config.max_inflight_reads,
             one_read_fills_link=one_read_fills_link,
             max_inflight_bytes=config.max_inflight_bytes,
-            max_inflight_units=config.max_inflight_units,
+            max_inflight_units=config.units_in_flight(num_decoders),
             max_read_bytes=config.max_read_bytes,
             clock=clock,
         )

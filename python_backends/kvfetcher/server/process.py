@@ -34,6 +34,7 @@ from kvfetcher.errors import ServerError
 from kvfetcher.server.installation import Installation, find_installation
 from kvfetcher.server.ports import check_ports
 from kvfetcher.server.repository import (
+    decode_instances,
     find_repository,
     is_decoupled,
     mark_changed,
@@ -65,6 +66,9 @@ _CONTROL_HEADER = "kvfetcher-control"
 
 # Per model instance, growing in steps of 1 MiB by itself; a unit's planes are a few MiB.
 _STUB_SHARED_BYTES = 4 << 20
+
+# Of the Python backend by itself, for calls from model to model: kv_fetch holds one for each unit.
+_BACKEND_THREADS = 32
 
 # Triton's information lines and its tables of options, which come after the error that matters.
 _CHATTER = re.compile(r"I\d{4} |\+-|\| ")
@@ -360,6 +364,9 @@ class TritonServer:
             "shm-default-byte-size": _STUB_SHARED_BYTES,
             "stub-timeout-seconds": int(server.ready_timeout_seconds),
         }
+        units = self.config.fetch.units_in_flight(decode_instances(self.config))
+        if units > _BACKEND_THREADS:
+            python["thread-pool-size"] = units
         control = f"model-repository:{_CONTROL_HEADER}={self._control_token}"
         return [
             f"--model-repository={repository}",

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kvfetcher import wire
@@ -14,7 +15,7 @@ from kvfetcher.config import cache_home
 from kvfetcher.errors import CodecError, RequestCancelledError
 from kvfetcher.fetch.decode_times import H100_NVDEC, cpu_table, load_table
 from kvfetcher.fetch.fetcher import Fetched, Fetcher, UnitStatus
-from kvfetcher.server.repository import decode_instances
+from kvfetcher.server.repository import decode_instances, parallel_decoders
 from kvfetcher.serving.leases import EngineLeases
 from kvfetcher.serving.metrics import Metrics
 from kvfetcher.serving.tensors import bytes_tensor, text_tensor
@@ -50,7 +51,8 @@ class FetchService:
         if self._fetcher is None:  # its semaphores belong to the running loop
             # Every unit in a decoder holds a thread of the loop's executor (Triton's async_exec
             # blocks one), and so do store and lease calls: look-ups must never wait for decoders.
-            threads = self._config.fetch.max_inflight_units + _OTHER_THREADS
+            units = self._config.fetch.units_in_flight(decode_instances(self._config))
+            threads = units + _OTHER_THREADS
             asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(threads))
             store = open_store(self._config.store, observe=self._count_store_event)
             self._fetcher = Fetcher(
@@ -60,9 +62,9 @@ class FetchService:
                 one_read_fills_link=self._config.store.kind != "s3",
                 leases=self._leases,
                 run_unit=self._run_unit,
-                config=self._config.fetch,
+                config=replace(self._config.fetch, max_inflight_units=units),
                 table=_decode_table(self._config),
-                num_decoders=decode_instances(self._config),
+                num_decoders=parallel_decoders(self._config),
             )
             self._metrics.set("kvfetcher_store_breaker_open", 0.0)
         try:

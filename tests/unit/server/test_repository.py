@@ -1,14 +1,17 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
-from kvfetcher.config import load_config
+from kvfetcher.config import FetchConfig, load_config
 from kvfetcher.errors import ServerError
+from kvfetcher.server import TritonServer
 from kvfetcher.server.repository import (
     decode_instances,
     find_repository,
     is_decoupled,
     mark_changed,
+    parallel_decoders,
     served_repository,
 )
 
@@ -74,6 +77,40 @@ def test_config_without_one_count_is_refused(repository, tmp_path, text):
 def test_default_is_one_decoder_per_core_at_most_four():
     assert 1 <= decode_instances(_config(0)) <= 4
     assert decode_instances(_config(9)) == 9
+
+
+@pytest.mark.parametrize(
+    ("arena", "instances", "processes", "side_by_side"),
+    [("host", 0, 7, 7), ("gpu", 0, 14, 7), ("auto", 0, 14, 7), ("gpu", 3, 3, 3)],
+)
+def test_two_decoders_share_an_engine_where_planes_stay_on_the_gpu(
+    monkeypatch, arena, instances, processes, side_by_side
+):
+    monkeypatch.setattr("kvfetcher.codec.nvdec.count_engines", lambda: 7)
+    config = _config(instances)
+    config = replace(config, engine=replace(config.engine, arena=arena))
+    assert decode_instances(config) == processes
+    assert parallel_decoders(config) == side_by_side
+    on_cpu = replace(config, codec=replace(config.codec, decoder="cpu"))
+    assert parallel_decoders(on_cpu) == decode_instances(on_cpu) <= 4
+
+
+@pytest.mark.parametrize(
+    ("setting", "decoders", "units"), [(0, 1, 8), (0, 4, 8), (0, 14, 28), (5, 14, 5)]
+)
+def test_units_in_flight_follow_the_decoders(setting, decoders, units):
+    assert FetchConfig(max_inflight_units=setting).units_in_flight(decoders) == units
+
+
+@pytest.mark.parametrize(("units", "flag"), [(0, ""), (32, ""), (40, "thread-pool-size=40")])
+def test_backend_has_a_thread_for_each_unit_in_flight(tmp_path, units, flag):
+    config = _config(2)
+    config = replace(config, fetch=replace(config.fetch, max_inflight_units=units))
+    server = TritonServer(config)
+    server._run_dir = SimpleNamespace(shared_memory_prefix="x")
+    flags = " ".join(server._flags(SimpleNamespace(backend_folder=tmp_path), tmp_path))
+    assert ("thread-pool-size" in flags) == bool(flag)
+    assert flag in flags
 
 
 def test_repository_is_looked_for_in_order(tmp_path, monkeypatch):
