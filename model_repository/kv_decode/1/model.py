@@ -31,7 +31,8 @@ class TritonPythonModel:
             setup.lower_priority(config.fetch.nice)
 
     def execute(self, requests):
-        return respond_each(requests, self._decode, pb_utils)
+        on_cpu = self.decoder.name == "cpu"
+        return respond_each(requests, self._decode, pb_utils, asks_cancelled=on_cpu)
 
     def _decode(self, request):
         decoded = self.decoder.decode_for(

@@ -320,8 +320,9 @@ class GpuInput:
 
         key = (arena.gpu or 0, target.block_ids)
         if key not in self._block_ids:
-            ids = torch.tensor(target.block_ids, dtype=torch.int32, device=arena.blocks.device)
-            self._block_ids[key] = ids
+            ids = torch.tensor(target.block_ids, dtype=torch.int32)
+            # Not blocking: the driver takes its own copy, and nothing before it is waited for.
+            self._block_ids[key] = ids.to(arena.blocks.device, non_blocking=True)
             if len(self._block_ids) > _MAX_KNOWN_TARGETS:
                 self._block_ids.popitem(last=False)
         return Destination(arena.blocks, self._block_ids[key], unit.layer_start)

@@ -34,7 +34,11 @@ def triton_error(exc: BaseException, pb_utils: Any) -> Any:
 
 
 def respond_each(
-    requests: Sequence[Any], handle: Callable[[Any], list[Any]], pb_utils: Any
+    requests: Sequence[Any],
+    handle: Callable[[Any], list[Any]],
+    pb_utils: Any,
+    *,
+    asks_cancelled: bool = True,
 ) -> list[Any]:
     """Answer each request on its own: one bad request never fails its batch.
 
@@ -42,13 +46,15 @@ def respond_each(
         requests: what Triton gave to `execute`.
         handle: request -> output tensors; may raise.
         pb_utils: the module `triton_python_backend_utils`.
+        asks_cancelled: False = do the work of cancelled requests, too: it is over sooner than
+            Triton would answer.
 
     Returns:
         One InferenceResponse per request, in order.
     """
     responses = []
     for request in requests:
-        if request.is_cancelled():
+        if asks_cancelled and request.is_cancelled():
             responses.append(_cancelled(pb_utils))
             continue
         try:

@@ -40,6 +40,12 @@ def test_one_bad_request_never_fails_its_batch():
     assert cancelled.error.code == pb_utils.TritonError.CANCELLED
 
 
+def test_short_work_is_done_without_asking_whether_it_is_wanted(monkeypatch):
+    monkeypatch.setattr(pb_utils.Request, "is_cancelled", None)
+    (done,) = respond_each([pb_utils.Request({})], lambda _: [], pb_utils, asks_cancelled=False)
+    assert not done.has_error()
+
+
 async def test_the_async_form_answers_each_request_too():
     async def handle(request):
         if request.tensors["n"]:
