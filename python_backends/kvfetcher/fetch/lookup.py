@@ -6,17 +6,23 @@ damaged where it lies.
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kvfetcher import container
-from kvfetcher.errors import ChunkNotFoundError, FormatError, StoreError
+from kvfetcher.errors import (
+    ChunkNotFoundError,
+    FormatError,
+    StoreError,
+    StoreUnavailableError,
+)
 from kvfetcher.fetch.plan import probe_batches
 from kvfetcher.fetch.reads import Tally
 from kvfetcher.fetch.run import StoredChunk
-from kvfetcher.storage.base import ByteRange
+from kvfetcher.storage.base import SINGLE_LOOKUP_BATCH, ByteRange
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,11 +69,10 @@ async def look_up(
         chunk_tokens: tokens of one chunk.
         found: filled in as chunks are found, so that one who stops waiting keeps what there is.
     """
-    for batch in probe_batches(len(keys)):
+    for batch in probe_batches(len(keys), reads.lookup_batch_size):
         names = [keys[index].name for index in batch]
-        firsts = await reads.read_many(
-            [ByteRange(name, 0, container.HEADER_READ_BYTES) for name in names], found.tally
-        )
+        parts = [ByteRange(name, 0, container.HEADER_READ_BYTES) for name in names]
+        firsts = await _read_firsts(reads, parts, found.tally)
         for index, first in zip(batch, firsts, strict=True):
             key = keys[index]
             found.ended_at = key.name
@@ -89,6 +94,30 @@ async def look_up(
                 return
             found.chunks.append(StoredChunk(key.name, header))
             found.ended_at = ""
+
+
+async def _read_firsts(
+    reads: SharedReads, parts: Sequence[ByteRange], tally: Tally
+) -> list[bytes | StoreError]:
+    """The first bytes of objects, in one round trip where the store can.
+
+    The very first is asked for beside the others, not among them: only what is small tells the
+    link's round trip, which nothing else would where all headers come together.
+    """
+    if reads.lookup_batch_size <= SINGLE_LOOKUP_BATCH or len(parts) == 1:
+        return await reads.read_many(parts, tally)
+    first, others = await asyncio.gather(
+        reads.read_many(parts[:1], tally), reads.read_many(parts[1:], tally)
+    )
+    answers = first + others
+    refused = [i for i, answer in enumerate(answers) if isinstance(answer, StoreUnavailableError)]
+    if (
+        0 < len(refused) < len(parts)
+    ):  # a breaker let one call pass to try the store, and it is back
+        again = await reads.read_many([parts[i] for i in refused], tally)
+        for i, answer in zip(refused, again, strict=True):
+            answers[i] = answer
+    return answers
 
 
 async def _read_header(reads: SharedReads, name: str, first: bytes, found: Found) -> ChunkHeader:

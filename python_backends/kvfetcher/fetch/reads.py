@@ -73,6 +73,11 @@ class SharedReads:
         self._clock = clock
         self._running: dict[ByteRange, _Read] = {}
 
+    @property
+    def lookup_batch_size(self) -> int:
+        """The store's; see `GetRanges.lookup_batch_size`."""
+        return self._store.lookup_batch_size
+
     async def read(self, part: ByteRange, tally: Tally) -> bytes:
         """`GetRange.get_range`.
 

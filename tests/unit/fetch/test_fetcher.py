@@ -191,6 +191,8 @@ async def test_policies_that_do_not_fetch_touch_no_store(world, policy):
 
 
 class FailingStore:
+    lookup_batch_size = 32
+
     def __init__(self, inner, error, *, units_only):
         self.inner, self.error, self.units_only = inner, error, units_only
 
@@ -593,6 +595,50 @@ async def test_a_fetch_that_is_given_up_does_not_wait_for_the_room_it_asked_for(
     assert (await first).report.outcome == "hit"
     budget = fetcher._stages.budget
     assert (budget.num_holders, budget.used_bytes) == (0, 0)
+
+
+class OneRequest(RecordingStore):
+    """A store that answers many headers in one request; remembers how many each one asked for."""
+
+    lookup_batch_size = 128
+
+    def __init__(self, inner):
+        super().__init__(inner)
+        self.batches = []
+
+    async def get_ranges(self, ranges):
+        self.batches.append(len(ranges))
+        return await super().get_ranges(ranges)
+
+
+@pytest.mark.parametrize("stored", [0, 1, 4])
+async def test_a_look_up_asks_for_all_headers_at_once_where_that_is_one_request(world, stored):
+    await world.save(*range(stored))
+    store = OneRequest(world.store)
+    fetched = await world.fetch(world.fetcher(store=store))
+    assert fetched.report.hit_tokens == stored * CHUNK_TOKENS
+    # The first one goes beside the others: it tells the round trip.
+    assert sorted(store.batches) == [1, 3]
+
+
+async def test_a_look_up_asks_again_for_what_a_healing_breaker_refused(world):
+    await world.save(0, 1, 2, 3)
+    faulty = FaultyStore(OneRequest(world.store), errors={"get_range": StoreError("down")})
+    options = GuardOptions(
+        max_retries=0,
+        hedge_fraction=0,
+        min_failures=2,
+        min_backoff_seconds=0.3,
+        max_backoff_seconds=1,
+    )
+    store = GuardedStore(faulty, options)
+    fetcher = world.fetcher(store=store)
+    await world.fetch(fetcher)
+    assert store.breaker.state == "open"
+    faulty.errors.clear()
+    await asyncio.sleep(0.35)
+    assert (await world.fetch(fetcher)).report.hit_tokens == 4 * CHUNK_TOKENS
+    assert store.breaker.state == "closed"
 
 
 async def test_an_open_breaker_is_a_miss_that_costs_no_reads(world):
