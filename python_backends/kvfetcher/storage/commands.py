@@ -73,7 +73,9 @@ async def _run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config).store
     # No TTL: looking through a store must not renew the time of all that lies in it.
     remote = open_store(replace(config, tier_memory_bytes=0, tier_disk_bytes=0, ttl_seconds=0.0))
-    job = _Job(arguments, config, remote, open_tiers(config, remote), StatusLine())
+    # Copies in this process's memory would end with it.
+    store = open_tiers(replace(config, tier_memory_bytes=0), remote)
+    job = _Job(arguments, config, remote, store, StatusLine())
     try:
         status: int = await arguments.run(job)
         return status
@@ -385,7 +387,7 @@ async def _verify(job: _Job) -> int:
 
 
 async def _warm(job: _Job) -> int:
-    if not job.config.tier_disk_bytes:
+    if not isinstance(job.store, TieredStore):
         raise ConfigError(
             "store.tier_disk_bytes is 0, so this host keeps no copies on its disk; set it to the"
             " bytes that they may take"

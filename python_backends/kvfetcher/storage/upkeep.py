@@ -15,18 +15,34 @@ from kvfetcher.errors import ChunkNotFoundError, FormatError, StoreError
 from kvfetcher.keys import model_digits, next_key, parse_object_name
 from kvfetcher.storage.base import ByteRange
 from kvfetcher.storage.reach import Holding, Survey
+from kvfetcher.storage.spans import UNBOUNDED
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
 
     from kvfetcher.container import ChunkHeader
     from kvfetcher.keys import NameParts
-    from kvfetcher.storage.base import Delete, Get, GetRange, GetRanges, ListPrefix, ObjectInfo
+    from kvfetcher.storage.base import (
+        Delete,
+        Get,
+        GetRange,
+        GetRanges,
+        ListPrefix,
+        Near,
+        ObjectInfo,
+    )
 
     Tell = Callable[[str], None]
 
     class Surveyed(GetRange, GetRanges, ListPrefix, Protocol):
         """What a survey asks of a store."""
+
+    class Warmable(Get, Near, Protocol):
+        """What warming asks of a store."""
+
+        async def drained(self) -> None:
+            """Return when the copies that wait to be written are written."""
+            ...
 
 
 _HEADER_BATCH = 64
@@ -51,10 +67,10 @@ class Warming:
     """What was brought near.
 
     Attributes:
-        objects: how many.
-        num_bytes: bytes read.
+        objects: how many lie near whole.
+        num_bytes: their bytes.
         is_full: more would not have fitted; the rest was left.
-        failed: object name -> why it could not be read.
+        failed: object name -> why it could not be read, or does not lie near although it was.
     """
 
     objects: int = 0
@@ -140,8 +156,17 @@ async def remove(store: Delete, objects: Sequence[ObjectInfo], *, tell: Tell) ->
 
 
 async def verify(store: Get, objects: AsyncIterable[ObjectInfo], *, tell: Tell) -> Verification:
-    """Read chunks whole and check every digest in them, and that their names are theirs."""
+    """Read chunks whole and check every digest in them, and that their names are theirs.
+
+    One is read again once before it counts as damaged, because what came damaged need not be
+    damaged where it lies.
+    """
     result = Verification()
+
+    async def check_once(name: str, parts: NameParts) -> None:
+        data = await store.get(name)
+        result.num_bytes += len(data)
+        await asyncio.to_thread(_check_chunk, parts, data)
 
     async def check(info: ObjectInfo) -> None:
         parts = parse_object_name(info.name)
@@ -149,9 +174,10 @@ async def verify(store: Get, objects: AsyncIterable[ObjectInfo], *, tell: Tell) 
             result.others += 1
             return
         try:
-            data = await store.get(info.name)
-            result.num_bytes += len(data)
-            await asyncio.to_thread(_check_chunk, parts, data)
+            try:
+                await check_once(info.name, parts)
+            except FormatError:
+                await check_once(info.name, parts)
         except ChunkNotFoundError:
             return  # it went meanwhile
         except StoreError as exc:
@@ -171,28 +197,40 @@ async def verify(store: Get, objects: AsyncIterable[ObjectInfo], *, tell: Tell) 
 
 
 async def warm(
-    store: Get, objects: AsyncIterable[ObjectInfo], *, max_bytes: int, tell: Tell
+    store: Warmable, objects: AsyncIterable[ObjectInfo], *, max_bytes: int, tell: Tell
 ) -> Warming:
-    """Read objects whole, so that the copies near by hold them, up to `max_bytes` in all."""
+    """Read objects whole, so that the copies near by hold them, up to `max_bytes` in all.
+
+    A read may leave no copy (too many waited to be written, the disk failed), so each batch waits
+    for its copies, and only what lies near then counts.
+    """
     result = Warming()
 
-    async def read(info: ObjectInfo) -> None:
+    async def read(info: ObjectInfo) -> bool:
         try:
             await store.get(info.name)
         except ChunkNotFoundError:
-            return  # it went meanwhile
+            return False  # it went meanwhile
         except StoreError as exc:
             result.failed[info.name] = str(exc)
-        else:
-            result.objects += 1
-            result.num_bytes += info.num_bytes
+            return False
+        return True
 
     async for batch in _batches(objects, _READ_BATCH):
         if result.num_bytes + sum(info.num_bytes for info in batch) > max_bytes:
             result.is_full = True
             break
-        await asyncio.gather(*map(read, batch))
-        tell(f"{result.objects} objects near, {result.num_bytes / 1e6:.0f} MB read")
+        came = await asyncio.gather(*map(read, batch))
+        infos = [info for info, has_come in zip(batch, came, strict=True) if has_come]
+        await store.drained()
+        near = await store.near([ByteRange(info.name, 0, UNBOUNDED) for info in infos])
+        for info, is_near in zip(infos, near, strict=True):
+            if is_near:
+                result.objects += 1
+                result.num_bytes += info.num_bytes
+            else:
+                result.failed[info.name] = "no copy of it was kept; is the disk full or failing?"
+        tell(f"{result.objects} objects near, {result.num_bytes / 1e6:.0f} MB")
     return result
 
 

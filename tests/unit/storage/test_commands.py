@@ -11,7 +11,9 @@ import redis
 from kvfetcher.cli import main
 from kvfetcher.config import load_config
 from kvfetcher.errors import StoreError
-from kvfetcher.storage import commands, open_backend, upkeep
+from kvfetcher.storage import TieredStore, commands, open_backend, upkeep
+from kvfetcher.storage import tier as tier_module
+from kvfetcher.storage.disk_tier import DiskTier
 from support.chunks import chain
 from support.stores import FaultyStore
 
@@ -229,6 +231,27 @@ def test_verify_finds_every_kind_of_damage(run, folder):
     assert run("verify")[0] == 0
 
 
+def test_verify_blames_no_object_for_one_damaged_transfer(run, folder, monkeypatch):
+    objects = chain(LONG)
+    save(folder, objects)
+    once, always = list(objects)[1:3]
+    damaged = {once, always}
+
+    class Noisy(FaultyStore):
+        async def get(self, name):
+            data = await super().get(name)
+            if name in damaged:
+                data = data[:-1] + bytes([data[-1] ^ 1])
+                if name == once:
+                    damaged.discard(once)
+            return data
+
+    monkeypatch.setattr(commands, "open_store", lambda config, **_: Noisy(open_backend(config)))
+    status, result, _ = run("verify", "--quarantine")
+    assert (status, result["sound"], list(result["damaged"])) == (3, 4, [always])
+    assert stored(folder) == sorted(set(objects) - {always})
+
+
 def test_verify_tells_a_model_that_is_not_the_names(run, folder):
     (name, _), *_ = chain(LONG).items()
     (data, *_) = chain(LONG, identity=MODEL_B).values()
@@ -262,6 +285,38 @@ class TestNear:
         assert (result["objects"], result["is_full"]) == (4, True)
         assert "more do not fit" in talk
         assert len(copies()) == 4
+
+    def test_warm_waits_for_the_copies_of_each_batch(self, run, folder, copies, monkeypatch):
+        objects = chain(LONG, unit_bytes=5000)
+        save(folder, objects)
+        batch_bytes = sum(sorted(map(len, objects.values()))[-4:])
+        monkeypatch.setattr(tier_module, "MAX_PENDING_BYTES", batch_bytes)
+        add = DiskTier.add
+
+        def slowly(self, *args):
+            time.sleep(0.1)
+            add(self, *args)
+
+        monkeypatch.setattr(DiskTier, "add", slowly)
+        status, result, _ = run("warm")
+        assert (status, result["objects"], result["failed"]) == (0, 5, {})
+        assert copies() == sorted(objects)
+
+    def test_warm_tells_what_was_read_but_is_not_near(self, run, folder, copies, monkeypatch):
+        objects = chain(LONG)
+        save(folder, objects)
+        lost, add = list(objects)[2], DiskTier.add
+
+        def refuse(self, name, span, data):
+            if name == lost:
+                raise OSError(28, "No space left on device")
+            add(self, name, span, data)
+
+        monkeypatch.setattr(DiskTier, "add", refuse)
+        status, result, talk = run("warm", store={"tier_memory_bytes": 10**6})
+        assert (status, result["objects"], list(result["failed"])) == (1, 4, [lost])
+        assert f"{lost}: no copy of it was kept" in talk
+        assert lost not in copies()
 
     def test_purge_takes_the_copies_too_also_of_objects_that_are_gone(self, run, folder, copies):
         mine, theirs = chain(LONG, salt="a"), chain(LONG, salt="b")
@@ -321,7 +376,7 @@ async def test_a_survey_that_cannot_read_fails_instead_of_calling_it_missing(fol
         await upkeep.survey(store, "", tell=lambda _: None)
 
 
-async def test_objects_that_go_meanwhile_are_nobodys_fault(folder):
+async def test_objects_that_go_meanwhile_are_nobodys_fault(folder, tmp_path):
     save(folder, chain(LONG))
     names = list(chain(LONG))
 
@@ -338,7 +393,9 @@ async def test_objects_that_go_meanwhile_are_nobodys_fault(folder):
     result = await upkeep.verify(store, store.list_prefix(), tell=lambda _: None)
     assert (result.sound, result.damaged, result.failed) == (4, {}, {})
     save(folder, chain(LONG))
-    near = await upkeep.warm(store, store.list_prefix(), max_bytes=10**6, tell=lambda _: None)
+    disk = DiskTier(tmp_path / "tier", max_bytes=10**6, max_age_seconds=60.0)
+    tiered = TieredStore(store, memory=None, disk=disk, disk_timeout_seconds=10.0)
+    near = await upkeep.warm(tiered, store.list_prefix(), max_bytes=10**6, tell=lambda _: None)
     assert (near.objects, near.failed) == (4, {})
 
 
