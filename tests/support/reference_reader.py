@@ -83,8 +83,9 @@ def read_chunk_header(data):
 def read_unit(data, artifact=None):
     """Values [Lg, K, H, T, D] of one unit; `artifact` = path of its calibration (profile 3)."""
     magic, version, flags, header_bytes, unit_bytes = struct.unpack_from("<8sHHIQ", data, 0)
-    assert (magic, version, flags, unit_bytes) == (b"KVFUNIT\0", 1, 0, len(data))
+    assert (magic, version, unit_bytes) == (b"KVFUNIT\0", 1, len(data))
     profile, dtype, factor = struct.unpack_from("<HBB", data, 24)
+    assert flags == 0 or (flags, profile) == (1, 3)
     _, heads, dim, _, layers, tokens = struct.unpack_from("<6I", data, 28)
     num_frames, width, height, depth, chroma, codec, zero = struct.unpack_from("<IHHBBBB", data, 60)
     digest, num_sections, zero_too, params_bytes = struct.unpack_from("<QHHI", data, 72)
@@ -270,6 +271,13 @@ def read_integers_profile(data, sections, params, planes, shape, dtype, artifact
         strict=True,
     ):
         integers[position // tokens, position % tokens] = integer
+    if data[10] == 1:
+        first_rows = [
+            (g * stride + sum(ranks[:part]), f"basis.{group + part}.{g}", rank)
+            for g in range(len(ranges))
+            for part, rank in enumerate(ranks)
+        ]
+        add_low_bits(integers, sections[24], first_rows, tensors, step)
     if profile == 3:
         values = np.empty(shape, np.float64)
         for g, (first, stop) in enumerate(ranges):
@@ -313,6 +321,25 @@ def read_integers_profile(data, sections, params, planes, shape, dtype, artifact
     for index, token in enumerate(numbers):
         result[:, :, :, token] = raw[:, :, :, index]
     return result
+
+
+def add_low_bits(integers, section, first_rows, tensors, step):
+    """Integers of whole rows from their high parts, in place (FORMAT.md, section 8)."""
+    at = 0
+    tokens = integers.shape[1]
+    for first, name, rank in first_rows:
+        shifts = []
+        for sigma in tensors[f"{name}.sigma"][:rank]:
+            shifts.append(sum(float(sigma) > step * 2 ** (j + 1) for j in range(1, 9)))
+            integers[first + len(shifts) - 1] *= 2 ** shifts[-1]
+        for bit in range(8):
+            for row, shift in enumerate(shifts):
+                if shift > bit:
+                    for t in range(tokens):
+                        integers[first + row, t] += (section[at + t // 8] >> t % 8 & 1) << bit
+                    assert tokens % 8 == 0 or section[at + tokens // 8] >> tokens % 8 == 0
+                    at += -(-tokens // 8)
+    assert at == len(section)
 
 
 def rotate(keys, kind, position):

@@ -23,6 +23,7 @@ import torch
 
 from kvfetcher.codec import digest, gpu_kernels
 from kvfetcher.codec.exact import check_exact, plan_exact
+from kvfetcher.codec.gpu_low_bits import take_wide_rows
 from kvfetcher.codec.raw_tokens import exact_tokens
 from kvfetcher.codec.symbols import check_digest, escapes
 from kvfetcher.codec.transform import plan_restore
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from kvfetcher.codec.unit import Unit
     from kvfetcher.layout import RowGrid
     from kvfetcher.transform.artifact import Calibration
+    from kvfetcher.transform.inverse import LowBits
     from kvfetcher.transform.rope import LayerRope
 
 MAX_SAMPLES = 32 << 20
@@ -210,8 +212,8 @@ class GpuRestorer:
         large = self._put_escapes(unit, plan.num_escapes, samples)
         is_fp8 = unit.spec.item_bytes == 1
         out = Destination.fresh(unit, self._device, torch.float32) if is_fp8 else to
-        for place in plan.places:
-            self._multiply(unit, plan, place, samples, large, out)
+        for place, low_bits in zip(plan.places, plan.low_bits, strict=True):
+            self._multiply(unit, plan, place, samples, large, low_bits, out)
         if is_fp8:
             self._scatter(to, _to_bits(out.blocks[0], unit.spec.dtype))
         self._put_exact_tokens(unit, plan.num_raw_tokens, to)
@@ -322,13 +324,14 @@ class GpuRestorer:
         place: Place,
         samples: torch.Tensor,
         large: tuple[NDArray[np.int64], NDArray[np.int32]],
+        low_bits: LowBits | None,
         to: Destination,
     ) -> None:
         """One inverse transform into its part of the destination."""
         rows = plan.layout.rows_of(place)
         rank = rows.stop - rows.start
         inverse = self._inverse(plan.calibration, place)
-        bias = self._bias(unit.num_tokens, rows, large, inverse)
+        bias = self._bias(samples[rows], rows.start, large, low_bits, inverse)
         cosines, sines = self._angle_tables(plan.calibration, unit)
         n = len(inverse.means)
         kinds = {torch.int16: getattr(torch, unit.spec.dtype)}
@@ -364,23 +367,39 @@ class GpuRestorer:
 
     def _bias(
         self,
-        num_tokens: int,
-        rows: slice,
+        samples: torch.Tensor,
+        first_row: int,
         large: tuple[NDArray[np.int64], NDArray[np.int32]],
+        low_bits: LowBits | None,
         inverse: _Inverse,
     ) -> torch.Tensor | None:
-        """What integers too large for float16 add: float32 [T, n]; None = there are none."""
+        """What integers too large for float16 add: float32 [T, n]; None = there are none.
+
+        Args:
+            samples: of one transform; those with low bits become 0.
+            first_row: of these among all of the unit.
+            large: as `_put_escapes` gives them.
+            low_bits: of the transform.
+            inverse: of the transform.
+        """
+        num_rows, num_tokens = samples.shape
         places, values = large
-        row = places // num_tokens
-        ours = (row >= rows.start) & (row < rows.stop)
-        if not ours.any():
+        row = places // num_tokens - first_row
+        ours = (row >= 0) & (row < num_rows)
+        is_wide = low_bits is not None and len(low_bits.shifts) > 0
+        if not is_wide and not ours.any():
             return None
         bias = torch.zeros((num_tokens, len(inverse.means)), device=self._device)
-        row, token, value = row[ours] - rows.start, (places % num_tokens)[ours], values[ours]
+        row, token, value = row[ours], (places % num_tokens)[ours], values[ours].astype(np.float32)
+        if low_bits is not None and is_wide:
+            take_wide_rows(samples, low_bits, inverse.matrix, bias)
+            shifts = np.zeros(num_rows, np.int64)
+            shifts[: len(low_bits.shifts)] = low_bits.shifts
+            value = np.ldexp(value, shifts[row])
         for first in range(0, len(row), _ESCAPES_AT_ONCE):
             part = slice(first, first + _ESCAPES_AT_ONCE)
             columns = inverse.matrix[:, self._upload(row[part])].T.float()
-            columns *= self._upload(value[part].astype(np.float32))[:, None]
+            columns *= self._upload(value[part])[:, None]
             bias.index_add_(0, self._upload(token[part]), columns)
         return bias
 

@@ -173,6 +173,10 @@ class NvdecDecoder:
                 self._copies.copy_out(frame, planes[index], shift=sample_shift(geometry))
         return planes
 
+    def is_lost(self) -> bool:
+        """Whether no further unit can be decoded by this process; waits for the GPU."""
+        return self.context.is_lost()
+
     def close(self) -> None:
         """Free the sessions; the next `decode` opens new ones."""
         self._sessions.clear()

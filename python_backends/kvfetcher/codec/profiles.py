@@ -19,10 +19,16 @@ from kvfetcher.codec.base import (
 from kvfetcher.codec.exact import FLOAT_BITS, ExactProfile, restore_exact
 from kvfetcher.codec.paper import PAPER_FRAME_SIZES, PaperProfile, restore_paper
 from kvfetcher.codec.raw import RawProfile, WithRawCopy, restore_raw
-from kvfetcher.codec.symbols import TRANSFORM, UNCALIBRATED
 from kvfetcher.codec.transform import TransformProfile, restore_transform
 from kvfetcher.codec.uncalibrated import UncalibratedProfile, restore_uncalibrated
-from kvfetcher.codec.unit import EXACT, PAPER, RAW_VALUES, parse_unit
+from kvfetcher.codec.unit import (
+    EXACT,
+    PAPER,
+    RAW_VALUES,
+    TRANSFORM,
+    UNCALIBRATED,
+    parse_unit,
+)
 from kvfetcher.container import UnitData, build_chunk, check_unit, parse_header
 from kvfetcher.errors import ConfigError, FormatError, LayoutError, UnsupportedVersionError
 from kvfetcher.transform.artifact import LADDER

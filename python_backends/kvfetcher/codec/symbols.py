@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from kvfetcher.codec.base import Integers
     from kvfetcher.layout import RowGrid
 
-# Profile codes, beside those in `unit`.
-TRANSFORM = 3
-UNCALIBRATED = 4
-
 ESCAPE_INDICES = 17
 ESCAPE_VALUES = 18
 

@@ -25,13 +25,12 @@ from kvfetcher.codec.raw_tokens import (
 from kvfetcher.codec.symbols import (
     ESCAPE_INDICES,
     ESCAPE_VALUES,
-    UNCALIBRATED,
     apply_escapes,
     check_integers,
     check_pictures,
     to_symbols,
 )
-from kvfetcher.codec.unit import Unit, packed_section, video_sections, write_unit
+from kvfetcher.codec.unit import UNCALIBRATED, Unit, packed_section, video_sections, write_unit
 from kvfetcher.codec.video import encode_for
 from kvfetcher.errors import FormatError
 from kvfetcher.layout import RowGrid

@@ -36,10 +36,15 @@ MAX_UNIT_BYTES = MAX_CHUNK_BYTES
 MAX_SECTIONS = 64
 MAX_PARAMS_BYTES = 1 << 16
 
-# Profile codes. 3 and 4: transform profiles.
+# Profile codes.
 EXACT = 1
 PAPER = 2
+TRANSFORM = 3
+UNCALIBRATED = 4
 RAW_VALUES = 5
+
+HAS_LOW_BITS = 1
+"""Flag of a transform unit: the low bits of wide rows are in a section of their own."""
 
 # Section kinds. 16 and up belong to the profile.
 PACKET_LENGTHS = 1
@@ -95,6 +100,8 @@ class Unit:
     integer_digest: int
     """`digest.integer_digest` of the integers that the profile names."""
     sections: tuple[Section, ...]
+    flags: int = 0
+    """0 or `HAS_LOW_BITS`."""
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
@@ -182,7 +189,7 @@ def write_unit(unit: Unit) -> bytes:
     fixed = _FIXED.pack(
         UNIT_MAGIC,
         FORMAT_VERSION,
-        0,
+        unit.flags,
         header_bytes,
         header_bytes + sum(len(section.stored) for section in unit.sections),
         unit.profile,
@@ -269,7 +276,8 @@ def parse_unit(data: bytes | memoryview, *, checks_video: bool = True) -> Unit:
         raise UnsupportedVersionError(
             f"unit is of format version {version}, this build reads {FORMAT_VERSION}"
         )
-    if flags or reserved_a or reserved_b:
+    is_known = not flags or (profile == TRANSFORM and flags == HAS_LOW_BITS)
+    if not is_known or reserved_a or reserved_b:
         raise UnsupportedVersionError(
             "unit has a flag or reserved field that this build does not know; upgrade kvfetcher"
         )
@@ -318,6 +326,7 @@ def parse_unit(data: bytes | memoryview, *, checks_video: bool = True) -> Unit:
         sections=_parse_sections(
             view, table_at, num_sections, header_bytes, checks_video=checks_video
         ),
+        flags=flags,
     )
 
 

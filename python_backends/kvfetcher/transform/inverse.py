@@ -43,6 +43,20 @@ class Corrections(NamedTuple):
         return Corrections(self.positions[start:stop] - first, self.amounts[start:stop])
 
 
+class LowBits(NamedTuple):
+    """Bits below the samples of the first w rows: an integer is ``high * 2**shift + low``."""
+
+    shifts: NDArray[np.uint8]
+    """[w]."""
+    low: NDArray[np.uint8]
+    """[w, T]."""
+
+    @property
+    def factors(self) -> F32:
+        """[w, 1] what the high part is to be multiplied with."""
+        return np.ldexp(np.float32(1), self.shifts[:, None])
+
+
 class SplitInverse(NamedTuple):
     """Axes: m components, the first h of them leading; n values."""
 
@@ -65,7 +79,12 @@ class SplitInverse(NamedTuple):
         return cls(np.ascontiguousarray(leading), trailing, scale, mean)
 
     def restore(
-        self, samples: Integers, neutral: int, step: np.float32, corrections: Corrections
+        self,
+        samples: Integers,
+        neutral: int,
+        step: np.float32,
+        corrections: Corrections,
+        low_bits: LowBits | None = None,
     ) -> F32:
         """Vectors [T, n] = mean + step * integers.T @ inverse.
 
@@ -74,12 +93,17 @@ class SplitInverse(NamedTuple):
             neutral: the sample of integer 0.
             step: of the quantiser.
             corrections: where an integer is not ``sample - neutral``.
+            low_bits: of the first rows, all of them leading; None = there are none.
         """
         count, num_tokens = len(self.leading), samples.shape[1]
         first, rest = slice(0, count), slice(count, len(samples))
         leading = np.subtract(samples[first], np.float32(neutral), dtype=np.float32)
         changed = corrections.of_rows(first, num_tokens)
         leading.reshape(-1)[changed.positions] += changed.amounts
+        if low_bits is not None:
+            wide = leading[: len(low_bits.low)]
+            wide *= low_bits.factors
+            wide += low_bits.low
         leading *= step
         vectors = multiply_add(leading.T, self.leading, self.mean)
         if count == len(samples):

@@ -8,11 +8,13 @@ import hashlib
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 
+from kvfetcher.codec import uncalibrated
 from kvfetcher.codec.base import Profile
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.paper import PaperProfile
@@ -22,6 +24,8 @@ from kvfetcher.codec.transform import TransformProfile
 from kvfetcher.codec.uncalibrated import UncalibratedProfile
 from kvfetcher.quant import float32_to_bits
 from kvfetcher.spec import KVSpec
+from kvfetcher.transform.artifact import Calibration
+from kvfetcher.transform.rope import rotate_keys
 from support import reference_reader
 from support.calibrations import correlated_values, make_calibration
 from support.kv_values import SPECIALS, finite_values, special_values
@@ -40,28 +44,61 @@ CASES = {
 
 
 # Restored through floats: their integers are pinned, their values to one unit in the last place.
-# name: geometry, heads per group, tokens, profile, factor on the values (escapes at 20), sizes
+# name: geometry, heads per group, tokens, profile, factor on the values (escapes at 20 or 100), sizes,
+# first position. The first five were written before units had low bits: today's writer would not
+# give them again.
 LADDER_CASES = {
-    "ladder_8bit": (KVSpec(5, 2, 8), 0, 40, "tiny", 1, ()),
-    "ladder_10bit_head_groups": (KVSpec(4, 2, 8, dtype="float16"), 1, 33, "balanced", 1, ()),
-    "ladder_12bit_escapes": (KVSpec(3, 1, 16), 0, 24, "near", 20, ()),
-    "ladder_mla_fp8": (KVSpec(3, 1, 24, 1, "float8_e4m3fn"), 0, 150, "compact", 1, ()),
-    "ladder_joined_groups": (KVSpec(5, 2, 8), 1, 36, "balanced", 1, ("144x144",)),
+    "ladder_8bit": (KVSpec(5, 2, 8), 0, 40, "tiny", 1, (), 0),
+    "ladder_10bit_head_groups": (KVSpec(4, 2, 8, dtype="float16"), 1, 33, "balanced", 1, (), 0),
+    "ladder_12bit_escapes": (KVSpec(3, 1, 16), 0, 24, "near", 20, (), 0),
+    "ladder_mla_fp8": (KVSpec(3, 1, 24, 1, "float8_e4m3fn"), 0, 150, "compact", 1, (), 0),
+    "ladder_joined_groups": (KVSpec(5, 2, 8), 1, 36, "balanced", 1, ("144x144",), 0),
+    "ladder_low_bits": (KVSpec(5, 2, 8), 1, 37, "near", 1, ("144x144",), 512),
+    "ladder_low_bits_escapes": (KVSpec(3, 1, 16, dtype="float16"), 0, 24, "near", 100, (), 2),
 }
 UNCALIBRATED_CASES = {
     "uncalibrated_bf16": KVSpec(3, 2, 8),
     "uncalibrated_fp8": KVSpec(2, 1, 12, dtype="float8_e4m3fn"),
 }
+# name: geometry, tokens, factor on one value of each layer's K and V, first position. At its own
+# step the writer never needs 12 bits: so few values lie 128 deviations out that they are escapes.
+QUANTISED_CASES = {
+    "uncalibrated_8bit": (KVSpec(3, 2, 8), 50, 1, 0),
+    "uncalibrated_10bit": (KVSpec(2, 2, 16, dtype="float16"), 64, 1000, 2),
+    "uncalibrated_12bit": (KVSpec(2, 2, 8, 1), 40, 20, 512),
+}
 
 
-def ladder_values(spec: KVSpec, tokens: int, factor: float) -> np.ndarray:
+def ladder_values(
+    spec: KVSpec, tokens: int, factor: float, calibration: Calibration, position: int
+) -> np.ndarray:
     values = correlated_values(spec, tokens) * np.float32(factor)
+    if position:  # the cases at 0 were written without
+        rotate_keys(values[:, 0], calibration.rope, position)
     bits = float32_to_bits(values, spec.dtype)
     bits[0, 0, 0, 7, 1] = SPECIALS[spec.dtype][0]  # NaN
     return bits
 
 
-def write(folder: Path, name: str, values: np.ndarray, spec: KVSpec, profile: Profile) -> bytes:
+def quantised_values(spec: KVSpec, tokens: int, factor: int) -> np.ndarray:
+    """Finite but for two tokens, so that all others go through the quantiser."""
+    values = finite_values(spec, tokens)
+    for layer in range(spec.num_layers):
+        for k in range(spec.kv_factor):
+            values[layer, k, 0, 20, 5] = float32_to_bits(np.float32([factor]), spec.dtype)[0]
+    values[0, 0, 1, 9, 3] = SPECIALS[spec.dtype][0]  # NaN
+    values[1, -1, 0, 30, 0] = SPECIALS[spec.dtype][3]  # infinity
+    return values
+
+
+def write(
+    folder: Path,
+    name: str,
+    values: np.ndarray,
+    spec: KVSpec,
+    profile: Profile,
+    first_position: int = 0,
+) -> bytes:
     data = encode_chunk(
         values,
         spec=spec,
@@ -70,7 +107,7 @@ def write(folder: Path, name: str, values: np.ndarray, spec: KVSpec, profile: Pr
         chunk_key=hashlib.sha256(name.encode()).digest(),
         parent_key=bytes(32),
         token_ids=range(7, 7 + values.shape[3]),
-        first_position=0,
+        first_position=first_position,
         num_threads=1,
     )
     (folder / f"{name}.kvf").write_bytes(data)
@@ -90,13 +127,21 @@ def main(folder: Path) -> None:
         if name not in expected:
             data = write(folder, name, special_values(spec, 50), spec, UncalibratedProfile())
             expected[name] = describe(data)
-    for name, (spec, heads, tokens, rung, factor, sizes) in LADDER_CASES.items():
+    for name, (spec, tokens, factor, position) in QUANTISED_CASES.items():
+        if name not in expected:
+            values = quantised_values(spec, tokens, factor)
+            step = 1 / 256 if name == "uncalibrated_12bit" else 1 / 4
+            with mock.patch.object(uncalibrated, "_STEP", step):
+                data = write(folder, name, values, spec, UncalibratedProfile(), position)
+            expected[name] = describe(data)
+    for name, (spec, heads, tokens, rung, factor, sizes, position) in LADDER_CASES.items():
         if name not in expected:
             calibration = make_calibration(spec, heads=heads)
             artifact = folder / f"{name}.safetensors"
             calibration.save(artifact)
             profile = TransformProfile(rung, calibration, frame_sizes=sizes)
-            data = write(folder, name, ladder_values(spec, tokens, factor), spec, profile)
+            values = ladder_values(spec, tokens, factor, calibration, position)
+            data = write(folder, name, values, spec, profile, position)
             _, values = reference_reader.read_chunk(data, artifact=artifact)
             (folder / f"{name}.values").write_bytes(values.tobytes())
             expected[name] = {**describe(data, artifact), "artifact": calibration.digest}

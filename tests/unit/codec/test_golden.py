@@ -90,8 +90,9 @@ def test_ladder_chunk_restores_to_the_recorded_values_but_for_float_rounding(nam
 
 @pytest.mark.parametrize("name", sorted(LADDER))
 def test_ladder_chunk_keeps_sinks_and_what_is_not_finite(name):
-    _, values, other = read_ladder(name)
-    for token in (0, 1, 2, 3, 7):
+    data, values, other = read_ladder(name)
+    sinks = range(max(0, 4 - parse_header(data).first_position))
+    for token in (*sinks, 7):
         np.testing.assert_array_equal(values[:2, :, :, token], other[:2, :, :, token])
 
 
@@ -112,3 +113,27 @@ def test_ladder_covers_every_bit_depth_escapes_and_head_groups():
     ]
     assert max(escapes) > 0
     assert units["ladder_10bit_head_groups"][0].geometry.num_frames == 2
+
+
+def test_low_bits_are_covered_with_escapes_later_positions_and_both_rotations():
+    for name, depth in (("ladder_low_bits", 8), ("ladder_low_bits_escapes", 12)):
+        data, _, _ = read_ladder(name)
+        header = parse_header(data)
+        assert header.first_position > 0
+        for entry in header.units:
+            unit = parse_unit(data[entry.offset : entry.stop])
+            sizes = {section.kind: section.raw_bytes for section in unit.sections}
+            assert (unit.flags, unit.geometry.bit_depth, sizes[24] > 0) == (1, depth, True)
+            assert (sizes[17] > 0) == (depth == 12)
+        rope = Calibration.load(GOLDEN / f"{name}.safetensors").rope
+        assert {k.style for k in rope.layers if k.inv_freq} == {"half", "interleaved"}
+
+
+@pytest.mark.parametrize("depth", [8, 10, 12])
+def test_uncalibrated_quantises_most_tokens_at_every_bit_depth(depth):
+    data = (GOLDEN / f"uncalibrated_{depth}bit.kvf").read_bytes()
+    for entry in parse_header(data).units:
+        unit = parse_unit(data[entry.offset : entry.stop])
+        exact = {section.kind: section.raw_bytes for section in unit.sections}[19] // 4
+        assert unit.geometry.bit_depth == depth
+        assert 0 < exact < unit.num_tokens // 4
