@@ -1,25 +1,34 @@
 """Texts for calibration and for certificates that exist on any machine with Python, offline.
 
-Five kinds, because a basis fitted to one kind costs about 10 % more bits on another: source code
+Five kinds to calibrate with, because a basis fitted to one kind costs about 10 % more bits on another: source code
 (standard library), reference prose (the language reference that `pydoc` carries), documentation
 strings, and what installed distributions ship: readme texts and licences. Without licences among
 them, a licence's KL is 2.3 times the others' (SmolLM2-135M, `balanced`). Documents titled
-as in `HELD_OUT` are never used to calibrate; certificates are measured on them.
+as in `HELD_OUT` are never used to calibrate; certificates are measured on them, and on kinds that
+calibration has not seen at all: manual pages, C headers and shell scripts of this machine.
 """
 
 from __future__ import annotations
 
 import ast
+import gzip
 import hashlib
 import importlib.metadata
+import re
 import sysconfig
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from kvfetcher.errors import ConfigError
 
-TextKind = Literal["code", "reference", "docstrings", "readme", "licence", "user"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+TextKind = Literal[
+    "code", "reference", "docstrings", "readme", "licence", "manual", "header", "shell", "user"
+]
 
 MIN_CHARACTERS = 6000
 MAX_CHARACTERS = 40000
@@ -60,7 +69,8 @@ def default_texts(*, held_out: bool = False) -> list[Text]:
     """Documents of this machine's Python, in an order mixed over the kinds.
 
     Args:
-        held_out: the documents for certificates instead of those for calibration.
+        held_out: the documents for certificates instead of those for calibration; of each kind
+            that the machine has, and of a module either its source or its docstrings.
 
     Returns:
         Texts of `MIN_CHARACTERS` to `MAX_CHARACTERS` characters. Deterministic on one machine;
@@ -68,11 +78,15 @@ def default_texts(*, held_out: bool = False) -> list[Text]:
     """
     kinds = (_code(), _reference(), _docstrings(), _readmes(), _licences())
     held = [[t for t in kind if t.name.split("/")[1] in HELD_OUT] for kind in kinds]
-    if held_out:
-        return _mixed(held)
     # Licences quote one another and docstrings lie in sources: titles alone do not keep apart.
-    known = [t for kind in held for t in kind]
-    return _mixed([keep_apart(kind, known) for kind in kinds])
+    known = _phrases_of(t for kind in held for t in kind)
+    read = [[t for t in kind if _is_apart(t, known)] for kind in kinds]
+    if not held_out:
+        return _mixed(read)
+    code, reference, _, readmes, licences = held
+    others = (code, _manuals(), licences, _headers(), reference, _scripts(), readmes)
+    known = _phrases_of(t for kind in read for t in kind)
+    return _mixed([[t for t in kind if _is_apart(t, known)] for kind in others])
 
 
 def _mixed(kinds: list[list[Text]]) -> list[Text]:
@@ -86,14 +100,20 @@ def _phrases(text: str) -> set[int]:
     return {hash(tuple(words[i : i + 12])) for i in range(len(words) - 11)}
 
 
-def keep_apart(texts: list[Text], others: list[Text]) -> list[Text]:
-    """The texts of whose phrases at most 2 % are in the others."""
-    known = set().union(*(_phrases(text.text) for text in others))
-    return [t for t in texts if _is_apart(_phrases(t.text), known)]
+def _phrases_of(texts: Iterable[Text]) -> set[int]:
+    return set().union(*(_phrases(text.text) for text in texts))
 
 
-def _is_apart(phrases: set[int], known: set[int]) -> bool:
+def _is_apart(text: Text, known: set[int]) -> bool:
+    """Whether at most 2 % of a text's phrases are known."""
+    phrases = _phrases(text.text)
     return len(phrases & known) <= 0.02 * max(len(phrases), 1)
+
+
+def keep_apart(texts: list[Text], others: list[Text]) -> list[Text]:
+    """The texts that do not repeat the others."""
+    known = _phrases_of(others)
+    return [text for text in texts if _is_apart(text, known)]
 
 
 def load_texts(folder: Path) -> list[Text]:
@@ -202,3 +222,45 @@ def _licences() -> list[Text]:
                 beginnings.add(beginning)
                 found.setdefault(name, content)
     return [t for name in sorted(found) for t in _cut(f"licence/{name}", "licence", found[name])]
+
+
+# Of Debian's base system; machines without them certify on the other kinds.
+_MANUAL_FOLDER = Path("/usr/share/man")
+_MANUALS = ("bash.1", "tar.1", "find.1", "dpkg.1", "perlretut.1", "sed.1", "apt-get.8", "fstab.5")
+_SCRIPTS = ("dpkg-maintscript-helper", "savelog", "xzgrep", "zgrep", "ldd")
+_HEADERS = ("unicodeobject", "object", "abstract", "pyport")
+
+
+def _manuals() -> list[Text]:
+    found = []
+    for page in _MANUALS:
+        path = _MANUAL_FOLDER / f"man{page[-1]}" / f"{page}.gz"
+        try:
+            source = gzip.decompress(path.read_bytes()).decode(errors="replace")
+        except (OSError, EOFError, zlib.error):
+            continue
+        # What a terminal shows, nearly: without comments, names of macros and changes of font.
+        plain = re.sub(r"""^[.'](\\".*|[A-Za-z]+ ?)""", "", source, flags=re.MULTILINE)
+        plain = re.sub(r"\\f(\w|\[\w*\]|\(\w\w)|\\[&|^]", "", plain).replace("\\", "")
+        found += _cut(f"manual/{page}", "manual", plain)
+    return found
+
+
+def _headers() -> list[Text]:
+    root = Path(sysconfig.get_path("include"))
+    return _files("header", {name: root / f"{name}.h" for name in _HEADERS})
+
+
+def _scripts() -> list[Text]:
+    return _files("shell", {name: Path("/usr/bin") / name for name in _SCRIPTS})
+
+
+def _files(kind: TextKind, paths: dict[str, Path]) -> list[Text]:
+    found = []
+    for name, path in paths.items():
+        try:
+            content = path.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            continue
+        found += _cut(f"{kind}/{name}", kind, content)
+    return found

@@ -1,6 +1,9 @@
+import gzip
+
 import pytest
 
 from kvfetcher.errors import ConfigError
+from kvfetcher.transform import texts as module
 from kvfetcher.transform.commands import split_texts
 from kvfetcher.transform.texts import (
     HELD_OUT,
@@ -35,16 +38,47 @@ def test_enough_text_for_a_calibration_on_any_python(texts, held_out):
 
 
 def test_held_out_texts_share_nothing_with_the_others(texts, held_out):
-    assert {t.name.split("/")[1] for t in held_out} <= HELD_OUT
     assert not {t.name for t in held_out} & {t.name for t in texts}
-    known = set()
-    for text in held_out:
-        words = text.text.split()
-        known |= {tuple(words[i : i + 20]) for i in range(len(words) - 19)}
-    for text in texts:
-        words = text.text.split()
-        shared = sum(tuple(words[i : i + 20]) in known for i in range(len(words) - 19))
-        assert shared <= 0.03 * len(words), text.name
+    own_kinds = {t.kind for t in texts}
+    assert {t.name.split("/")[1] for t in held_out if t.kind in own_kinds} <= HELD_OUT
+    for some, others in ((texts, held_out), (held_out, texts)):
+        known = {run for text in others for run in runs(text)}
+        for text in some:
+            found = runs(text)
+            assert sum(run in known for run in found) <= 0.03 * len(found), text.name
+
+
+def runs(text):
+    words = text.text.split()
+    return [tuple(words[i : i + 20]) for i in range(len(words) - 19)]
+
+
+def test_held_out_texts_begin_with_one_of_each_kind_and_never_with_twins(held_out):
+    kinds = [t.kind for t in held_out]
+    assert len(set(kinds[: len(set(kinds))])) == len(set(kinds)) >= 3
+    titles = [t.name.split("/")[1] for t in held_out]
+    assert len(set(titles)) == len(titles)
+
+
+def test_held_out_texts_need_nothing_but_python(monkeypatch, held_out):
+    for name in ("_MANUALS", "_HEADERS", "_SCRIPTS"):
+        monkeypatch.setattr(module, name, ("absent.1",))
+    found = default_texts(held_out=True)
+    assert {"code", "reference"} <= {t.kind for t in found} <= {t.kind for t in held_out}
+    assert sum(len(t.text) >= 12_000 for t in found) >= 3
+
+
+def test_manual_pages_are_read_as_a_terminal_shows_them(tmp_path, monkeypatch):
+    page = tmp_path / "man1" / "x.1.gz"
+    page.parent.mkdir()
+    source = '.\\" comment\n.SH NAME\n\\fBx\\fR \\- of \\f(CW\\-y\\fP\n.PP\n' + "word " * 2000
+    page.write_bytes(gzip.compress(source.encode()))
+    (tmp_path / "man1" / "cut.1.gz").write_bytes(page.read_bytes()[:40])
+    monkeypatch.setattr(module, "_MANUAL_FOLDER", tmp_path)
+    monkeypatch.setattr(module, "_MANUALS", ("x.1", "cut.1", "absent.1"))
+    (text,) = module._manuals()
+    assert text.name == "manual/x.1"
+    assert text.text.startswith("\nNAME\nx - of -y\n\nword word")
 
 
 def test_same_texts_have_the_same_digest(texts):
