@@ -42,7 +42,7 @@ from kvfetcher.keys import ChunkKey, chunk_keys
 from kvfetcher.storage.base import ByteRange
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Coroutine, Iterator, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -355,23 +355,17 @@ class Fetcher:
         report.chunks_stored = len(found.chunks)
         report.outcome = "warmed"
         tally = Tally()
-        reading = asyncio.create_task(self._warm_all(found.chunks, report, tally))
         try:
             with _timed(report, "fetch", self._clock):
-                while not (await asyncio.wait({reading}, timeout=_POLL_SECONDS))[0]:
-                    if request.is_cancelled():
-                        raise RequestCancelledError("the request was cancelled while warming")
-                    if self._clock() >= request.deadline:
-                        left = report.chunks_stored - report.chunks_hit
-                        report.replace_reason("deadline", f"{left} chunks were not read")
-                        break
+                async with asyncio.timeout(request.deadline - self._clock()):
+                    warming = self._warm_all(found.chunks, report, tally)
+                    await _unless_cancelled(warming, request.is_cancelled)
+        except TimeoutError:
+            left = report.chunks_stored - report.chunks_hit
+            report.replace_reason("deadline", f"{left} chunks were not read")
         finally:
-            reading.cancel()
-            await asyncio.wait({reading})
             report.bytes_fetched += tally.num_bytes
             report.reads += tally.num_reads
-        if not reading.cancelled():
-            reading.result()
 
     async def _warm_all(
         self, chunks: Sequence[StoredChunk], report: FetchReport, tally: Tally
@@ -393,7 +387,7 @@ class Fetcher:
         report = request.report
         try:
             async with asyncio.timeout(limit):
-                await look_up(
+                looking = look_up(
                     self._reads,
                     request.keys,
                     request.input_ids,
@@ -401,6 +395,7 @@ class Fetcher:
                     chunk_tokens=request.facts.chunk_tokens,
                     found=found,
                 )
+                await _unless_cancelled(looking, request.is_cancelled)
         except TimeoutError:
             report.give_up("store_timeout", f"the look-up took longer than {limit:.2f} s")
         report.bytes_fetched += found.tally.num_bytes
@@ -565,6 +560,25 @@ class Fetcher:
         report.profile = facts.profile
         report.outcome = "hit" if report.chunks_hit == len(request.keys) else "partial"
         return outcome.claim
+
+
+async def _unless_cancelled(
+    work: Coroutine[None, None, None], is_cancelled: Callable[[], bool]
+) -> None:
+    """Await `work`, looking now and then whether anybody still wants it.
+
+    Raises:
+        RequestCancelledError: nobody does; `work` is cancelled.
+    """
+    task = asyncio.create_task(work)
+    try:
+        while not (await asyncio.wait({task}, timeout=_POLL_SECONDS))[0]:
+            if is_cancelled():
+                raise RequestCancelledError("the request was cancelled before its KV was fetched")
+        task.result()
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
 
 
 @contextmanager

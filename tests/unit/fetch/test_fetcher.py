@@ -505,6 +505,26 @@ async def test_one_waiters_cancellation_does_not_hurt_the_others(world):
     assert world.free_blocks == free
 
 
+async def test_a_cancellation_ends_the_look_up(world):
+    class Hangs(RecordingStore):
+        num_inside = 0
+
+        async def get_ranges(self, ranges):
+            self.num_inside += 1
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.num_inside -= 1
+
+    store = Hangs(world.store)
+    fetch = world.fetch(
+        world.fetcher(store=store), policy="fetch", cancelled=lambda: store.num_inside > 0
+    )
+    with pytest.raises(RequestCancelledError):
+        await asyncio.wait_for(fetch, timeout=5)
+    await until(lambda: not store.num_inside)
+
+
 async def test_the_last_waiters_cancellation_stops_the_transfers(world):
     await world.save(0, 1, 2, 3)
     free = world.free_blocks
