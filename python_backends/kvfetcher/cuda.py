@@ -152,6 +152,17 @@ class CudaContext:
         """Wait until all that this process gave to the GPU is over."""
         self._run("cuCtxSynchronize")
 
+    def is_lost(self) -> bool:
+        """Whether an error has made the context unusable: only a new process gets another one.
+
+        Waits as `synchronize`: nothing of this process runs on the GPU afterwards.
+        """
+        try:
+            self.synchronize()
+        except GpuError:
+            return True  # what this call reports, every later one does, too
+        return False
+
     def memory_info(self) -> tuple[int, int]:
         """(free, total) bytes of the GPU, over all processes."""
         free, total = ctypes.c_size_t(), ctypes.c_size_t()

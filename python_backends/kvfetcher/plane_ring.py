@@ -254,6 +254,17 @@ class PlaneReader:
         if ring is None or not ring.table.clear(ticket):
             raise GpuError("decoded planes were overwritten while they were restored; try again")
 
+    def drop(self, ticket: PlaneTicket) -> None:
+        """Give planes back that are not wanted after all, read or not."""
+        ring = self._rings.get(ticket.table)
+        if ring is not None:
+            ring.table.clear(ticket)
+            return
+        with contextlib.suppress(GpuError):  # their owner is gone, and they with it
+            table = _Table.open(Path(ticket.table))
+            table.clear(ticket)
+            table.close()
+
     def close(self) -> None:
         """Let go of all rings."""
         for table in list(self._rings):

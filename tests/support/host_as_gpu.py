@@ -11,6 +11,7 @@ import torch
 from kvfetcher import gpu_arena
 from kvfetcher.codec import nvdec
 from kvfetcher.codec.video import VideoDecoder
+from kvfetcher.cuda import CudaContext
 from kvfetcher.errors import GpuError
 from kvfetcher.serving import gpu_coding
 
@@ -83,6 +84,8 @@ class HostAsGpu:
         self.log.append("synchronize")
         if self.is_broken:
             raise GpuError("CUDA call cuCtxSynchronize failed with 700 (illegal address)")
+
+    is_lost = CudaContext.is_lost
 
     def memory_info(self):
         return 5, 10

@@ -110,6 +110,16 @@ def test_reader_finds_the_planes_and_makes_room(ring, reader):
     assert again.ticket != tickets[2].ticket
 
 
+def test_planes_that_are_not_wanted_make_room_read_or_not(ring, reader):
+    tickets = [reserve(ring) for _ in range(4)]
+    reader.drop(tickets[3])  # of a ring that was not opened
+    reader.address(tickets[0])
+    reader.drop(tickets[0])
+    assert {reserve(ring).offset for _ in range(2)} == {tickets[0].offset, tickets[3].offset}
+    ring.close()
+    PlaneReader(lambda gpu: FakeGpu()).drop(tickets[1])  # nothing to give back to
+
+
 def test_planes_that_nobody_fetched_are_overwritten_and_then_refused(ring, reader, clock):
     old = [reserve(ring) for _ in range(4)]
     reader.address(old[0])  # being read

@@ -32,7 +32,9 @@ class TritonPythonModel:
 
     def execute(self, requests):
         on_cpu = self.decoder.name == "cpu"
-        return respond_each(requests, self._decode, pb_utils, asks_cancelled=on_cpu)
+        responses = respond_each(requests, self._decode, pb_utils, asks_cancelled=on_cpu)
+        setup.end_if_lost(self.decoder.is_lost())
+        return responses
 
     def _decode(self, request):
         decoded = self.decoder.decode_for(

@@ -29,7 +29,9 @@ class TritonPythonModel:
             setup.lower_priority(load_config().fetch.nice)
 
     def execute(self, requests):
-        return respond_together(requests, self._start, self._finish, pb_utils)
+        responses = respond_together(requests, self._start, self._finish, pb_utils)
+        setup.end_if_lost(self.restorer.is_lost())
+        return responses
 
     def _start(self, request):
         return self.restorer.start(

@@ -82,6 +82,7 @@ class UnitDecoder:
         self._nvdec: nvdec.NvdecDecoder | None = None
         self._fallback = ""
         """Why every unit goes to the CPU although the machine has an NVIDIA GPU."""
+        self._is_lost = False
         if choice == "nvdec" or (choice == "auto" and nvdec.has_driver()):
             try:
                 self._nvdec = _proven_nvdec()
@@ -114,6 +115,7 @@ class UnitDecoder:
                 kept = self._gpu_output.decode(parsed, self._nvdec)
             except (CodecError, GpuError) as exc:
                 _log.warning("a unit is not kept on the GPU: %s", exc)
+                self._is_lost = self._nvdec.is_lost()
             else:
                 return _kept_unit(kept, rest, started)
         planes, text = self._decode(parsed, started)
@@ -142,6 +144,7 @@ class UnitDecoder:
             except (CodecError, GpuError) as exc:
                 fallback = str(exc)
                 _log.warning("a unit is decoded by the CPU: %s", exc)
+                self._is_lost = self._nvdec.is_lost()
         if planes is None:
             planes = _planes_of(unit, self._cpu)
             status["decoder"] = "cpu"
@@ -151,6 +154,13 @@ class UnitDecoder:
         elif fallback:
             status["fallback"] = fallback
         return planes.view(np.uint8), json.dumps(status)
+
+    def is_lost(self) -> bool:
+        """Whether the GPU failed so that this process must be replaced to use NVDEC again.
+
+        Until then the CPU decodes. Other errors cost a session, which is opened anew.
+        """
+        return self._is_lost
 
     def close(self) -> None:
         """Free the decoders."""
@@ -241,8 +251,23 @@ class UnitRestorer:
             FormatError: not a unit, or its digest differs.
             LayoutError: planes or target do not fit the unit.
             ArenaError: the arena is gone.
-            GpuError: planes on a GPU are gone.
+            GpuError: planes on a GPU are gone, or it failed.
         """
+        try:
+            return self._start(data, planes, planes_at, target_json, decode_status)
+        except BaseException:
+            if planes_at:
+                self._gpu.drop(planes_at)
+            raise
+
+    def _start(
+        self,
+        data: bytes | memoryview,
+        planes: NDArray[np.uint8],
+        planes_at: str,
+        target_json: str,
+        decode_status: str,
+    ) -> RestoreJob:
         started = time.perf_counter()
         unit = parse_unit(data, checks_video=False)
         job = RestoreJob(unit, decode_status, started)
@@ -288,6 +313,10 @@ class UnitRestorer:
         if isinstance(result, Exception):
             raise result
         return result
+
+    def is_lost(self) -> bool:
+        """Whether a GPU failed so that this process must be replaced."""
+        return self._gpu.is_lost()
 
     def close(self) -> None:
         """Detach from all arenas and planes."""

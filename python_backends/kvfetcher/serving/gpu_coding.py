@@ -6,6 +6,7 @@ without one pay nothing. Where the Triton language is missing, units are restore
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -205,6 +206,12 @@ class GpuJob(NamedTuple):
     keeps: tuple[Any, ...] = ()
 
 
+def _out_of_memory() -> type[RuntimeError]:
+    import torch
+
+    return torch.OutOfMemoryError
+
+
 class GpuInput:
     """The restoring side: planes from anywhere into arenas on GPUs. Not thread-safe."""
 
@@ -212,6 +219,7 @@ class GpuInput:
         self._reader = PlaneReader(cuda_context)
         self._restorers: dict[int, Any] = {}
         self._block_ids: OrderedDict[tuple[int, tuple[int, ...]], Any] = OrderedDict()
+        self._is_lost = False
 
     def start(
         self,
@@ -221,47 +229,103 @@ class GpuInput:
         arena: Arena,
         target: BlockTarget,
     ) -> GpuJob:
-        """Begin a unit; see `UnitRestorer.start`. For an arena in parts it is over then."""
+        """Begin a unit; see `UnitRestorer.start`. For an arena in parts it is over then.
+
+        Where the GPU lacks the memory, the CPU restores. After an error nothing of the unit runs,
+        and the planes are the caller's to `drop`.
+        """
         assert arena.gpu is not None
         arena.check_values(target, unit.layer_start, unit.shape)
         ticket = PlaneTicket.from_json(planes_at) if planes_at else None
         is_split = len(arena.parts) > 1
         # Parts lie on several GPUs: the one that has the planes does the work.
         gpu = ticket.gpu if is_split and ticket is not None else arena.gpu
-        restorer = self._restorer(gpu)
         try:
+            restorer = self._restorer(gpu)
             if restorer is None or not restorer.can_restore(unit):
-                host = planes if ticket is None else self._download(unit, ticket)
-                arena.write(target, unit.layer_start, profiles.restore_parsed(unit, host))
-                return GpuJob("cpu", gpu, ticket)
-            on_gpu = self._planes(unit, planes, ticket, gpu)
-            if is_split:
-                arena.write(target, unit.layer_start, restorer.restore(unit, on_gpu))
-                return GpuJob("gpu", gpu, ticket)
-            destination = self._destination(unit, arena, target)
-            pending = restorer.begin(unit, on_gpu, destination)
-        except BaseException:
-            if ticket is not None:
-                self._give_back(ticket)
+                return self._start_on_cpu(unit, planes, ticket, gpu, arena, target)
+            try:
+                on_gpu = self._planes(unit, planes, ticket, gpu)
+                if is_split:
+                    arena.write(target, unit.layer_start, restorer.restore(unit, on_gpu))
+                    return GpuJob("gpu", gpu, ticket)
+                destination = self._destination(unit, arena, target)
+                pending = restorer.begin(unit, on_gpu, destination)
+            except _out_of_memory() as exc:
+                _log.warning("a unit is restored by the CPU: %s", exc)
+                self._settle(gpu)
+                return self._start_on_cpu(unit, planes, ticket, gpu, arena, target)
+        except BaseException as exc:
+            # Kernels may be reading the planes and writing leased blocks.
+            self._settle(gpu)
+            if isinstance(exc, RuntimeError):
+                raise self._failure(gpu, exc) from exc
             raise
         return GpuJob("gpu", gpu, ticket, pending, (on_gpu, destination))
 
     def finish(self, jobs: Sequence[GpuJob]) -> list[KVFetcherError | None]:
         """Wait for all; what is wrong with each, or None."""
         errors: dict[int, KVFetcherError | None] = {}
-        for gpu in {job.gpu for job in jobs}:
-            begun = [j for j, job in enumerate(jobs) if job.gpu == gpu and job.pending is not None]
-            if begun:
-                found = self._restorers[gpu].finish([jobs[j].pending for j in begun])
-                errors.update(zip(begun, found, strict=True))
-        for index, job in enumerate(jobs):
-            if job.ticket is not None:
-                errors[index] = errors.get(index) or self._give_back(job.ticket)
+        try:
+            for gpu in {job.gpu for job in jobs}:
+                begun = [
+                    j for j, job in enumerate(jobs) if job.gpu == gpu and job.pending is not None
+                ]
+                if begun:
+                    found = self._finish_on(gpu, [jobs[j].pending for j in begun])
+                    errors.update(zip(begun, found, strict=True))
+        finally:
+            for index, job in enumerate(jobs):
+                if job.ticket is not None:
+                    lost = self._give_back(job.ticket)
+                    errors[index] = errors.get(index) or lost
         return [errors.get(index) for index in range(len(jobs))]
+
+    def drop(self, planes_at: str) -> None:
+        """Give planes back whose unit cannot be restored."""
+        with contextlib.suppress(LayoutError):
+            self._reader.drop(PlaneTicket.from_json(planes_at))
+
+    def is_lost(self) -> bool:
+        """Whether a GPU failed so that this process can use it no more."""
+        return self._is_lost
 
     def close(self) -> None:
         """Let go of the decoders' memory."""
         self._reader.close()
+
+    def _start_on_cpu(
+        self,
+        unit: Unit,
+        planes: NDArray[np.uint8],
+        ticket: PlaneTicket | None,
+        gpu: int,
+        arena: Arena,
+        target: BlockTarget,
+    ) -> GpuJob:
+        host = planes if ticket is None else self._download(unit, ticket)
+        arena.write(target, unit.layer_start, profiles.restore_parsed(unit, host))
+        return GpuJob("cpu", gpu, ticket)
+
+    def _finish_on(self, gpu: int, pending: list[Any]) -> list[KVFetcherError | None]:
+        try:
+            found: list[KVFetcherError | None] = self._restorers[gpu].finish(pending)
+        except RuntimeError as exc:
+            self._settle(gpu)
+            return [self._failure(gpu, exc)] * len(pending)
+        except BaseException:
+            self._settle(gpu)
+            raise
+        return found
+
+    def _settle(self, gpu: int) -> None:
+        """Wait until nothing of this process runs on a GPU, and see whether it still works."""
+        self._is_lost |= cuda_context(gpu).is_lost()
+
+    def _failure(self, gpu: int, exc: RuntimeError) -> GpuError:
+        """What torch and the driver raise, as an error of ours."""
+        _log.error("GPU %d failed at restoring", gpu, exc_info=exc)
+        return GpuError(f"GPU {gpu} failed at restoring ({type(exc).__name__}); see the server log")
 
     def _restorer(self, gpu: int) -> Any:
         if gpu not in self._restorers:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 from typing import Any
 
 import numpy as np
 
 from kvfetcher.errors import ConfigError
+
+_LAST_ANSWER_SECONDS = 0.2
+
+_log = logging.getLogger(__name__)
 
 
 class _TritonLogHandler(logging.Handler):
@@ -51,6 +56,18 @@ def num_instances(args: dict[str, str]) -> int:
     """Processes of this model, as its served configuration says."""
     groups = json.loads(args["model_config"])["instance_group"]
     return max(1, sum(int(group["count"]) for group in groups))
+
+
+def end_if_lost(is_lost: bool) -> None:
+    """End this process soon: what is answered now still gets out, and `serve` loads its model anew.
+
+    For a process whose CUDA context is lost: a new one heals what no call here can.
+    """
+    if is_lost:
+        _log.error("the GPU's context is lost: this process ends, to be replaced")
+        timer = threading.Timer(_LAST_ANSWER_SECONDS, os._exit, (1,))
+        timer.daemon = True
+        timer.start()
 
 
 def lower_priority(nice: int) -> None:

@@ -160,6 +160,9 @@ class Broken:
     def decode(self, packets, geometry):
         raise CodecError("the engine was reset")
 
+    def is_lost(self):
+        return False
+
     def close(self):
         pass
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvfetcher.arena import BlockTarget
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.nvdec import NvdecDecoder
 from kvfetcher.codec.profiles import encode_chunk, restore_parsed
@@ -15,7 +16,7 @@ from kvfetcher.container import parse_header
 from kvfetcher.cuda import IPC_HANDLE_BYTES
 from kvfetcher.errors import ArenaError, ChecksumError, GpuError, LayoutError
 from kvfetcher.gpu_arena import GpuArena
-from kvfetcher.plane_ring import PlaneTicket
+from kvfetcher.plane_ring import PlaneReader, PlaneTicket
 from kvfetcher.server.probe import probe_unit
 from kvfetcher.serving import coding, gpu_coding
 from kvfetcher.serving.coding import ChunkEncoder, UnitDecoder, UnitRestorer
@@ -136,6 +137,8 @@ class Ring:
 
     def finish(self, ticket):
         self.finished.append(ticket)
+
+    drop = finish
 
     def close(self):
         pass
@@ -347,3 +350,139 @@ def test_a_gpu_without_memory_for_planes_is_not_asked_for_each_unit(
     monkeypatch.setattr(gpu_coding, "_RETRY_SECONDS", -1.0)
     del decoder.gpu.allocate
     assert decoder.decode_for(probe_unit(), target_of(probe_arena)).planes_at
+
+
+# Restoring on a GPU that fails
+
+
+class OnFailingGpu:
+    """`GpuRestorer` that fails where a test says so; `log` is its GPU's."""
+
+    def __init__(self, log, *, begin=None, finish=None):
+        self.log, self.errors = log, {"begin": begin, "finish": finish}
+
+    def can_restore(self, unit):
+        return True
+
+    def begin(self, unit, planes, destination):
+        self.log.append("launched")
+        if self.errors["begin"]:
+            raise self.errors["begin"]
+        return unit
+
+    def finish(self, pending):
+        if self.errors["finish"]:
+            raise self.errors["finish"]
+        return [None] * len(pending)
+
+
+@pytest.fixture
+def kept(decoder, probe_arena):
+    """The probe on a GPU: its `DecodedUnit` and its target."""
+    target = target_of(probe_arena)
+    return decoder.decode_for(probe_unit(), target), target
+
+
+@pytest.fixture
+def on_failing_gpu(restorer, decoder, monkeypatch):
+    """How the GPU fails -> the list of what happened on it; its planes are the decoder's."""
+
+    def make(**errors):
+        gpu = decoder.gpu
+        made = OnFailingGpu(gpu.log, **errors)
+        monkeypatch.setattr(gpu_coding, "cuda_context", lambda index: gpu)
+        monkeypatch.setattr(restorer._gpu, "_reader", PlaneReader(lambda index: gpu))
+        monkeypatch.setattr(restorer._gpu, "_restorers", {0: made})
+        read = restorer._gpu._reader.address
+        monkeypatch.setattr(restorer._gpu, "_planes", lambda unit, planes, ticket, _: read(ticket))
+        monkeypatch.setattr(restorer._gpu, "_destination", lambda *_: None)
+        clear = PlaneReader.drop
+        monkeypatch.setattr(
+            PlaneReader, "drop", lambda *args: gpu.log.append("dropped") or clear(*args)
+        )
+        return gpu.log
+
+    return make
+
+
+def restore_kept(restorer, kept):
+    decoded, target = kept
+    return restorer.restore(
+        decoded.rest,
+        decoded.planes,
+        planes_at=decoded.planes_at,
+        target_json=target,
+        decode_status=decoded.status,
+    )
+
+
+def test_nothing_runs_on_a_units_planes_when_they_are_given_back(
+    restorer, decoder, kept, on_failing_gpu
+):
+    log = on_failing_gpu(begin=ChecksumError("a section differs"))
+    with pytest.raises(ChecksumError):
+        restore_kept(restorer, kept)
+    assert log[-3:] == ["launched", "synchronize", "dropped"]
+    assert tickets_of(decoder) == 0
+    assert not restorer.is_lost()
+
+
+@pytest.mark.parametrize("at", ["begin", "finish"])
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_a_gpus_failure_is_answered_and_a_lost_context_told(
+    restorer, decoder, kept, on_failing_gpu, at, is_broken
+):
+    log = on_failing_gpu(**{at: RuntimeError("CUDA error: an illegal address")})
+    decoder.gpu.is_broken = is_broken
+    with pytest.raises(GpuError, match=r"GPU 0 failed at restoring \(RuntimeError\)"):
+        restore_kept(restorer, kept)
+    assert "synchronize" in log
+    assert tickets_of(decoder) == 0
+    assert restorer.is_lost() is is_broken
+
+
+def test_all_planes_come_back_when_finishing_raises(restorer, decoder, kept, on_failing_gpu):
+    on_failing_gpu(finish=KeyError("a bug"))
+    with pytest.raises(KeyError):
+        restore_kept(restorer, kept)
+    assert tickets_of(decoder) == 0
+
+
+def test_a_gpu_without_memory_leaves_its_unit_to_the_cpu(
+    restorer, decoder, kept, on_failing_gpu, probe_arena, probe, monkeypatch
+):
+    log = on_failing_gpu(begin=torch.OutOfMemoryError("out of memory"))
+    planes, _ = UnitDecoder("cpu").decode(probe_unit())
+    on_gpu = torch.from_numpy(planes.copy())
+    monkeypatch.setattr(restorer._gpu, "_tensor", lambda unit, ticket: on_gpu)
+    _, status = restore_kept(restorer, kept)
+    assert json.loads(status)["restorer"] == "cpu"
+    assert log[-2:] == ["launched", "synchronize"]
+    assert tickets_of(decoder) == 0
+    assert not restorer.is_lost()
+    target = BlockTarget.from_json(target_of(probe_arena))
+    np.testing.assert_array_equal(
+        probe_arena.read(target).view(np.uint8), restore_parsed(probe, planes)
+    )
+
+
+def test_planes_come_back_where_the_arena_is_gone(restorer, decoder, kept, probe_arena):
+    probe_arena.close()
+    probe_arena.path.unlink()
+    with pytest.raises(ArenaError):
+        restore_kept(restorer, kept)
+    assert tickets_of(decoder) == 0
+
+
+def test_a_decoder_whose_context_is_lost_says_so_and_the_cpu_goes_on(
+    decoder, probe_arena, monkeypatch
+):
+    def fail(packet):
+        raise RuntimeError("CUDA error: an illegal address")
+
+    monkeypatch.setattr(decoder.library, "_decode", fail)
+    for is_broken in (False, True):
+        decoder.gpu.is_broken = is_broken
+        kept = decoder.decode_for(probe_unit(), target_of(probe_arena))
+        assert json.loads(kept.status)["decoder"] == "cpu"
+        assert decoder.is_lost() is is_broken
