@@ -16,11 +16,14 @@ import torch
 from kvfetcher.errors import LayoutError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from kvfetcher.arena import Arena
     from kvfetcher.engines.connector.pool import Layout, PagedPool
     from kvfetcher.spec import HeadRange, KVSpec
+
+# What a load of one run takes on the GPU for a moment, at most.
+_MAX_RUN_BYTES = 64 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +61,8 @@ class BlockCopier:
         self._pool = pool
         self._is_cuda = pool.device.type == "cuda"
         self._blocks = _as_tensor(arena.blocks)
+        block_bytes = self._blocks[0].numel() * self._blocks.element_size()
+        self._max_run = max(1, _MAX_RUN_BYTES // block_bytes)
         self._pinned: int | None = None
         if self._is_cuda and self._blocks.device.type == "cpu":
             self._pinned = _page_lock(self._blocks, pool.device)
@@ -74,7 +79,7 @@ class BlockCopier:
         layout: Layout,
         stream: Any = None,
     ) -> Done:
-        """Copy arena blocks into pool blocks, one to one.
+        """Copy arena blocks into pool blocks, one to one; neighbours in both go together.
 
         Args:
             arena_blocks: sources.
@@ -82,12 +87,14 @@ class BlockCopier:
             layout: of the pool.
             stream: torch's CUDA stream to enqueue on; None on a CPU.
         """
-        with _on(stream):
-            for source, target in zip(arena_blocks, pool_blocks, strict=True):
-                values = self._blocks[source]
+        # A pool that was made in inference mode takes writes in inference mode only, and the mode is
+        # each thread's own.
+        with torch.inference_mode(), _on(stream):
+            for source, target, count in runs(arena_blocks, pool_blocks, longest=self._max_run):
+                values = self._blocks[source : source + count]
                 if self._is_cuda:  # in one DMA; put in the pool's order there
                     values = values.to(self._pool.device, non_blocking=True)
-                self._pool.block(target, layout).copy_(values)
+                self._pool.blocks(target, count, layout).copy_(values)
             return self._mark(stream)
 
     def save(
@@ -99,10 +106,10 @@ class BlockCopier:
         stream: Any = None,
     ) -> Done:
         """Copy pool blocks into arena blocks, one to one; see `load`."""
-        with _on(stream):
-            for source, target in zip(pool_blocks, arena_blocks, strict=True):
-                values = self._pool.block(source, layout).contiguous()
-                self._blocks[target].copy_(values, non_blocking=self._is_cuda)
+        with torch.inference_mode(), _on(stream):
+            for source, target, count in runs(pool_blocks, arena_blocks, longest=self._max_run):
+                values = self._pool.blocks(source, count, layout).contiguous()
+                self._blocks[target : target + count].copy_(values, non_blocking=self._is_cuda)
             return self._mark(stream)
 
     def side_stream(self, name: str, after: Any) -> Any:
@@ -131,6 +138,30 @@ class BlockCopier:
         event = torch.cuda.Event(blocking=True)
         event.record(stream)
         return Done(event)
+
+
+def runs(
+    sources: Sequence[int], targets: Sequence[int], *, longest: int
+) -> Iterator[tuple[int, int, int]]:
+    """Join pairs whose sources and targets both count up: (first source, first target, how many).
+
+    Args:
+        sources: block ids.
+        targets: as many.
+        longest: pairs in one run, at most.
+    """
+    pairs = zip(sources, targets, strict=True)
+    first = next(pairs, None)
+    if first is None:
+        return
+    (source, target), count = first, 1
+    for following in pairs:
+        if count < longest and following == (source + count, target + count):
+            count += 1
+            continue
+        yield source, target, count
+        (source, target), count = following, 1
+    yield source, target, count
 
 
 def _text(spec: KVSpec, heads: HeadRange, tokens_per_block: int) -> str:

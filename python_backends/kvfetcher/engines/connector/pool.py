@@ -76,12 +76,16 @@ class PagedPool:
 
     def block(self, block_id: int, layout: Layout) -> torch.Tensor:
         """[L, K, H, T, D], a view into the pool; strided for NHD."""
+        return self.blocks(block_id, 1, layout)[0]
+
+    def blocks(self, first: int, count: int, layout: Layout) -> torch.Tensor:
+        """`count` neighbours: [count, L, K, H, T, D], a view into the pool; strided for NHD."""
         spec, tokens, heads = self.spec, self.tokens_per_block, self.heads.count
-        slab = self._bits[block_id]
-        lead = (spec.num_layers, spec.kv_factor)
+        slabs = self._bits[first : first + count]
+        lead = (count, spec.num_layers, spec.kv_factor)
         if layout == "HND":
-            return slab.view(*lead, heads, tokens, spec.head_dim)
-        return slab.view(*lead, tokens, heads, spec.head_dim).transpose(2, 3)
+            return slabs.view(*lead, heads, tokens, spec.head_dim)
+        return slabs.view(*lead, tokens, heads, spec.head_dim).transpose(3, 4)
 
     def probe_values(self, block_id: int) -> torch.Tensor:
         """What `probe_layout` judges: V of the first layer of one block, float32 on the CPU."""

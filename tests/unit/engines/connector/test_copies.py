@@ -1,5 +1,6 @@
 """Block copies on a CPU, and what of CUDA can be seen without one."""
 
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -46,6 +47,68 @@ def test_a_ranks_blocks_travel_both_ways(arena, layout):
     copier.save((0, 5), (6, 7), layout=layout).wait()
     np.testing.assert_array_equal(arena.blocks[[6, 7]], before[[3, 1]])
     np.testing.assert_array_equal(arena.blocks[:6], before[:6])
+    copier.close()
+
+
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+def test_any_blocks_travel_to_any_others(arena, layout):
+    """Neighbours go together; whatever the order, each block goes where it was sent."""
+    pool = pool_of()
+    copier = BlockCopier(arena, pool)
+    before = arena.blocks.copy()
+    copier.load((3, 4, 5, 1, 0, 2), (0, 1, 2, 3, 5, 4), layout=layout).wait()
+    for block, source in enumerate((3, 4, 5, 1, 2, 0)):
+        np.testing.assert_array_equal(
+            pool.block(block, layout).numpy().view(np.uint16), before[source]
+        )
+    copier.save((4, 5, 0, 2), (6, 7, 9, 8), layout=layout).wait()
+    np.testing.assert_array_equal(arena.blocks[[6, 7, 9, 8]], before[[2, 0, 3, 5]])
+    np.testing.assert_array_equal(arena.blocks[:6], before[:6])
+    copier.close()
+
+
+@pytest.mark.parametrize(
+    ("sources", "targets", "joined"),
+    [
+        ((), (), []),
+        ((7,), (2,), [(7, 2, 1)]),
+        ((1, 2, 3), (5, 6, 7), [(1, 5, 3)]),
+        ((1, 2, 3, 4, 5), (5, 6, 7, 8, 9), [(1, 5, 4), (5, 9, 1)]),
+        ((1, 2, 4, 5), (5, 6, 7, 8), [(1, 5, 2), (4, 7, 2)]),
+        ((1, 2, 3), (5, 6, 8), [(1, 5, 2), (3, 8, 1)]),
+        ((3, 2, 1), (5, 6, 7), [(3, 5, 1), (2, 6, 1), (1, 7, 1)]),
+    ],
+)
+def test_neighbours_are_joined(sources, targets, joined):
+    assert list(copies.runs(sources, targets, longest=4)) == joined
+
+
+def test_long_load_is_cut_for_the_gpus_memory(arena, monkeypatch):
+    whole = BlockCopier(arena, pool_of())
+    assert whole._max_run == copies._MAX_RUN_BYTES // arena.blocks[0].nbytes
+    monkeypatch.setattr(copies, "_MAX_RUN_BYTES", 1)
+    assert BlockCopier(arena, pool_of())._max_run == 1
+
+
+def test_pool_made_in_inference_mode_is_filled_by_other_threads(arena):
+    """The mode is each thread's own; an engine's pool is often made in it."""
+    with torch.inference_mode():
+        pool = pool_of()
+    copier = BlockCopier(arena, pool)
+    faults = []
+
+    def run():
+        try:
+            copier.load((3,), (0,), layout="NHD").wait()
+            copier.save((0,), (6,), layout="NHD").wait()
+        except RuntimeError as exc:
+            faults.append(exc)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(10)
+    assert not faults
+    np.testing.assert_array_equal(arena.blocks[6], arena.blocks[3])
     copier.close()
 
 
