@@ -124,6 +124,7 @@ class ConnectorWorker:
         self._requests = _Requests()
         self._executed = 0
         self._forward_done: Any = None
+        self._is_marked = True
         self._loads = _Lane("loads")
         self._saves = _Lane("saves")
         self.counters = WorkerCounters()
@@ -165,13 +166,31 @@ class ConnectorWorker:
 
     def wait_for_save(self, stream: Any) -> None:
         """Remember where the forward pass ends on its stream; saves start behind it."""
-        if self._copier is not None:
+        if self._copier is None:
+            return
+        try:
             self._forward_done = self._copier.mark(stream)
+            self._is_marked = True
+        except Exception:  # noqa: BLE001  raised here it would fail every request of the batch
+            # The next pass's mark is behind this pass too; until then nothing says when the blocks
+            # are written.
+            self._is_marked = False
+            _log.exception("the end of a forward pass could not be marked; nothing is saved")
 
     def get_finished(
         self, finished_gen_req_ids: list[int], started_loading_req_ids: list[int]
     ) -> tuple[list[int], list[int]]:
         """Which of the requests handed in so far are saved, and which are loaded; each once."""
+        try:
+            return self._get_finished(finished_gen_req_ids, started_loading_req_ids)
+        except Exception as exc:  # noqa: BLE001  it is not known any more who holds which blocks
+            _log.exception("get_finished failed")
+            self.fatal(f"what is loaded and saved is not known any more: {exc}")
+            return [], []
+
+    def _get_finished(
+        self, finished_gen_req_ids: list[int], started_loading_req_ids: list[int]
+    ) -> tuple[list[int], list[int]]:
         with self._lock:
             requests, now = self._requests, self._clock()
             requests.reported_loading.update(started_loading_req_ids)
@@ -262,6 +281,8 @@ class ConnectorWorker:
         try:
             if not self._await_finish(room.request_id):
                 reason = "the engine did not hand the finished request over"
+            elif not self._is_marked:
+                reason = "it is not known when the forward pass ends"
             elif room.probe:
                 self._probe(room)
             else:

@@ -236,6 +236,32 @@ def test_load_that_fails_ends_the_engine(rig, is_async, where):
         assert rig.worker.get_finished([], [1]) == ([], [])  # never reported as loaded
 
 
+def test_without_a_mark_nothing_is_saved_until_the_next_one(rig, caplog):
+    def fail(stream):
+        raise RuntimeError("no event")
+
+    right, rig.copier.mark = rig.copier.mark, fail
+    rig.worker.wait_for_save(None)
+    assert "could not be marked" in caplog.text
+    rig.worker.receive(room())
+    assert settle(rig, finished=[1]) == ([1], [])
+    (saved,) = rig.outbox.wait(Saved)
+    assert not saved.ok
+    assert "when the forward pass ends" in saved.reason
+    assert not rig.copier.copies
+    rig.copier.mark = right
+    rig.worker.wait_for_save(None)
+    rig.worker.receive(room(2))
+    assert settle(rig, finished=[2]) == ([2], [])
+    assert rig.copier.copies == [("save", (3,), (3,))]
+    assert not rig.fatal
+
+
+def test_fault_in_get_finished_ends_the_engine(rig):
+    assert rig.worker.get_finished(None, []) == ([], [])
+    assert "what is loaded and saved is not known" in rig.fatal[0]
+
+
 def test_metadata_that_is_none_ends_the_engine(rig):
     rig.worker.start_load_kv(None, None)
     assert "rank 0 could not say" in rig.fatal[0]
