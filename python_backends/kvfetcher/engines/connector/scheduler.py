@@ -11,7 +11,7 @@ import functools
 import logging
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from kvfetcher.engines.connector.messages import (
@@ -96,13 +96,17 @@ class Announcements:
     _waiting: OrderedDict[str, Announce] = field(default_factory=OrderedDict)
     _lengths: dict[int, int] = field(default_factory=dict)
 
-    def add(self, announce: Announce) -> None:
+    def add(self, announce: Announce) -> list[str]:
+        """Keep one; the keys of those that had to go for it."""
+        forgotten = []
         with self._lock:
             self._waiting[announce.key] = announce
             self._count(announce, 1)
             while len(self._waiting) > MAX_ANNOUNCED:
                 _, oldest = self._waiting.popitem(last=False)
                 self._count(oldest, -1)
+                forgotten.append(oldest.key)
+        return forgotten
 
     def remove(self, key: str) -> bool:
         """Forget one; False where a request has taken it."""
@@ -118,25 +122,31 @@ class Announcements:
             self._waiting.clear()
             self._lengths.clear()
 
-    def take(self, token_ids: Sequence[int], salt: str | None) -> Announce | None:
+    def take(self, token_ids: Sequence[int], fits_salt: Callable[[str], bool]) -> Announce | None:
         """The announcement of a request with these tokens, which is its own from now on.
 
         Args:
             token_ids: the whole prompt.
-            salt: what the engine knows of the cache salt; None = it does not tell.
+            fits_salt: whether a cache salt may be the request's, as far as the engine tells.
         """
         with self._lock:
             if len(token_ids) not in self._lengths:
                 return None  # nobody announced a prompt of this length: nothing is hashed
         digest = tokens_digest(token_ids)
         with self._lock:
-            same = [a for a in self._waiting.values() if a.tokens_digest == digest]
-            if salt is not None:
-                same = [a for a in same if a.cache_salt == salt]
+            same = [
+                a
+                for a in self._waiting.values()
+                if a.tokens_digest == digest and fits_salt(a.cache_salt)
+            ]
             # Equal prompts of different tenants, and the engine does not say whose this one is:
             # what is saved would carry the wrong salt.
             if not same or len({a.cache_salt for a in same}) > 1:
                 return None
+            # Nor which of them this one is: where one must not be saved, none is.
+            if not all(a.save for a in same):
+                same = [replace(a, save=False) for a in same]
+                self._waiting.update((a.key, a) for a in same)
             del self._waiting[same[0].key]
             self._count(same[0], -1)
             return same[0]
@@ -198,7 +208,8 @@ class ConnectorScheduler:
     def receive(self, message: Message) -> None:
         """A message of the owner, from the link's thread."""
         if isinstance(message, Announce):
-            self._announced.add(message)
+            for key in self._announced.add(message):
+                self._sender.send(Withdrawn(key, used=False))
             self._sender.send(Announced(message.key))
         elif isinstance(message, Withdraw):
             # Atomic with `take`: a request either has the announcement or will not get it.
@@ -218,7 +229,7 @@ class ConnectorScheduler:
             return 0, False
         token_ids = request.get_tokens(0)
         if tracked is None:
-            announce = self._announced.take(token_ids, _salt_of(request))
+            announce = self._announced.take(token_ids, _salt_filter(request))
             if announce is None:
                 self.counters.unmatched += 1
                 return 0, False
@@ -263,7 +274,11 @@ class ConnectorScheduler:
 
     @_shielded(None)
     def build_connector_meta(self, scheduler_output: Any) -> Metadata:
-        self._note_progress(scheduler_output)
+        try:
+            self._note_progress(scheduler_output)
+        except Exception:  # noqa: BLE001  what is loaded does not depend on it, and less is saved
+            self.counters.faults += 1
+            _log.exception("connector: the batch could not be read")
         loads = []
         for request_id, tracked in self._tracked.items():
             if tracked.load_tokens and not tracked.told and tracked.load is None:
@@ -305,26 +320,39 @@ class ConnectorScheduler:
         if tracked.load_tokens and not tracked.told:
             # Ended between allocation and the batch: the workers never heard of the load.
             self._sender.send(Matched(announce.key, tracked.first_token, 0, "the request ended"))
-        token_ids = request.get_tokens(0)
+        try:
+            finished = self._finished(request, tracked, cache_block_ids)
+        except Exception:  # noqa: BLE001  the owner must hear the end, or it keeps the request
+            self.counters.faults += 1
+            _log.exception("connector: request %d is not saved", request.request_id)
+            finished = Finished(announce.key, request.request_id, True, 0, (), ())
+        self._sender.send(finished)
+        return finished.is_pinned
+
+    def _finished(self, request: Any, tracked: _Tracked, cache_block_ids: list[int]) -> Finished:
+        announce, token_ids = tracked.announce, request.get_tokens(0)
         # The newest token has no KV: it was chosen by the last pass and is the input of the next.
         held = min(tracked.tokens_with_kv, len(token_ids) - 1, len(cache_block_ids) * self._block)
         if tracked.parked or not (announce.save or announce.probe):
             held = 0
-        is_pinned = bool(held or tracked.parked)
-        self._sender.send(
-            Finished(
-                key=announce.key,
-                request_id=request.request_id,
-                is_pinned=is_pinned,
-                tokens_with_kv=held,
-                token_ids=tuple(token_ids[announce.num_prompt_tokens : held]),
-                pool_blocks=tuple(cache_block_ids),
-            )
+        return Finished(
+            key=announce.key,
+            request_id=request.request_id,
+            is_pinned=bool(held or tracked.parked),
+            tokens_with_kv=held,
+            token_ids=tuple(token_ids[announce.num_prompt_tokens : held]),
+            pool_blocks=tuple(cache_block_ids),
         )
-        return is_pinned
 
 
-def _salt_of(request: Any) -> str | None:
-    """The request's cache salt where this version of the engine tells it, else None."""
+def _salt_filter(request: Any) -> Callable[[str], bool]:
+    """Which cache salts may be the request's: some versions tell it, some a number for it, some nothing."""
     salt = getattr(request, "cache_salt", None)
-    return salt if isinstance(salt, str) else None
+    if isinstance(salt, str):
+        return lambda announced: announced == salt
+    number = getattr(request, "cache_salt_id", None)
+    if salt is not None or number is not None:  # it has one, and not which
+        return bool
+    if hasattr(request, "cache_salt") or hasattr(request, "cache_salt_id"):
+        return lambda announced: not announced
+    return lambda _: True

@@ -49,6 +49,23 @@ class Salted(Request):
     cache_salt = "b"
 
 
+class Unsalted(Request):
+    cache_salt = None
+
+
+class Numbered(Request):
+    cache_salt_id = 77
+
+
+class Unnumbered(Request):
+    cache_salt_id = None
+
+
+class NumberedAlone(Request):
+    cache_salt = None
+    cache_salt_id = 77
+
+
 def announce(key="k", prompt=PROMPT, salt="", lease=64, save=True, probe=False):
     return Announce(
         key=key,
@@ -133,6 +150,45 @@ def test_equal_prompts_of_two_salts_match_only_where_the_salt_is_told(scheduler)
     assert scheduler.get_num_new_matched_tokens(Request(3), 0) == (64, False)  # only a is left
 
 
+@pytest.mark.parametrize("kind", [Unsalted, Unnumbered])
+def test_request_without_a_salt_is_not_taken_for_a_salted_one(scheduler, kind):
+    scheduler.receive(announce("a", salt="a"))
+    assert scheduler.get_num_new_matched_tokens(kind(1), 0) == (0, False)
+    scheduler.receive(announce("plain"))
+    assert scheduler.get_num_new_matched_tokens(kind(2), 0) == (64, False)
+    assert scheduler._tracked[2].announce.key == "plain"
+
+
+@pytest.mark.parametrize("kind", [Numbered, NumberedAlone])
+def test_request_with_a_salt_that_is_not_told_is_salted(scheduler, kind):
+    scheduler.receive(announce("plain"))
+    assert scheduler.get_num_new_matched_tokens(kind(1), 0) == (0, False)
+    scheduler.receive(announce("a", salt="a"))
+    assert scheduler.get_num_new_matched_tokens(kind(2), 0) == (64, False)
+    scheduler.receive(announce("b", salt="b"))
+    scheduler.receive(announce("c", salt="c"))
+    assert scheduler.get_num_new_matched_tokens(kind(3), 0) == (0, False)  # whose is it?
+
+
+@pytest.mark.parametrize("order", ["saved first", "unsaved first"])
+def test_of_equal_prompts_none_is_saved_where_one_must_not_be(scheduler, outbox, order):
+    saves = [order == "saved first", order != "saved first"]
+    for key, save in zip("ab", saves, strict=True):
+        scheduler.receive(announce(key, save=save))
+    for request_id in (1, 2):
+        request = Request(request_id, [*PROMPT, 7])
+        request.tokens = list(PROMPT)
+        scheduler.get_num_new_matched_tokens(request, 0)
+        scheduler.update_state_after_alloc(request, list(range(9)))
+        scheduler.build_connector_meta(output(data(request_id, number=6)))
+        request.tokens.append(7)
+        assert scheduler.request_finished(request, list(range(9))) is False
+    assert [m.tokens_with_kv for m in outbox.of(Finished)] == [0, 0]
+    scheduler.receive(announce("c"))  # alone again
+    scheduler.get_num_new_matched_tokens(Request(3), 0)
+    assert scheduler._tracked[3].announce.save
+
+
 def test_withdrawn_request_is_not_matched(scheduler, outbox):
     scheduler.receive(announce())
     scheduler.receive(Withdraw("k"))
@@ -158,13 +214,15 @@ def test_nothing_is_offered_once_the_owner_is_lost(scheduler, outbox):
     assert scheduler.counters.faults == 0
 
 
-def test_announcements_are_bounded(scheduler, monkeypatch):
+def test_announcements_are_bounded(scheduler, outbox, monkeypatch):
     monkeypatch.setattr(scheduler_module, "MAX_ANNOUNCED", 3)
     for number in range(5):
         scheduler.receive(announce(f"k{number}", prompt=[number] * (20 + number), lease=16))
     assert scheduler.get_num_new_matched_tokens(Request(1, [1] * 21), 0) == (0, False)
     assert scheduler.get_num_new_matched_tokens(Request(2, [2] * 22), 0) == (16, False)
     assert len(scheduler._announced._lengths) == 2
+    # Its owner would wait for ever for the end of a request that is not going to be recognised.
+    assert outbox.of(Withdrawn) == [Withdrawn("k0", used=False), Withdrawn("k1", used=False)]
 
 
 def test_request_that_ends_before_its_load_gives_the_lease_back(scheduler, outbox):
@@ -218,6 +276,29 @@ def test_faults_stay_inside_and_are_counted(scheduler):
     scheduler.update_state_after_alloc(Request(), None)
     assert scheduler.request_finished(broken, []) is True  # blocks are held rather than lost
     assert scheduler.counters.faults == 3
+
+
+def test_owner_hears_of_the_end_whatever_fails(scheduler, outbox):
+    scheduler.receive(announce())
+    scheduler.get_num_new_matched_tokens(Request(), 0)
+    scheduler.update_state_after_alloc(Request(), list(range(9)))
+    scheduler.build_connector_meta(output(data()))
+    assert scheduler.request_finished(SimpleNamespace(request_id=1), list(range(9))) is True
+    assert outbox.of(Finished) == [Finished("k", 1, True, 0, (), ())]
+    assert scheduler.counters.faults == 1
+
+
+def test_batch_that_cannot_be_read_costs_saves_and_no_loads(scheduler, outbox):
+    assert scheduler.build_connector_meta(None).loads == ()
+    scheduler.receive(announce())
+    scheduler.get_num_new_matched_tokens(Request(), 0)
+    scheduler.update_state_after_alloc(Request(), list(range(9)))
+    meta = scheduler.build_connector_meta(SimpleNamespace(new_requests=[object()]))
+    assert len(meta.loads) == 1
+    assert meta.sequence == 2
+    assert scheduler.request_finished(Request(), list(range(9))) is False
+    assert outbox.of(Finished)[0].tokens_with_kv == 0
+    assert scheduler.counters.faults == 2
 
 
 def test_offer_without_blocks_is_no_metadata_at_all(scheduler):
