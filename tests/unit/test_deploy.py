@@ -86,9 +86,18 @@ def test_compose_configuration_is_one_that_runs(tmp_path):
     assert values["kv_cache_config"]["tokens_per_block"] == config.engine.tokens_per_block
     gigabytes = int(service["shm_size"].removesuffix("gb"))
     assert gigabytes << 30 >= config.engine.arena_bytes + (2 << 30)
-    assert "video" in service["environment"]["NVIDIA_DRIVER_CAPABILITIES"]
+
+
+def test_containers_get_cuda_and_nvdec_and_come_back():
+    service = COMPOSE["services"]["kvfetcher"]
+    capabilities = set(service["environment"]["NVIDIA_DRIVER_CAPABILITIES"].split(","))
+    assert capabilities == {"compute", "utility", "video"}
+    # Docker appends what else stands here as another NVIDIA_DRIVER_CAPABILITIES, which then wins.
     (device,) = service["deploy"]["resources"]["reservations"]["devices"]
-    assert device["capabilities"] == ["gpu", "video"]
+    added = set(device["capabilities"]) - {"gpu"}
+    assert not added or added == capabilities
+    assert service["init"] is True
+    assert {s["restart"] for s in COMPOSE["services"].values()} == {"unless-stopped"}
 
 
 def test_every_test_file_that_the_page_names_exists():
