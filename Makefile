@@ -1,7 +1,7 @@
 # make demo    one server saves a prefix, another reuses it (a few minutes; downloads at first)
 # make test    everything, on a real tritonserver
 # make serve   serve on 127.0.0.1 until Ctrl-C
-# make lint    ruff and mypy
+# make lint    ruff and mypy; hadolint and shellcheck for the container's files
 # make setup   the environment alone (.venv); the others do it by themselves
 #
 # Needs Python >= 3.11 on Linux x86-64: make PYTHON=python3.12 setup. PIP_ARGS go to pip install.
@@ -28,6 +28,8 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/hadolint Dockerfile
+	$(VENV)/bin/shellcheck .ci/run python_backends/deploy/install.sh
 
 setup: $(STAMP)
 
