@@ -229,6 +229,25 @@ class StoreTests:
             await store.quarantine(NAME, "digest differs")
         assert await store.head(NAME) is None
 
+    async def test_what_was_set_aside_is_listed_and_may_be_removed(self, store):
+        assert [aside async for aside in store.list_quarantined()] == []
+        before = time.time()
+        for name, content in ((NAME, b"rotten"), (NAME, b"rotten again"), (OTHER, b"bad")):
+            await store.put(name, content)
+            await store.quarantine(name, "digest differs")
+        await store.put(NAME, b"fresh")
+        found = [aside async for aside in store.list_quarantined()]
+        sizes = sorted((aside.info.name, aside.info.num_bytes) for aside in found)
+        assert sizes == [(NAME, 6), (NAME, 12), (OTHER, 3)]
+        for aside in found:
+            assert before - 5 < aside.info.modified_time_seconds < time.time() + 5
+        for aside in found:
+            if aside.info.name == NAME:
+                await store.delete_quarantined(aside)
+                await store.delete_quarantined(aside)
+        assert [aside.info.name async for aside in store.list_quarantined()] == [OTHER]
+        assert await store.get(NAME) == b"fresh"
+
     @pytest.mark.parametrize("name", BAD_NAMES)
     async def test_bad_name_is_refused_by_every_verb(self, store, name):
         calls = [
@@ -297,6 +316,17 @@ class WrappedStore:
         await self.before("list_prefix", prefix)
         async for info in self.inner.list_prefix(prefix):
             yield info
+
+    async def list_quarantined(self):
+        self.calls["list_quarantined"] += 1
+        await self.before("list_quarantined", "")
+        async for aside in self.inner.list_quarantined():
+            yield aside
+
+    async def delete_quarantined(self, aside):
+        self.calls["delete_quarantined"] += 1
+        await self.before("delete_quarantined", aside.info.name)
+        await self.inner.delete_quarantined(aside)
 
     async def close(self):
         await self.inner.close()

@@ -32,6 +32,7 @@ SINGLE_LOOKUP_BATCH = 32
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(?:/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
 _PREFIX = re.compile(rf"(?:{_NAME.pattern}/?)?")
+_FLAT = re.compile(r"([A-Za-z0-9._-]+)\.[0-9a-f]{8}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,19 @@ class ObjectInfo:
     name: str
     num_bytes: int
     modified_time_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class SetAside:
+    """A corrupt object that lies aside.
+
+    Attributes:
+        info: name that it had, size; when it was put, or set aside where the store knows only that.
+        place: where it lies, in the store's own words.
+    """
+
+    info: ObjectInfo
+    place: str
 
 
 class ByteRange(NamedTuple):
@@ -164,6 +178,26 @@ class Quarantine(Protocol):
         ...
 
 
+class ListQuarantined(Protocol):
+    """List what was set aside."""
+
+    def list_quarantined(self) -> AsyncIterator[SetAside]:
+        """All objects that lie aside, in no order; several may have had one name.
+
+        Chunks are told by the name that they had. Of other objects, those with ``_`` in their name
+        may be told with ``/`` in its place, or not at all.
+        """
+        ...
+
+
+class DeleteQuarantined(Protocol):
+    """Remove what was set aside."""
+
+    async def delete_quarantined(self, aside: SetAside) -> None:
+        """Remove it and its reason; a missing one is no error."""
+        ...
+
+
 class Near(Protocol):
     """Tell what reading costs the network nothing; only stores with copies near by have it."""
 
@@ -178,12 +212,36 @@ class Near(Protocol):
         ...
 
 
-class Store(Get, GetRange, GetRanges, Head, Put, Delete, ListPrefix, Quarantine, Protocol):
+class Store(
+    Get,
+    GetRange,
+    GetRanges,
+    Head,
+    Put,
+    Delete,
+    ListPrefix,
+    Quarantine,
+    ListQuarantined,
+    DeleteQuarantined,
+    Protocol,
+):
     """All verbs; what `open_store` returns."""
 
     async def close(self) -> None:
         """Give connections back. No call may follow."""
         ...
+
+
+def flat_name(name: str, suffix: str) -> str:
+    """A name without ``/`` for an object set aside; see `name_of_flat`."""
+    return f"{name.replace('/', '_')}.{suffix}"
+
+
+def name_of_flat(flat: str) -> str | None:
+    """The name that `flat_name` was given, if that had no ``_``; None where it made no such."""
+    match = _FLAT.fullmatch(flat)
+    name = match[1].replace("_", "/") if match else ""
+    return name if is_name(name) else None
 
 
 async def get_ranges_singly(

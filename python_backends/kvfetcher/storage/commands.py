@@ -29,11 +29,13 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     from kvfetcher.config import StoreConfig
-    from kvfetcher.storage.base import ObjectInfo, Store
+    from kvfetcher.storage.base import ObjectInfo, SetAside, Store
     from kvfetcher.storage.reach import Holding
 
 STATUS_FAILED = 1
 STATUS_DAMAGED = 3
+
+_SHOW_EVERY = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +112,9 @@ def _parser() -> argparse.ArgumentParser:
     purge = command(
         "purge",
         _purge,
-        "Remove what belongs to a model, a tenant or a prompt. Tells what it would remove; with"
-        " --delete it does. Copies on other hosts live on for store.tier_max_age_seconds.",
+        "Remove what belongs to a model, a tenant or a prompt, quarantined copies too. Tells what"
+        " it would remove; with --delete it does. Copies on other hosts, and in the memory of"
+        " running servers, live on for store.tier_max_age_seconds.",
     )
     purge.add_argument("--model", metavar="DIGITS", help="first digits of names, as `stat` shows")
     purge.add_argument("--tenant", metavar="SALT", help='cache_salt of the tenant; "" = of none')
@@ -125,8 +128,9 @@ def _parser() -> argparse.ArgumentParser:
     gc = command(
         "gc",
         _gc,
-        "Remove chunks that are older than store.ttl_seconds (file, s3) or that nobody can reach,"
-        " because a chunk before them is gone. Tells what it would remove; with --delete it does.",
+        "Remove chunks and quarantined copies that are older than store.ttl_seconds (file, s3), and"
+        " chunks that nobody can reach, because one before them is gone. Tells what it would remove;"
+        " with --delete it does.",
     )
     for sub in (purge, gc):
         sub.add_argument("--delete", action="store_true", help="do it")
@@ -143,13 +147,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 async def _ls(job: _Job) -> int:
-    found = [asdict(info) async for info in job.remote.list_prefix(job.arguments.prefix)]
+    found = job.remote.list_prefix(job.arguments.prefix)
+    if not sys.stdout.isatty():  # there the list itself tells how far it is
+        found = _counted(job, found)
+    separator = "[\n"
+    async for info in found:
+        if job.arguments.json:
+            sys.stdout.write(f"{separator}  {json.dumps(asdict(info))}")
+            separator = ",\n"
+            continue
+        modified = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(info.modified_time_seconds))
+        _print(f"{info.num_bytes:>12} {modified} {info.name}")
     if job.arguments.json:
-        _print_json(found)
-        return 0
-    for info in found:
-        modified = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(info["modified_time_seconds"]))
-        _print(f"{info['num_bytes']:>12} {modified} {info['name']}")
+        _print("[]" if separator == "[\n" else "\n]")
     return 0
 
 
@@ -170,7 +180,7 @@ async def _stat(job: _Job) -> int:
 async def _stat_store(job: _Job) -> dict[str, Any]:
     objects = num_bytes = other_objects = 0
     scopes: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
-    async for info in job.remote.list_prefix():
+    async for info in _counted(job, job.remote.list_prefix()):
         objects += 1
         num_bytes += info.num_bytes
         parts = parse_object_name(info.name)
@@ -180,7 +190,6 @@ async def _stat_store(job: _Job) -> dict[str, Any]:
         count = scopes[parts.model, parts.tenant]
         count[0] += 1
         count[1] += info.num_bytes
-        job.line.show(f"{objects} objects")
     return {
         "objects": objects,
         "num_bytes": num_bytes,
@@ -225,14 +234,23 @@ async def _purge(job: _Job) -> int:
         objects = [
             chunk.info for chunk in await _surveyed_for_purge(job) if is_wanted(chunk.info.name)
         ]
+        names = {info.name for info in objects} | {arguments.chunk}
+
+        def is_match(name: str) -> bool:
+            return name in names and is_wanted(name)
     else:
         prefix = arguments.prefix or arguments.model or ""
-        objects = [info async for info in job.remote.list_prefix(prefix) if is_wanted(info.name)]
-    result = await _remove(job, objects, dict.fromkeys((info.name for info in objects), "purged"))
+
+        def is_match(name: str) -> bool:
+            return name.startswith(prefix) and is_wanted(name)
+
+        listed = _counted(job, job.remote.list_prefix(prefix))
+        objects = [info async for info in listed if is_match(info.name)]
+    asides = await _set_asides(job, lambda info: is_match(info.name))
+    why = dict.fromkeys((info.name for info in objects), "purged")
+    result = await _remove(job, objects, why, asides)
     if arguments.delete and not (arguments.chunk or arguments.tokens):
-        result["copies_dropped"] = await _forget_copies(
-            job, lambda name: name.startswith(prefix) and is_wanted(name)
-        )
+        result["copies_dropped"] = await _forget_copies(job, is_match)
     if arguments.json:
         _print_json(result)
     return STATUS_FAILED if result["failed"] else 0
@@ -310,19 +328,21 @@ def _read_tokens(path: str) -> list[int]:
 
 
 async def _gc(job: _Job) -> int:
-    config = job.config
+    config, now = job.config, time.time()
+    # Redis lets objects go by itself, by when they were read, which their time does not tell.
+    ttl_seconds = 0.0 if config.kind == "redis" else config.ttl_seconds
     found = await survey(job.remote, "", tell=job.line.show)
     plan = plan_gc(
         found,
-        now_seconds=time.time(),
+        now_seconds=now,
         grace_seconds=config.gc_grace_seconds,
-        # Redis lets objects go by itself, by when they were read, which their time does not tell.
-        ttl_seconds=0.0 if config.kind == "redis" else config.ttl_seconds,
+        ttl_seconds=ttl_seconds,
     )
     chunks = sorted([*plan.expired, *plan.unreachable], key=lambda chunk: chunk.first_position)
     why = {chunk.info.name: "expired" for chunk in plan.expired}
     why |= {chunk.info.name: "unreachable" for chunk in plan.unreachable}
-    result = await _remove(job, [chunk.info for chunk in chunks], why)
+    asides = await _set_asides(job, lambda info: 0 < ttl_seconds < now - info.modified_time_seconds)
+    result = await _remove(job, [chunk.info for chunk in chunks], why, asides)
     result |= {"chunks": len(found.chunks), "damaged": len(found.damaged)}
     if found.damaged:
         job.say(
@@ -334,26 +354,37 @@ async def _gc(job: _Job) -> int:
     return STATUS_FAILED if result["failed"] else 0
 
 
-async def _remove(job: _Job, objects: Sequence[ObjectInfo], why: dict[str, str]) -> dict[str, Any]:
-    """Remove objects if --delete was given, and tell which."""
-    num_bytes = sum(info.num_bytes for info in objects)
+async def _set_asides(job: _Job, is_match: Callable[[ObjectInfo], bool]) -> list[SetAside]:
+    """The quarantined copies that match by the name that they had, size and time."""
+    return [aside async for aside in job.remote.list_quarantined() if is_match(aside.info)]
+
+
+async def _remove(
+    job: _Job, objects: Sequence[ObjectInfo], why: dict[str, str], asides: Sequence[SetAside]
+) -> dict[str, Any]:
+    """Remove objects and quarantined copies if --delete was given, and tell which."""
+    num_bytes = sum(info.num_bytes for info in (*objects, *(aside.info for aside in asides)))
     if not job.arguments.json:
         for info in objects:
             _print(f"{info.num_bytes:>12} {why[info.name]:<11} {info.name}")
+        for aside in asides:
+            _print(f"{aside.info.num_bytes:>12} quarantined {aside.info.name}")
     result: dict[str, Any] = {
         "objects": [{"name": info.name, "why": why[info.name]} for info in objects],
+        "quarantined": [{"name": aside.info.name, "place": aside.place} for aside in asides],
         "num_bytes": num_bytes,
         "deleted": job.arguments.delete,
         "removed": 0,
         "failed": {},
     }
+    what = f"{len(objects)} objects, {len(asides)} quarantined copies"
     if not job.arguments.delete:
-        job.say(f"would remove {len(objects)} objects, {num_bytes} bytes; --delete does it")
+        job.say(f"would remove {what}, {num_bytes} bytes; --delete does it")
         return result
-    removal = await remove(job.store, objects, tell=job.line.show)
+    removal = await remove(job.store, objects, asides, tell=job.line.show)
     for name, error in removal.failed.items():
         job.say(f"{name} was not removed: {error}")
-    job.say(f"removed {removal.removed} objects, {removal.num_bytes} bytes")
+    job.say(f"removed {removal.removed} of {what}, {removal.num_bytes} bytes")
     return result | {"removed": removal.removed, "failed": removal.failed}
 
 
@@ -407,6 +438,16 @@ async def _warm(job: _Job) -> int:
     if job.arguments.json:
         _print_json(asdict(result))
     return STATUS_FAILED if result.failed else 0
+
+
+async def _counted(job: _Job, found: AsyncIterator[ObjectInfo]) -> AsyncIterator[ObjectInfo]:
+    """Pass objects on and show how many there were."""
+    count = 0
+    async for info in found:
+        count += 1
+        if count % _SHOW_EVERY == 0:
+            job.line.show(f"looked at {count} objects")
+        yield info
 
 
 async def _listed(store: Store, prefixes: Sequence[str]) -> AsyncIterator[ObjectInfo]:

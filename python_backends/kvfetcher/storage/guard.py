@@ -31,7 +31,7 @@ from kvfetcher.storage.hedging import HedgePolicy
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 
-    from kvfetcher.storage.base import ByteRange, ObjectInfo, Store
+    from kvfetcher.storage.base import ByteRange, ObjectInfo, SetAside, Store
 
 Result = TypeVar("Result")
 Arguments = ParamSpec("Arguments")
@@ -140,6 +140,15 @@ class GuardedStore:
         with self._verdict(0):
             async for info in self._inner.list_prefix(prefix):
                 yield info
+
+    async def list_quarantined(self) -> AsyncIterator[SetAside]:
+        with self._verdict(0):
+            async for aside in self._inner.list_quarantined():
+                yield aside
+
+    async def delete_quarantined(self, aside: SetAside) -> None:
+        name = aside.info.name
+        await self._retried(name, lambda: self._watched(self._inner.delete_quarantined, aside))
 
     async def close(self) -> None:
         for task in self._leftovers:

@@ -28,10 +28,13 @@ from kvfetcher.errors import ChunkNotFoundError, StoreError, StoreTimeoutError
 from kvfetcher.storage.base import (
     SINGLE_LOOKUP_BATCH,
     ObjectInfo,
+    SetAside,
     check_name,
     check_prefix,
     check_range,
+    flat_name,
     get_ranges_singly,
+    name_of_flat,
 )
 from kvfetcher.storage.threads import IoThreads
 
@@ -124,6 +127,14 @@ class LocalStore:
             for info in batch:
                 yield info
 
+    async def list_quarantined(self) -> AsyncIterator[SetAside]:
+        for aside in await self._run("list what was set aside", self._set_asides):
+            yield aside
+
+    async def delete_quarantined(self, aside: SetAside) -> None:
+        path = self._folder / _QUARANTINE / aside.place
+        await self._run(f"delete {path}", lambda: _remove_aside(path))
+
     async def close(self) -> None:
         """Nothing to give back: threads without work end by themselves."""
 
@@ -187,14 +198,28 @@ class LocalStore:
 
     def _set_aside(self, path: Path, name: str, reason: str) -> None:
         # The suffix keeps an earlier bad object of the same name.
-        aside = self._folder / _QUARANTINE / f"{name.replace('/', '_')}.{uuid.uuid4().hex[:8]}"
+        aside = self._folder / _QUARANTINE / flat_name(name, uuid.uuid4().hex[:8])
         aside.parent.mkdir(parents=True, exist_ok=True)
         try:
             path.replace(aside)
         except FileNotFoundError:
             return
-        aside.with_name(f"{aside.name}.reason").write_text(f"{name}\n{reason}\n")
+        _reason_path(aside).write_text(f"{name}\n{reason}\n")
         _log.warning("set object %s aside as %s: %s", name, aside, reason)
+
+    def _set_asides(self) -> list[SetAside]:
+        found = []
+        with (
+            contextlib.suppress(FileNotFoundError),  # nothing was ever set aside
+            os.scandir(self._folder / _QUARANTINE) as entries,
+        ):
+            for entry in entries:
+                if name := name_of_flat(entry.name):
+                    with contextlib.suppress(FileNotFoundError):
+                        status = entry.stat()
+                        info = ObjectInfo(name, status.st_size, status.st_mtime)
+                        found.append(SetAside(info, entry.name))
+        return found
 
     def _walk(self, prefix: str) -> Iterator[ObjectInfo]:
         """Objects in order of name. Folders that cannot lead to `prefix` are not opened."""
@@ -220,6 +245,16 @@ def _walk_folder(folder: Path, base: str, prefix: str) -> Iterator[ObjectInfo]:
             with contextlib.suppress(FileNotFoundError):
                 status = entry.stat()
                 yield ObjectInfo(name, status.st_size, status.st_mtime)
+
+
+def _reason_path(aside: Path) -> Path:
+    return aside.with_name(f"{aside.name}.reason")
+
+
+def _remove_aside(aside: Path) -> None:
+    """The reason goes first: what is left of half a removal is listed again."""
+    _reason_path(aside).unlink(missing_ok=True)
+    aside.unlink(missing_ok=True)
 
 
 def _read_range(path: Path, start: int, end: int) -> bytes:

@@ -22,6 +22,7 @@ import ssl
 import struct
 import time
 import uuid
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from redis import exceptions as failures  # two of them would hide built-in names
@@ -39,6 +40,7 @@ from kvfetcher.errors import (
 from kvfetcher.storage.base import (
     ByteRange,
     ObjectInfo,
+    SetAside,
     check_name,
     check_prefix,
     check_range,
@@ -159,7 +161,7 @@ class RedisStore:
             return [exc] * len(ranges)
 
     async def head(self, name: str) -> ObjectInfo | None:
-        (info,) = await self._describe(f"head {name}", [check_name(name)])
+        (info,) = await self._describe(f"head {name}", _OBJECT, [check_name(name)])
         return info
 
     async def put(self, name: str, data: bytes) -> bool:
@@ -197,21 +199,17 @@ class RedisStore:
 
     async def list_prefix(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
         """See `ListPrefix`. Holds all names that match in memory, to sort them."""
-        what = f"list {check_prefix(prefix)!r}"
-        names: set[str] = set()
-        cursor: int | bytes = 0
-        while True:
-            ((cursor, keys),) = await self._pipeline(
-                what, [("SCAN", cursor, "MATCH", f"{_OBJECT}{prefix}*", "COUNT", _SCAN_COUNT)]
-            )
-            names.update(key.decode().removeprefix(_OBJECT) for key in keys)
-            if not int(cursor):
-                break
-        ordered = sorted(names)
-        for start in range(0, len(ordered), _LIST_BATCH):
-            for info in await self._describe(what, ordered[start : start + _LIST_BATCH]):
-                if info is not None:  # None: it went meanwhile
-                    yield info
+        async for info in self._list(f"list {check_prefix(prefix)!r}", _OBJECT, prefix):
+            yield info
+
+    async def list_quarantined(self) -> AsyncIterator[SetAside]:
+        async for info in self._list("list what was set aside", _QUARANTINE, ""):
+            name = info.name.rpartition(":")[0]
+            yield SetAside(replace(info, name=name), info.name)
+
+    async def delete_quarantined(self, aside: SetAside) -> None:
+        command = ("UNLINK", _QUARANTINE + aside.place, _REASON + aside.place)
+        await self._pipeline(f"delete {_QUARANTINE}{aside.place}", [command])
 
     async def close(self) -> None:
         """See `Store.close`. A server that does not take leave in time is left without."""
@@ -241,10 +239,29 @@ class RedisStore:
             return self._not_found(part.name)
         return bytes(data)
 
-    async def _describe(self, what: str, names: Sequence[str]) -> list[ObjectInfo | None]:
+    async def _list(self, what: str, kind: str, prefix: str) -> AsyncIterator[ObjectInfo]:
+        """Keys that start with `kind` and `prefix`, in order; `kind` is no part of their names."""
+        names: set[str] = set()
+        cursor: int | bytes = 0
+        while True:
+            ((cursor, keys),) = await self._pipeline(
+                what, [("SCAN", cursor, "MATCH", f"{kind}{prefix}*", "COUNT", _SCAN_COUNT)]
+            )
+            names.update(key.decode().removeprefix(kind) for key in keys)
+            if not int(cursor):
+                break
+        ordered = sorted(names)
+        for start in range(0, len(ordered), _LIST_BATCH):
+            for info in await self._describe(what, kind, ordered[start : start + _LIST_BATCH]):
+                if info is not None:  # None: it went meanwhile
+                    yield info
+
+    async def _describe(
+        self, what: str, kind: str, names: Sequence[str]
+    ) -> list[ObjectInfo | None]:
         commands: list[tuple[Any, ...]] = []
         for name in names:
-            key = _OBJECT + name
+            key = kind + name
             commands += [("STRLEN", key), ("GETRANGE", key, 0, _TIME.size - 1)]
         replies = await self._pipeline(what, commands)
         return [

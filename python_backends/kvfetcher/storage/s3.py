@@ -19,7 +19,9 @@ import asyncio
 import logging
 import re
 import uuid
+from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import obstore
@@ -36,11 +38,14 @@ from kvfetcher.errors import (
 from kvfetcher.storage.base import (
     SINGLE_LOOKUP_BATCH,
     ObjectInfo,
+    SetAside,
     check_name,
     check_prefix,
     check_range,
+    flat_name,
     get_ranges_singly,
     is_name,
+    name_of_flat,
 )
 
 if TYPE_CHECKING:
@@ -174,8 +179,7 @@ class S3Store:
 
     async def quarantine(self, name: str, reason: str) -> None:
         # The suffix keeps an earlier bad object of the same name.
-        flat = check_name(name).replace("/", "_")
-        aside = f"{_QUARANTINE}/{flat}.{uuid.uuid4().hex[:8]}"
+        aside = f"{_QUARANTINE}/{flat_name(check_name(name), uuid.uuid4().hex[:8])}"
         what = f"quarantine {name}"
         try:
             await self._run(what, lambda: obstore.copy_async(self._bucket, name, aside))
@@ -189,16 +193,30 @@ class S3Store:
     async def list_prefix(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
         what = f"list {check_prefix(prefix)!r}"
         folder = prefix.rpartition("/")[0]  # the library lists by whole segments
-        batches = aiter(obstore.list(self._bucket, folder or None, chunk_size=_LIST_BATCH))
-        while batch := await self._run(what, lambda: anext(batches, [])):
-            for meta in batch:
-                name = meta["path"]
-                if name.startswith(prefix) and is_name(name):
-                    yield ObjectInfo(name, meta["size"], meta["last_modified"].timestamp())
+        async for info in self._list(what, folder or None):
+            if info.name.startswith(prefix) and is_name(info.name):
+                yield info
+
+    async def list_quarantined(self) -> AsyncIterator[SetAside]:
+        async for info in self._list("list what was set aside", _QUARANTINE):
+            if name := name_of_flat(info.name.removeprefix(f"{_QUARANTINE}/")):
+                yield SetAside(replace(info, name=name), info.name)
+
+    async def delete_quarantined(self, aside: SetAside) -> None:
+        # The reason goes first: what is left of half a removal is listed again.
+        for path in (f"{aside.place}.reason", aside.place):
+            await self._run(f"delete {path}", partial(obstore.delete_async, self._bucket, path))
 
     async def close(self) -> None:
         """See `Store.close`. The library closes its connections when nobody refers to its store."""
         del self._bucket
+
+    async def _list(self, what: str, folder: str | None) -> AsyncIterator[ObjectInfo]:
+        """All that lies in a folder; the name of each is its path."""
+        batches = aiter(obstore.list(self._bucket, folder, chunk_size=_LIST_BATCH))
+        while batch := await self._run(what, lambda: anext(batches, [])):
+            for meta in batch:
+                yield ObjectInfo(meta["path"], meta["size"], meta["last_modified"].timestamp())
 
     async def _get(self, name: str) -> bytes:
         result = await obstore.get_async(self._bucket, name)

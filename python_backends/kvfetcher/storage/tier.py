@@ -21,7 +21,7 @@ from kvfetcher.storage.threads import IoThreads
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
-    from kvfetcher.storage.base import ByteRange, ObjectInfo, Store
+    from kvfetcher.storage.base import ByteRange, ObjectInfo, SetAside, Store
     from kvfetcher.storage.disk_tier import DiskTier
     from kvfetcher.storage.memory_tier import MemoryTier
 
@@ -162,6 +162,12 @@ class TieredStore:
 
     def list_prefix(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
         return self._remote.list_prefix(prefix)
+
+    def list_quarantined(self) -> AsyncIterator[SetAside]:
+        return self._remote.list_quarantined()
+
+    async def delete_quarantined(self, aside: SetAside) -> None:
+        await self._remote.delete_quarantined(aside)
 
     async def forget(self, is_match: Callable[[str], bool]) -> int:
         """Drop the copies of all objects whose name matches, whatever the store holds.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from kvfetcher import container
@@ -18,24 +19,29 @@ from kvfetcher.storage.reach import Holding, Survey
 from kvfetcher.storage.spans import UNBOUNDED
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
 
     from kvfetcher.container import ChunkHeader
     from kvfetcher.keys import NameParts
     from kvfetcher.storage.base import (
         Delete,
+        DeleteQuarantined,
         Get,
         GetRange,
         GetRanges,
         ListPrefix,
         Near,
         ObjectInfo,
+        SetAside,
     )
 
     Tell = Callable[[str], None]
 
     class Surveyed(GetRange, GetRanges, ListPrefix, Protocol):
         """What a survey asks of a store."""
+
+    class Removing(Delete, DeleteQuarantined, Protocol):
+        """What removing asks of a store."""
 
     class Warmable(Get, Near, Protocol):
         """What warming asks of a store."""
@@ -55,7 +61,13 @@ _T = TypeVar("_T")
 
 @dataclass(slots=True)
 class Removal:
-    """What became of objects that were to be removed."""
+    """What became of objects that were to be removed.
+
+    Attributes:
+        removed: how many are gone.
+        num_bytes: theirs.
+        failed: object name, or place of what lay aside -> why it could not be removed.
+    """
 
     removed: int = 0
     num_bytes: int = 0
@@ -135,23 +147,32 @@ async def survey(store: Surveyed, prefix: str, *, with_tokens: bool = False, tel
     return found
 
 
-async def remove(store: Delete, objects: Sequence[ObjectInfo], *, tell: Tell) -> Removal:
-    """Delete objects, the last ones first; one that fails does not keep the others."""
+async def remove(
+    store: Removing, objects: Sequence[ObjectInfo], asides: Sequence[SetAside], *, tell: Tell
+) -> Removal:
+    """Delete objects, the last ones first, then what lies aside; a failure keeps no other."""
     result = Removal()
 
-    async def delete(info: ObjectInfo) -> None:
+    async def delete(what: str, num_bytes: int, call: Callable[[], Awaitable[None]]) -> None:
         try:
-            await store.delete(info.name)
+            await call()
         except StoreError as exc:
-            result.failed[info.name] = str(exc)
+            result.failed[what] = str(exc)
         else:
             result.removed += 1
-            result.num_bytes += info.num_bytes
+            result.num_bytes += num_bytes
 
-    backwards = objects[::-1]
-    for start in range(0, len(backwards), _DELETE_BATCH):
-        await asyncio.gather(*map(delete, backwards[start : start + _DELETE_BATCH]))
-        tell(f"removed {result.removed} of {len(objects)} objects")
+    calls = [
+        (info.name, info.num_bytes, partial(store.delete, info.name)) for info in reversed(objects)
+    ]
+    calls += [
+        (aside.place, aside.info.num_bytes, partial(store.delete_quarantined, aside))
+        for aside in asides
+    ]
+    for start in range(0, len(calls), _DELETE_BATCH):
+        batch = calls[start : start + _DELETE_BATCH]
+        await asyncio.gather(*(delete(*call) for call in batch))
+        tell(f"removed {result.removed} of {len(calls)} objects")
     return result
 
 

@@ -11,7 +11,7 @@ import redis
 from kvfetcher.cli import main
 from kvfetcher.config import load_config
 from kvfetcher.errors import StoreError
-from kvfetcher.storage import TieredStore, commands, open_backend, upkeep
+from kvfetcher.storage import LocalStore, TieredStore, commands, open_backend, upkeep
 from kvfetcher.storage import tier as tier_module
 from kvfetcher.storage.disk_tier import DiskTier
 from support.chunks import chain
@@ -125,6 +125,85 @@ def test_purge_by_model_tenant_and_name(run, folder, arguments, left):
         save(folder, objects)
     assert run("purge", *arguments, "--delete")[0] == 0
     assert stored(folder) == sorted(name for group in left for name in groups[group])
+
+
+def set_aside(folder, objects, *, age=0.0):
+    async def quarantine():
+        store = LocalStore(folder, timeout_seconds=10.0)
+        for name in objects:
+            await store.quarantine(name, "digest differs")
+
+    save(folder, objects, age=age)
+    asyncio.run(quarantine())
+
+
+def quarantined(folder):
+    """Names of the quarantined copies and of their reasons, without what makes them unique."""
+    paths = (folder / ".quarantine").iterdir()
+    return sorted(path.name.removesuffix(".reason").rpartition(".")[0] for path in paths)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "num_left"),
+    [
+        (["--tenant", "a"], 2),
+        (["--model", "0001"], 0),
+        (["--model", "0002"], 4),
+        (["--prefix", "0001020304050607/"], 0),
+        (["--chunk", "{chunk}"], 2),
+        (["--chunk", "{chunk}", "--tenant", "b"], 4),
+    ],
+)
+def test_purge_takes_quarantined_copies_too(run, folder, arguments, num_left):
+    mine, theirs = (list(chain(LONG, salt=salt).items()) for salt in "ab")
+    set_aside(folder, dict(mine[:2]))
+    set_aside(folder, dict(theirs[:2]))
+    save(folder, dict(mine))
+    arguments = [argument.format(chunk=mine[0][0]) for argument in arguments]
+    before = quarantined(folder)
+    _, result, talk = run("purge", *arguments)
+    assert len(result["quarantined"]) == 4 - num_left
+    assert f"{4 - num_left} quarantined copies" in talk
+    assert quarantined(folder) == before
+    status, result, _ = run("purge", *arguments, "--delete")
+    assert (status, result["failed"]) == (0, {})
+    assert result["removed"] == len(result["objects"]) + 4 - num_left
+    left = quarantined(folder)
+    assert len(left) == 2 * num_left  # each with its reason
+    if arguments[0] == "--tenant":
+        assert set(left) == {name.replace("/", "_") for name, _ in theirs[:2]}
+
+
+def test_gc_takes_quarantined_copies_after_their_time(run, folder):
+    old, young = (dict(list(chain(LONG, salt=salt).items())[:1]) for salt in "ab")
+    set_aside(folder, old, age=1000)
+    set_aside(folder, young)
+    assert run("gc")[1]["quarantined"] == []
+    _, result, _ = run("gc", "--delete", store={"ttl_seconds": 500.0})
+    assert [entry["name"] for entry in result["quarantined"]] == list(old)
+    assert result["removed"] == 1
+    assert set(quarantined(folder)) == {name.replace("/", "_") for name in young}
+
+
+def test_ls_tells_as_it_goes(run, folder, monkeypatch):
+    save(folder, chain(LONG))
+
+    class Dying(FaultyStore):
+        async def list_prefix(self, prefix=""):
+            async for info in super().list_prefix(prefix):
+                if info.name == sorted(chain(LONG))[3]:
+                    raise StoreError("down")
+                yield info
+
+    monkeypatch.setattr(commands, "_SHOW_EVERY", 2)
+    status, listed, talk = run("ls", json_output=False)
+    assert (status, len(listed.splitlines())) == (0, 5)
+    assert "looked at 2 objects" in talk
+    assert "looked at 2 objects" in run("purge", "--model", "0001")[2]
+    monkeypatch.setattr(commands, "open_store", lambda config, **_: Dying(open_backend(config)))
+    status, listed, talk = run("ls", json_output=False)
+    assert (status, len(listed.splitlines())) == (1, 3)
+    assert run("ls", "ff")[1] == []
 
 
 def test_purge_of_a_chunk_takes_what_continues_it(run, folder):
