@@ -11,7 +11,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,6 @@ from kvfetcher.leases import LeaseClaim, tokens_digest
 
 if TYPE_CHECKING:
     from kvfetcher.config import Config
-    from kvfetcher.engines.base import SaveTicket
     from kvfetcher.engines.host import EngineHost
 
 _WRITTEN_FOR = re.compile(r"1\.2\.")
@@ -35,7 +34,7 @@ class Compared(NamedTuple):
     """Answers to prompts of equal length and equal end."""
 
     computed: tuple[int, ...]
-    """With prefix A, computed."""
+    """With prefix A, asked again: as under a load, only the end of the prompt is computed."""
     other: tuple[int, ...]
     """With prefix B, computed."""
     loaded: tuple[int, ...]
@@ -43,6 +42,9 @@ class Compared(NamedTuple):
     loaded_tokens: int
     reason: str
     """Why nothing was loaded, "" otherwise."""
+    is_equal_kv: bool | None
+    """Whether the KV loaded in place of C's was saved again byte for byte; None where the engine kept
+    none of it and computed C's own."""
 
 
 def check_tensorrt_llm(config: Config) -> list[Check]:
@@ -125,6 +127,14 @@ def judge(found: Compared) -> Check:
             f"the engine loaded nothing: {found.reason}",
             "see the log of the engine for lines of kvfetcher.engines.connector",
         )
+    if found.is_equal_kv is False:
+        return Check(
+            name,
+            "fail",
+            f"{found.loaded_tokens} loaded tokens came back from the engine with other KV than was"
+            f" loaded; the answer was {found.loaded}, computed it is {found.computed}",
+            "do not serve, and report this",
+        )
     if found.computed == found.other:
         return Check(
             name,
@@ -132,23 +142,28 @@ def judge(found: Compared) -> Check:
             "two different prompts had the same answer, so a load proves nothing",
             "try a model that looks at its prompt",
         )
+    kv = "" if found.is_equal_kv is None else ", and came back byte for byte"
     if found.loaded != found.computed:
+        # Logits differ a little between passes of other shapes (by up to 0.16 in bf16 without any
+        # connector), and random prompts leave the likeliest tokens close together.
         return Check(
             name,
-            "fail",
+            "warn",
             f"with {found.loaded_tokens} loaded tokens the answer was {found.loaded}, computed it is"
-            f" {found.computed}",
-            "do not serve: set connector.kv_layout if it was found wrongly, and report this",
+            f" {found.computed}{kv or '; their KV could not be compared'}",
+            "compare a few real answers with and without a hit; if they part at once, set"
+            " connector.kv_layout, do not serve, and report this",
         )
     return Check(
-        name, "ok", f"{found.loaded_tokens} loaded tokens gave the answer of computing them"
+        name, "ok", f"{found.loaded_tokens} loaded tokens gave the answer of computing them{kv}"
     )
 
 
 def compare(host: EngineHost) -> Compared:
-    """Save the KV of a prompt, load it under another prompt of equal length, and compare answers.
+    """Save the KV of a prompt, load it under another prompt of equal length, and compare.
 
     The other prompt is what keeps the engine's own block reuse out of the way: it was never computed.
+    Asked once more without a lease, the engine saves what it kept of the load.
 
     Raises:
         EngineError: the engine failed, saved nothing, or took too long.
@@ -167,18 +182,36 @@ async def _compare(host: EngineHost) -> Compared:
 
     suffix = some(_SUFFIX_TOKENS)
     prefixes = [some(size) for _ in range(3)]
-    computed, ticket, _, _ = await _answer(host, prefixes[0] + suffix, save=True)
-    if ticket is None:
+    first = await _answer(host, prefixes[0] + suffix, save=True)
+    if first.kv is None:
         raise EngineError("a finished request was not saved; see the engine's log")
-    values = host.arena.read(ticket.targets[0])
-    host.leases.release(ticket.lease_id, now=time.monotonic())
-    other, _, _, _ = await _answer(host, prefixes[1] + suffix)
+    computed = await _answer(host, prefixes[0] + suffix)
+    other = await _answer(host, prefixes[1] + suffix)
     lease = host.leases.lease(size, 60.0, now=time.monotonic())
-    host.arena.write(host.arena.target(lease.block_ids, size), 0, values)
+    host.arena.write(host.arena.target(lease.block_ids, size), 0, first.kv)
     host.leases.seal(lease.id, size, tokens_digest(prefixes[2]), now=time.monotonic())
     claim = LeaseClaim(lease.id, size, host.arena.generation)
-    loaded, _, tokens, reason = await _answer(host, prefixes[2] + suffix, claim=claim)
-    return Compared(computed, other, loaded, tokens, reason)
+    loaded = await _answer(host, prefixes[2] + suffix, claim=claim)
+    again = await _answer(host, prefixes[2] + suffix, save=True)
+    is_kept = again.kv is not None and again.computed_tokens <= _SUFFIX_TOKENS
+    return Compared(
+        computed=computed.ids,
+        other=other.ids,
+        loaded=loaded.ids,
+        loaded_tokens=loaded.loaded_tokens,
+        reason=loaded.reason,
+        is_equal_kv=bool(np.array_equal(again.kv, first.kv)) if is_kept else None,
+    )
+
+
+class _Answer(NamedTuple):
+    ids: tuple[int, ...]
+    kv: Any
+    """Of the first chunk, where it was saved; None otherwise."""
+    computed_tokens: int
+    loaded_tokens: int
+    reason: str
+    """Why nothing was loaded."""
 
 
 async def _answer(
@@ -187,19 +220,21 @@ async def _answer(
     *,
     save: bool = False,
     claim: LeaseClaim | None = None,
-) -> tuple[tuple[int, ...], SaveTicket | None, int, str]:
-    """Tokens, what was saved, how many tokens were loaded, and why fewer."""
+) -> _Answer:
     sampling = SamplingParams(max_tokens=_ANSWER_TOKENS, min_length=_ANSWER_TOKENS)
     ids: tuple[int, ...] = ()
-    ticket, loaded, reason = None, 0, ""
+    kv, timings = None, None
     async for event in host.engine.generate(
         GenerateRequest(prompt, sampling, lease=claim, save=save, request_id="doctor")
     ):
         ids += event.new_token_ids
-        ticket = event.save or ticket
-        if event.timings is not None:
-            loaded, reason = event.timings.cached_tokens, event.timings.lease_error
-    return ids, ticket, loaded, reason
+        timings = event.timings or timings
+        if event.save is not None:
+            kv = host.arena.read(event.save.targets[0])
+            host.leases.release(event.save.lease_id, now=time.monotonic())
+    if timings is None:
+        raise EngineError("a request ended without its timings")
+    return _Answer(ids, kv, timings.computed_tokens, timings.cached_tokens, timings.lease_error)
 
 
 def _check_interface() -> Check:

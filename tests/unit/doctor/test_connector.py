@@ -59,7 +59,15 @@ def test_healthy_paged_engine(folder, configured):
     found = by_name(check_engine(config_of(folder, configured), "paged"))
     assert [check.status for check in found.values()] == ["ok"] * 3
     assert "HND by rank" in found["KV layout"].detail
-    assert found["load then compare"].detail.startswith(f"{CHUNK} loaded tokens gave")
+    assert found["load then compare"].detail == (
+        f"{CHUNK} loaded tokens gave the answer of computing them, and came back byte for byte"
+    )
+
+
+def test_engine_that_keeps_nothing_is_judged_by_its_answers(folder):
+    found = by_name(check_engine(config_of(folder, device_reuse=False), "paged"))
+    assert found["load then compare"].status == "ok"
+    assert found["load then compare"].detail.endswith("the answer of computing them")
 
 
 def test_layout_that_is_set_wrongly_is_found_by_comparing(folder):
@@ -80,6 +88,7 @@ def test_loads_that_go_wrong_are_a_failure(folder, monkeypatch):
     monkeypatch.setattr(copies.BlockCopier, "load", wrong)
     found = by_name(check_engine(config_of(folder), "paged"))
     assert found["load then compare"].status == "fail"
+    assert "with other KV than was loaded" in found["load then compare"].detail
     assert "do not serve" in found["load then compare"].remedy
 
 
@@ -125,10 +134,15 @@ def test_tensorrt_llm_stand_in(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("found", "status", "text"),
     [
-        (Compared((1,), (2,), (1,), 32, ""), "ok", "32 loaded tokens"),
-        (Compared((1,), (2,), (3,), 32, ""), "fail", "computed it is"),
-        (Compared((1,), (1,), (1,), 32, ""), "warn", "proves nothing"),
-        (Compared((1,), (2,), (1,), 0, "no reason"), "fail", "loaded nothing: no reason"),
+        (Compared((1,), (2,), (1,), 32, "", True), "ok", "32 loaded tokens"),
+        (Compared((1,), (2,), (1,), 32, "", None), "ok", "32 loaded tokens"),
+        # A healthy engine may answer otherwise where the likeliest tokens lie close together.
+        (Compared((1,), (2,), (3,), 32, "", True), "warn", "came back byte for byte"),
+        (Compared((1,), (2,), (3,), 32, "", None), "warn", "could not be compared"),
+        (Compared((1,), (2,), (1,), 32, "", False), "fail", "with other KV than was loaded"),
+        (Compared((1,), (1,), (1,), 32, "", False), "fail", "with other KV than was loaded"),
+        (Compared((1,), (1,), (1,), 32, "", True), "warn", "proves nothing"),
+        (Compared((1,), (2,), (1,), 0, "no reason", None), "fail", "loaded nothing: no reason"),
     ],
 )
 def test_judgement(found, status, text):
