@@ -47,6 +47,11 @@ MAX_SESSIONS = 8
 The layer groups of a chunk have a few different sizes, which come again with every chunk; opening a
 decoder takes 60 to 500 ms.
 """
+MAX_SESSION_BYTES = 256 << 20
+"""Of one picture of each of them, together; an open decoder keeps a few pictures on the GPU.
+
+Eight usual sizes (1024x1634, 10 bits) have 80 MB; large ones push others out.
+"""
 # Asking means creating a CUDA context: a second or two on a busy host, much more on a sick one.
 _ASK_TIMEOUT_SECONDS = 60.0
 
@@ -209,7 +214,11 @@ class NvdecDecoder:
         key = _session_key(geometry)
         session = self._sessions.pop(key, None)
         if session is None:
-            while len(self._sessions) >= MAX_SESSIONS:
+            room = MAX_SESSION_BYTES - _picture_bytes(geometry)
+            while self._sessions and (
+                len(self._sessions) >= MAX_SESSIONS
+                or sum(s.picture_bytes for s in self._sessions.values()) > room
+            ):
                 del self._sessions[next(iter(self._sessions))]
             session = _Session(self._nvc, self._gpu, geometry)
         self._sessions[key] = session  # the latest at the end
@@ -226,6 +235,7 @@ class _Session:
 
     def __init__(self, nvc: Any, gpu: int, geometry: PlaneGeometry) -> None:
         self._nvc = nvc
+        self.picture_bytes = _picture_bytes(geometry)
         self._decoder = nvc.CreateDecoder(
             gpuid=gpu,
             codec=nvc.cudaVideoCodec.HEVC,
@@ -401,6 +411,10 @@ def _checked_address(frame: Any, geometry: PlaneGeometry) -> int:
 def sample_shift(geometry: PlaneGeometry) -> int:
     """NVDEC gives samples of more than 8 bits in the high bits of 16: so many bits up."""
     return 0 if geometry.bit_depth == 8 else 16 - geometry.bit_depth
+
+
+def _picture_bytes(geometry: PlaneGeometry) -> int:
+    return geometry.num_bytes // geometry.num_frames
 
 
 def _session_key(geometry: PlaneGeometry) -> tuple[int, int, int, Chroma]:

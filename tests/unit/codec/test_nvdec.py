@@ -5,6 +5,7 @@ import ctypes
 import numpy as np
 import pytest
 
+from kvfetcher.codec import nvdec
 from kvfetcher.codec.base import PlaneGeometry
 from kvfetcher.codec.nvdec import NvdecDecoder, sample_shift
 from kvfetcher.codec.video import encode_planes
@@ -62,3 +63,17 @@ def test_nothing_is_asked_for_where_no_picture_comes(decoder, packets):
         decoder.decode_on_gpu([b"\0\0\0\1no stream"], GEOMETRY, lambda: asked.append(1))
     assert not asked
     assert decoder.decode_on_gpu(packets, GEOMETRY) is None, "pictures are dropped"
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(8, 8), (1, 1), (2.5, 2)])
+def test_open_decoders_are_bounded_by_what_their_pictures_take(
+    decoder, packets, monkeypatch, limit, kept
+):
+    picture = GEOMETRY.num_bytes // GEOMETRY.num_frames
+    monkeypatch.setattr(nvdec, "MAX_SESSION_BYTES", int(limit * picture))
+    for _ in range(10):  # a new size each time, but for what the session is given
+        decoder.decode_on_gpu(packets, GEOMETRY)
+        session = decoder._sessions.pop(nvdec._session_key(GEOMETRY))
+        decoder._sessions[object()] = session
+    assert len(decoder._sessions) == kept
+    assert nvdec.MAX_SESSIONS == 8
