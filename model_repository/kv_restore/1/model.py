@@ -24,9 +24,12 @@ from kvfetcher.serving.tensors import bytes_tensor, read_array, read_text, read_
 class TritonPythonModel:
     def initialize(self, args):
         setup.check_stub(args, pb_utils)
+        config = load_config()
         self.restorer = UnitRestorer()
-        if not has_driver():
-            setup.lower_priority(load_config().fetch.nice)
+        if has_driver():
+            self.restorer.warm_up(config)
+        else:
+            setup.lower_priority(config.fetch.nice)
 
     def execute(self, requests):
         responses = respond_together(requests, self._start, self._finish, pb_utils)

@@ -28,6 +28,7 @@ from kvfetcher.errors import (
     RequestError,
 )
 from kvfetcher.serving.gpu_coding import Arenas, GpuInput, GpuOutput
+from kvfetcher.serving.warm_up import gpu_of, warm_up_units
 from kvfetcher.spec import KVSpec
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
     from kvfetcher.codec.base import Decoder, Integers
     from kvfetcher.codec.unit import Unit
-    from kvfetcher.config import CodecConfig
+    from kvfetcher.config import CodecConfig, Config
     from kvfetcher.serving.gpu_coding import GpuJob, KeptPlanes
 
 DecoderChoice = Literal["auto", "cpu", "nvdec"]
@@ -228,6 +229,27 @@ class UnitRestorer:
     def __init__(self) -> None:
         self._arenas = Arenas()
         self._gpu = GpuInput()
+
+    def warm_up(self, config: Config) -> None:
+        """Restore units like those that will come, where the arena is to lie on a GPU.
+
+        What fails is logged: it may be mended by the time that it is needed.
+        """
+        gpu = gpu_of(config)
+        if gpu is None:
+            return
+        started = time.perf_counter()
+        decoder = VideoDecoder()
+        try:
+            for data in warm_up_units(config):
+                unit = parse_unit(data)
+                self._gpu.warm_up(gpu, unit, _planes_of(unit, decoder))
+        except Exception as exc:  # noqa: BLE001 - nothing here may keep the server from starting
+            _log.warning("GPU %d is not warmed up: %s: %s", gpu, type(exc).__name__, exc)
+        else:
+            _log.info("GPU %d restores units after %.0f ms", gpu, _ms_since(started))
+        finally:
+            decoder.close()
 
     def start(
         self,

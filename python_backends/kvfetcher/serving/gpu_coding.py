@@ -221,6 +221,20 @@ class GpuInput:
         self._block_ids: OrderedDict[tuple[int, tuple[int, ...]], Any] = OrderedDict()
         self._is_lost = False
 
+    def warm_up(self, gpu: int, unit: Unit, planes: Integers) -> None:
+        """Restore a unit into memory that is freed again.
+
+        Raises:
+            GpuError: the GPU failed.
+        """
+        try:
+            restorer = self._restorer(gpu)
+            if restorer is not None and restorer.can_restore(unit):
+                restorer.restore(unit, self._planes(unit, planes.view(np.uint8), None, gpu))
+        except RuntimeError as exc:
+            self._settle(gpu)
+            raise self._failure(gpu, exc) from exc
+
     def start(
         self,
         unit: Unit,
