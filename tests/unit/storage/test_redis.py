@@ -310,6 +310,8 @@ async def test_the_documented_user_may_do_all_that_is_needed(tmp_path, monkeypat
         assert (await store.head(NAME)).num_bytes == 4
         assert [info.name async for info in store.list_prefix("ab/")] == [NAME]
         await store.quarantine(NAME, "why")
+        (aside,) = [aside async for aside in store.list_quarantined()]
+        await store.delete_quarantined(aside)
         await store.put(NAME, b"data")
         await store.delete(NAME)
         assert [info async for info in store.list_prefix()] == []
