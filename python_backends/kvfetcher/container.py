@@ -48,6 +48,12 @@ _VARIANT = struct.Struct("<24s")
 _UNIT = struct.Struct("<IIHHIQQ32s")
 _DIGEST_BYTES = 32
 
+UNIT_MAGIC = b"KVFUNIT\0"
+# Within a unit (`codec.unit`): dtype, kv_factor, num_layers_of_model, num_kv_heads, head_dim,
+# layer_start, num_layers, num_tokens, first_position.
+_UNIT_FACTS = struct.Struct("<BBIIIIIIQ")
+_UNIT_FACTS_AT = 26
+
 _ZERO_KEY = bytes(32)
 
 
@@ -331,10 +337,11 @@ def parse_header(prefix: bytes | memoryview) -> ChunkHeader:
 
 
 def check_unit(header: ChunkHeader, entry: UnitEntry, data: bytes | memoryview) -> None:
-    """Check a unit's bytes against the chunk's table.
+    """Check a unit's bytes against the chunk's table, and whose values they say they are.
 
     Raises:
-        FormatError: `data` is not as long as the table says.
+        FormatError: `data` is not as long as the table says, or is a unit of other layers, tokens,
+            geometry or position than the chunk's.
         ChecksumError: its SHA-256 differs.
     """
     name = (
@@ -345,6 +352,26 @@ def check_unit(header: ChunkHeader, entry: UnitEntry, data: bytes | memoryview) 
         raise FormatError(f"{name}: expected {entry.length} bytes, got {len(data)}")
     if hashlib.sha256(data).digest() != entry.digest:
         raise ChecksumError(f"{name}: bytes differ from their SHA-256; the store's copy is damaged")
+    # What is no unit at all is for its parser to refuse.
+    if data[: len(UNIT_MAGIC)] == UNIT_MAGIC and len(data) >= _UNIT_FACTS_AT + _UNIT_FACTS.size:
+        spec = header.spec
+        expected = (
+            DTYPE_CODES[spec.dtype],
+            spec.kv_factor,
+            spec.num_layers,
+            spec.num_kv_heads,
+            spec.head_dim,
+            entry.layer_start,
+            entry.num_layers,
+            header.num_tokens,
+            header.first_position,
+        )
+        found = _UNIT_FACTS.unpack_from(data, _UNIT_FACTS_AT)
+        if found != expected:
+            raise FormatError(
+                f"{name}: it says (dtype, kv_factor, layers of the model, heads, dim, first layer,"
+                f" layers, tokens, position) {found}, the chunk {expected}; save it again"
+            )
 
 
 def parse_spec(

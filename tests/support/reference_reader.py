@@ -26,6 +26,10 @@ def read_chunk(data, variant=None, artifact=None):
         if unit["variant"] == variant:
             raw = data[unit["offset"] : unit["offset"] + unit["length"]]
             assert hashlib.sha256(raw).digest() == unit["sha256"]
+            layers, factor, heads, tokens, dim = header["shape"]
+            ours = (header["dtype"], factor, layers, heads, dim)
+            where = (unit["layer_start"], unit["num_layers"], tokens, header["first_position"])
+            assert struct.unpack_from("<BB6IQ", raw, 26) == (*ours, *where)
             parts.append(read_unit(raw, artifact))
     return header, np.concatenate(parts)
 
@@ -103,7 +107,10 @@ def read_unit(data, artifact=None):
         stored = data[at : at + stored_bytes]
         assert zero == 0
         assert zlib.crc32(stored) == crc
-        raw = zstandard.ZstdDecompressor().decompress(stored) if encoding == 1 else stored
+        assert encoding == 0 or (encoding == 1 and kind not in (1, 2))
+        raw = stored
+        if encoding == 1:
+            raw = zstandard.ZstdDecompressor().decompress(stored, allow_extra_data=False)
         assert len(raw) == raw_bytes
         sections[kind] = raw
         at += stored_bytes

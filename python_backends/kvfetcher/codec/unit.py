@@ -20,6 +20,7 @@ from kvfetcher.container import (
     MAX_CHUNK_BYTES,
     MAX_CHUNK_TOKENS,
     MAX_POSITION,
+    UNIT_MAGIC,
     parse_spec,
 )
 from kvfetcher.errors import ChecksumError, FormatError, UnsupportedVersionError
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvfetcher.codec.base import Chroma
-
-UNIT_MAGIC = b"KVFUNIT\0"
 
 MAX_UNIT_BYTES = MAX_CHUNK_BYTES
 MAX_SECTIONS = 64
@@ -57,6 +56,7 @@ ZSTD = 1
 # (500-1000 MB/s per core), a fifth of all that restoring an element costs.
 _ZSTD_MUST_SAVE = 0.02
 _ZSTD_LEVEL = 3
+_ZSTD_WINDOW = 128 << 20
 
 _NO_VIDEO = 0
 _CODEC_HEVC = 1
@@ -375,6 +375,9 @@ def _parse_sections(
                 f"section {kind} of the unit has encoding {encoding}, which this build does not"
                 " know; upgrade kvfetcher"
             )
+        if encoding != RAW and kind in (PACKET_LENGTHS, BITSTREAM):
+            # Nothing else bounds them: a tiny unit could inflate to MAX_UNIT_BYTES.
+            raise FormatError(f"section {kind}, the video of a unit, must be stored raw")
         if sections and kind <= sections[-1].kind:
             raise FormatError(f"sections of a unit must be in rising order of kind, got {kind}")
         if stored_bytes > len(view) - at or raw_bytes > MAX_UNIT_BYTES:
@@ -401,8 +404,10 @@ def _inflate(section: Section) -> bytes:
             raise FormatError(
                 f"section {section.kind} says {section.raw_bytes} bytes, its zstd frame {size}"
             )
-        decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 27)
-        data = decompressor.decompress(section.stored, max_output_size=section.raw_bytes)
+        decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
+        data = decompressor.decompress(
+            section.stored, max_output_size=section.raw_bytes, allow_extra_data=False
+        )
     except zstandard.ZstdError as exc:
         raise FormatError(f"section {section.kind} is not a whole zstd frame: {exc}") from exc
     if len(data) != section.raw_bytes:

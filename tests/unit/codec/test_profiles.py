@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from kvfetcher.codec.profiles import (
 from kvfetcher.codec.unit import parse_unit
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.config import CodecConfig
-from kvfetcher.container import check_unit, parse_header
+from kvfetcher.container import UnitData, build_chunk, check_unit, parse_header
 from kvfetcher.errors import (
     ChecksumError,
     CodecError,
@@ -112,6 +113,45 @@ def test_units_know_their_position_and_model():
     unit = parse_unit(data[entry.offset : entry.stop])
     assert (unit.spec, unit.first_position, unit.num_tokens) == (SPEC, 64, TOKENS)
     assert (unit.layer_start, unit.num_layers) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("offset", "replacement"),
+    [
+        (26, b"\2"),  # dtype
+        (27, b"\1"),  # kv_factor
+        (28, (6).to_bytes(4, "little")),  # layers of the model
+        (36, (8).to_bytes(4, "little")),  # head dim
+        (40, (1).to_bytes(4, "little")),  # first layer
+        (44, (1).to_bytes(4, "little")),  # layers
+        (48, (41).to_bytes(4, "little")),  # tokens
+        (52, (65).to_bytes(8, "little")),  # position
+    ],
+)
+def test_unit_of_another_chunk_is_refused_although_its_digest_is_right(offset, replacement):
+    data = encode(unit_layers=2)
+    header = parse_header(data)
+    parts = [
+        UnitData(u.layer_start, u.num_layers, u.variant, data[u.offset : u.stop])
+        for u in header.units
+    ]
+    parts[0] = replace(parts[0], data=resealed_unit(parts[0].data, offset, replacement))
+    forged = build_chunk(
+        parts,
+        spec=SPEC,
+        profile=header.profile,
+        identity=header.identity,
+        chunk_key=header.chunk_key,
+        first_position=64,
+        token_ids=header.token_ids,
+    )
+    first, second, _ = parse_header(forged).units
+    header = parse_header(forged)
+    check_unit(header, second, memoryview(forged)[second.offset : second.stop])
+    with pytest.raises(FormatError, match="it says"):
+        check_unit(header, first, memoryview(forged)[first.offset : first.stop])
+    with pytest.raises(FormatError, match="it says"):
+        describe_chunk(forged)
 
 
 def test_planes_may_come_as_bytes():

@@ -162,11 +162,38 @@ def test_compression_bomb_is_refused_before_it_is_inflated():
         parse_unit(data).section(16, num_bytes=1000)
 
 
+@pytest.mark.parametrize("kind", [1, 2])
+def test_video_that_is_compressed_again_is_refused(kind):
+    """A frame of zeros would inflate to 1 GiB from a few bytes, and no header says otherwise."""
+    sections = [*video_sections([b"a" * 8, b"b" * 8]), raw_section(16, b"side")]
+    frame = zstandard.ZstdCompressor(write_content_size=True).compress(
+        bytes(sections[kind - 1].stored)
+    )
+    sections[kind - 1] = Section(kind, ZSTD, sections[kind - 1].raw_bytes, frame)
+    with pytest.raises(
+        FormatError, match=f"section {kind}, the video of a unit, must be stored raw"
+    ):
+        write_unit(unit(tuple(sections)))
+
+
+SOUND = zstandard.ZstdCompressor(write_content_size=True).compress(bytes(1000))
+WITH_DICTIONARY = zstandard.ZstdCompressor(
+    dict_data=zstandard.ZstdCompressionDict(
+        bytes(range(256)) * 8, dict_type=zstandard.DICT_TYPE_RAWCONTENT
+    ),
+    write_content_size=True,
+).compress((bytes(range(256)) * 8)[1000:2000])
+
+
 @pytest.mark.parametrize(
     "frame",
     [
         b"no frame at all",
-        zstandard.ZstdCompressor(write_content_size=True).compress(bytes(1000))[:-2],
+        SOUND + b"junk",
+        SOUND + SOUND,
+        SOUND + zstandard.ZstdCompressor(write_content_size=True).compress(b""),
+        WITH_DICTIONARY,
+        SOUND[:-2],
         zstandard.ZstdCompressor(write_content_size=False).compress(bytes(1000)),
     ],
 )
