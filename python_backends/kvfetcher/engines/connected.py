@@ -123,7 +123,7 @@ class ConnectedEngine:
         )
         self._lock = threading.Lock()
         self._counters = ConnectedCounters()
-        self._running = 0
+        self._running = self._in_engine = 0
         self._closing = False
         hub.wait_ready(_START_SECONDS)
         if config.connector.kv_layout == "auto":
@@ -172,20 +172,19 @@ class ConnectedEngine:
             max_positions=self._model.max_positions,
         )
         self._enter()
-        is_running = True
+        is_in_engine = True
         try:
             async for event in self._serve(request, max_tokens, is_cancelled or _never):
-                if is_running and event.finish_reason:
-                    # What follows is waiting for the save, which takes nobody's place in the engine.
-                    is_running = False
-                    self._count(running=-1)
+                if is_in_engine and event.finish_reason:
+                    # What follows is waiting for the save, which takes nobody's place.
+                    is_in_engine = False
+                    self._count(in_engine=-1)
                 yield event
         except Exception:
             self._count(failed=1)
             raise
         finally:
-            if is_running:
-                self._count(running=-1)
+            self._count(running=-1, in_engine=-int(is_in_engine))
 
     def close(self) -> None:
         with self._lock:
@@ -255,7 +254,7 @@ class ConnectedEngine:
                 event = answer.take(step, run)
                 if event is None:
                     continue
-                if is_first and self._running == 1 and event.timings is not None:
+                if is_first and self._in_engine == 1 and event.timings is not None:
                     computed = event.timings.computed_tokens
                     self._source.note_first_token(
                         len(request.input_ids) - computed, computed, event.timings.prefill_ms / 1e3
@@ -317,18 +316,20 @@ class ConnectedEngine:
         with self._lock:
             if self._closing or self._hub.dead:
                 raise EngineError(self._hub.dead or "the engine is closed")
-            if self._running >= engine.max_running_requests + engine.max_waiting_requests:
+            if self._in_engine >= engine.max_running_requests + engine.max_waiting_requests:
                 self._counters.refused += 1
                 raise EngineBusyError(
-                    f"{self._running} requests run or wait, which is all that"
+                    f"{self._in_engine} requests run or wait, which is all that"
                     " engine.max_running_requests and engine.max_waiting_requests allow; try again"
                     " later"
                 )
             self._running += 1
+            self._in_engine += 1
 
-    def _count(self, *, running: int = 0, **changes: int) -> None:
+    def _count(self, *, running: int = 0, in_engine: int = 0, **changes: int) -> None:
         with self._lock:
             self._running += running
+            self._in_engine += in_engine
             for name, change in changes.items():
                 setattr(self._counters, name, getattr(self._counters, name) + change)
 
