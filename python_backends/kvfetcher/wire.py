@@ -53,7 +53,7 @@ PLANES = "planes"  # UINT8 [num_frames, num_planes, height, width * bytes_per_sa
 PLANES_AT = "planes_at"  # STRING [1], JSON PlaneTicket (plane_ring.py); "" = planes holds them
 KV_TARGET = "kv_target"  # STRING [1], JSON BlockTarget (arena.py); "" = return the values
 KV_VALUES = "kv_values"  # UINT8 [num_bytes], canonical [L, K, H, T, D], little-endian
-DECODE_STATUS = "decode_status"  # STRING [1], JSON: decoder, decode_ms
+DECODE_STATUS = "decode_status"  # STRING [1], JSON: decoder, decode_ms, stamps
 KV_STATUS = "kv_status"  # STRING [1], JSON: timings and which decoder
 KV_SPEC = "kv_spec"  # STRING [1], JSON (ChunkSource of kv_encode)
 CHUNK = "chunk"  # UINT8 [num_bytes], one chunk object (FORMAT.md)

@@ -5,7 +5,7 @@ Inputs   unit    UINT8 [1, num_bytes]  one unit (FORMAT.md)
 Outputs  planes  UINT8 [1, num_frames, num_planes, height, width * bytes_per_sample]
          planes_at  STRING [1, 1]  JSON PlaneTicket of planes on a GPU (planes is then one zero), or ""
          unit_rest  UINT8 [1, num_bytes]  the unit without its bitstream, for kv_restore
-         decode_status  STRING [1, 1]  JSON: decoder, decode_ms, fallback
+         decode_status  STRING [1, 1]  JSON: decoder, decode_ms, stamps, fallback
 Errors   INVALID_ARG bad unit or target · UNAVAILABLE no decoder for it
 """
 

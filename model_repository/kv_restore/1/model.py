@@ -6,7 +6,7 @@ Inputs   unit       UINT8  [1, num_bytes]  one unit (FORMAT.md), or kv_decode's 
          decode_status  STRING [1, 1]  JSON of kv_decode, passed on; optional
          kv_target  STRING [1, 1]  JSON BlockTarget; absent or "" = return the values
 Outputs  kv_values  UINT8  [1, num_bytes]  canonical [L, K, H, T, D]; empty where a target is given
-         kv_status  STRING [1, 1]  JSON: layers, tokens, times, which decoder
+         kv_status  STRING [1, 1]  JSON: layers, tokens, times, stamps, batch, which decoder
 Errors   INVALID_ARG bad unit or target · NOT_FOUND the arena is gone
 """
 

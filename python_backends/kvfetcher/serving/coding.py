@@ -105,7 +105,7 @@ class UnitDecoder:
             FormatError, CodecError: as `decode`.
             LayoutError, ArenaError: the target is not one, or its arena is gone.
         """
-        started = time.perf_counter()
+        started = time.monotonic()
         parsed = parse_unit(unit)
         if not parsed.geometry.num_frames:
             planes, text = self._decode(parsed, started)
@@ -125,14 +125,15 @@ class UnitDecoder:
     def decode(self, unit: bytes | memoryview) -> tuple[NDArray[np.uint8], str]:
         """Planes [F, P, Y, X * bytes_per_sample] uint8 and the status JSON.
 
-        The status holds `decoder` ("nvdec", "cpu", or "none" for a unit without video), `decode_ms` and, where NVDEC should have
-        decoded and did not, `fallback`: why.
+        The status holds `decoder` ("nvdec", "cpu", or "none" for a unit without video), `decode_ms`,
+        `stamps` (seconds of the machine's monotonic clock) and, where NVDEC should have decoded and
+        did not, `fallback`: why.
 
         Raises:
             FormatError: not a unit.
             CodecError: the bitstream does not decode to what the unit says.
         """
-        started = time.perf_counter()
+        started = time.monotonic()
         return self._decode(parse_unit(unit), started)
 
     def _decode(self, unit: Unit, started: float) -> tuple[NDArray[np.uint8], str]:
@@ -150,6 +151,7 @@ class UnitDecoder:
             planes = _planes_of(unit, self._cpu)
             status["decoder"] = "cpu"
         status["decode_ms"] = _ms_since(started)
+        status["stamps"] = _stamps(decode=started, decoded=time.monotonic())
         if not planes.size:
             status["decoder"] = "none"
         elif fallback:
@@ -183,6 +185,7 @@ def _kept_unit(kept: KeptPlanes, rest: bytes, started: float) -> DecodedUnit:
         "decoder": "nvdec",
         "planes": "gpu" if kept.planes is None else "host",
         "decode_ms": _ms_since(started),
+        "stamps": _stamps(decode=started, reserved=kept.reserved_at, decoded=time.monotonic()),
     }
     if kept.why:
         status["fallback"] = kept.why
@@ -218,6 +221,7 @@ class RestoreJob:
     unit: Unit
     decode_status: str
     started: float
+    launched: float = 0.0
     values: bytes = b""
     on_gpu: GpuJob | None = None
     """None = it is done."""
@@ -238,7 +242,7 @@ class UnitRestorer:
         gpu = gpu_of(config)
         if gpu is None:
             return
-        started = time.perf_counter()
+        started = time.monotonic()
         decoder = VideoDecoder()
         try:
             for data in warm_up_units(config):
@@ -276,7 +280,8 @@ class UnitRestorer:
             GpuError: planes on a GPU are gone, or it failed.
         """
         try:
-            return self._start(data, planes, planes_at, target_json, decode_status)
+            job = self._start(data, planes, planes_at, target_json, decode_status)
+            return replace(job, launched=time.monotonic())
         except BaseException:
             if planes_at:
                 self._gpu.drop(planes_at)
@@ -290,7 +295,7 @@ class UnitRestorer:
         target_json: str,
         decode_status: str,
     ) -> RestoreJob:
-        started = time.perf_counter()
+        started = time.monotonic()
         unit = parse_unit(data, checks_video=False)
         job = RestoreJob(unit, decode_status, started)
         if not target_json:
@@ -307,11 +312,12 @@ class UnitRestorer:
     def finish(self, jobs: Sequence[RestoreJob]) -> list[tuple[bytes, str] | Exception]:
         """Values (empty where a target was given) and status JSON of each job, or its error."""
         found = self._gpu.finish([job.on_gpu for job in jobs if job.on_gpu is not None])
+        synced = time.monotonic()
         errors = iter(found)
         results: list[tuple[bytes, str] | Exception] = []
         for job in jobs:
             error = None if job.on_gpu is None else next(errors)
-            results.append(error or (job.values, _restore_status(job)))
+            results.append(error or (job.values, _restore_status(job, synced, len(jobs))))
         return results
 
     def restore(
@@ -346,17 +352,23 @@ class UnitRestorer:
         self._arenas.close()
 
 
-def _restore_status(job: RestoreJob) -> str:
+def _restore_status(job: RestoreJob, synced: float, batch: int) -> str:
     unit = job.unit
+    decoded: dict[str, Any] = json.loads(job.decode_status) if job.decode_status else {}
+    stamps = decoded.pop("stamps", {}) | _stamps(
+        restore=job.started, launched=job.launched, synced=synced
+    )
     status = {
         "layer_start": unit.layer_start,
         "num_layers": unit.num_layers,
         "num_tokens": unit.num_tokens,
         "decoder": "",
         "decode_ms": 0.0,
-        **(json.loads(job.decode_status) if job.decode_status else {}),
+        **decoded,
         "restorer": "cpu" if job.on_gpu is None else job.on_gpu.restorer,
         "restore_ms": _ms_since(job.started),
+        "batch": batch,
+        "stamps": stamps,
     }
     return json.dumps(status)
 
@@ -386,7 +398,7 @@ class ChunkEncoder:
             RequestError: the JSON or the size of `values` does not fit.
             LayoutError, ArenaError: the target does not fit or is gone.
         """
-        started = time.perf_counter()
+        started = time.monotonic()
         asked = _parse_spec(spec_json)
         spec: KVSpec = asked["spec"]
         if target_json:
@@ -449,5 +461,10 @@ def _as_values(values: bytes, spec: KVSpec, num_tokens: int) -> NDArray[Any]:
     return np.frombuffer(values, storage_dtype(spec)).reshape(shape)
 
 
+def _stamps(**seconds: float) -> dict[str, float]:
+    """Moments of one unit's way, comparable over the machine's processes."""
+    return {name: round(moment, 6) for name, moment in seconds.items()}
+
+
 def _ms_since(started: float) -> float:
-    return round((time.perf_counter() - started) * 1e3, 3)
+    return round((time.monotonic() - started) * 1e3, 3)

@@ -87,6 +87,8 @@ class KeptPlanes(NamedTuple):
     """[F, P, Y, X] in host memory."""
     why: str = ""
     """Why they are in host memory."""
+    reserved_at: float = 0.0
+    """When their memory was found, seconds of `time.monotonic`."""
 
 
 class GpuOutput:
@@ -131,24 +133,25 @@ class GpuOutput:
         ring = self._open_ring(decoder.context)
         geometry = unit.geometry
         ticket: PlaneTicket | None = None
-        why = self._no_ring
+        why, reserved_at = self._no_ring, 0.0
 
         def place() -> int | None:
-            nonlocal ticket, why
+            nonlocal ticket, why, reserved_at
             if ring is not None:
                 ticket, why = self._reserve(ring, geometry)
+            reserved_at = time.monotonic()
             return None if ring is None or ticket is None else ring.address_of(ticket)
 
         try:
             planes = decoder.decode_on_gpu(unit.packets(), geometry, place)
             if ring is None or ticket is None:
-                return KeptPlanes("", planes, why)
+                return KeptPlanes("", planes, why, reserved_at)
             ring.written()
         except BaseException:
             if ring is not None and ticket is not None:
                 ring.cancel(ticket)
             raise
-        return KeptPlanes(ticket.to_json())
+        return KeptPlanes(ticket.to_json(), reserved_at=reserved_at)
 
     def _reserve(self, ring: PlaneRing, geometry: PlaneGeometry) -> tuple[PlaneTicket | None, str]:
         """Room for planes, or None and why there is none."""

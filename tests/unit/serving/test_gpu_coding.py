@@ -441,6 +441,19 @@ def test_a_gpus_failure_is_answered_and_a_lost_context_told(
     assert restorer.is_lost() is is_broken
 
 
+def test_the_stamps_tell_a_units_way_in_order(restorer, kept, on_failing_gpu):
+    on_failing_gpu()
+    _, status = restore_kept(restorer, kept)
+    facts = json.loads(status)
+    assert list(facts["stamps"]) == [
+        "decode", "reserved", "decoded", "restore", "launched", "synced",
+    ]  # fmt: skip
+    moments = list(facts["stamps"].values())
+    assert moments == sorted(moments)
+    assert moments[0] > 0
+    assert facts["batch"] == 1
+
+
 def test_all_planes_come_back_when_finishing_raises(restorer, decoder, kept, on_failing_gpu):
     on_failing_gpu(finish=KeyError("a bug"))
     with pytest.raises(KeyError):
