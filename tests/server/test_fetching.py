@@ -78,6 +78,7 @@ def test_the_gates_prediction_and_its_outcome_are_told(running, prompt):
     gate = report["gate"]
     assert gate["verdict"] in ("all", "part", "probe")
     assert gate["predicted_compute_ms"] > gate["predicted_ms"] > 0
+    assert gate["predicted_all_fetch_ms"] >= gate["predicted_fetch_ms"] > 0
     assert gate["fetch_ms"] > 0
     assert gate["error_ms"] == pytest.approx(gate["fetch_ms"] - gate["predicted_fetch_ms"], abs=0.1)
     found = metrics(running)
@@ -85,8 +86,8 @@ def test_the_gates_prediction_and_its_outcome_are_told(running, prompt):
     assert total(found, "kvfetcher_gate_error_seconds_count") > 0
     assert total(found, "kvfetcher_fetch_stage_seconds_count", 'stage="lookup"') > 0
     assert total(found, "kvfetcher_link_bytes_per_second") > 0
-    breaker = [v for name, v in found.items() if name.startswith("kvfetcher_store_breaker_open")]
-    assert breaker == [0]
+    for name in ("kvfetcher_store_breaker_open", "kvfetcher_save_store_breaker_open"):
+        assert [v for k, v in found.items() if k.startswith(name)] == [0]
 
 
 def test_warming_brings_a_prefix_near_and_generates_nothing(tmp_path, prompt):

@@ -19,6 +19,7 @@ from kvfetcher.config import load_config
 from kvfetcher.engines.host import EngineHost
 from kvfetcher.serving import setup
 from kvfetcher.serving.generating import Generation, SaveQueue
+from kvfetcher.serving.metrics import Metrics
 from kvfetcher.serving.respond import log_failure, send, send_error, settle_ensemble
 
 
@@ -28,6 +29,7 @@ class TritonPythonModel:
         config = load_config()
         self.host = EngineHost(config)
         self.saves = SaveQueue(config, pb_utils)
+        self.metrics = Metrics(pb_utils)
 
     async def execute(self, requests):
         await asyncio.gather(*(self._serve(request) for request in requests))
@@ -40,6 +42,7 @@ class TritonPythonModel:
             async for response, is_last in generation.responses(self.host, sender.is_cancelled):
                 send(sender, response, pb_utils, is_last=is_last)
                 is_begun, is_answered = True, is_last
+            generation.count_regret(self.metrics)
             await self.saves.save(generation.ticket)
         except Exception as exc:  # noqa: BLE001 - the boundary
             if is_answered:
@@ -51,4 +54,5 @@ class TritonPythonModel:
 
     def finalize(self):
         self.saves.close()
+        self.metrics.close()
         self.host.close()

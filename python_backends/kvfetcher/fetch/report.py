@@ -6,9 +6,11 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from kvfetcher.fetch.gate import Regret
+
 if TYPE_CHECKING:
     from kvfetcher.fetch.bandwidth import LinkEstimate
-    from kvfetcher.fetch.gate import Decision, Regret
+    from kvfetcher.fetch.gate import Decision
     from kvfetcher.fetch.run import RunFacts
 
 Outcome = Literal["hit", "partial", "miss", "skipped", "warmed"]
@@ -30,6 +32,7 @@ Reason = Literal[
     "fell_behind",  # the gate's prediction, during the fetch; what had arrived was kept
     "decode_error",
     "arena_full",
+    "line_full",  # fetch.max_waiting_requests prefixes wait already
     "deadline",
     "engine_error",
 ]
@@ -90,7 +93,7 @@ class GateReport:
         self.loss_ms = _ms(regret.loss_seconds)
 
 
-def tell_computed(report: dict[str, Any], prefill_ms: float) -> None:
+def tell_computed(report: dict[str, Any], prefill_ms: float) -> Regret | None:
     """Put into a report how the gate's decision to fetch nothing turned out.
 
     Only the engine knows, in another process than the fetcher's.
@@ -99,14 +102,19 @@ def tell_computed(report: dict[str, Any], prefill_ms: float) -> None:
         report: a `FetchReport` that travelled as JSON; one that says nothing of such a decision
             stays as it is.
         prefill_ms: what computing the prompt took.
+
+    Returns:
+        What was put there; None where it stayed as it is.
     """
     gate = report.get("gate")
     if not isinstance(gate, dict) or gate.get("verdict") != "none":
-        return
+        return None
     computed, fetched = gate.get("predicted_compute_ms"), gate.get("predicted_with_fetch_ms")
-    if isinstance(computed, float) and isinstance(fetched, float):
-        gate["error_ms"] = round(prefill_ms - computed, 3)
-        gate["loss_ms"] = round(prefill_ms - fetched, 3)
+    if not (isinstance(computed, float) and isinstance(fetched, float)):
+        return None
+    result = Regret((prefill_ms - computed) / 1e3, (prefill_ms - fetched) / 1e3)
+    gate["error_ms"], gate["loss_ms"] = _ms(result.error_seconds), _ms(result.loss_seconds)
+    return result
 
 
 @dataclass(slots=True)

@@ -17,7 +17,7 @@ from kvfetcher.fetch.decode_times import H100_NVDEC, cpu_table, load_table
 from kvfetcher.fetch.fetcher import Fetched, Fetcher, UnitStatus
 from kvfetcher.server.repository import decode_instances, parallel_decoders
 from kvfetcher.serving.leases import EngineLeases
-from kvfetcher.serving.metrics import Metrics
+from kvfetcher.serving.metrics import Metrics, store_observer
 from kvfetcher.serving.tensors import bytes_tensor, text_tensor
 from kvfetcher.serving.watching import ClientWatch, Watches
 from kvfetcher.storage import TieredStore, open_store
@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from kvfetcher.fetch.decode_times import DecodeTable
     from kvfetcher.fetch.fetcher import FetchLoad
     from kvfetcher.fetch.report import FetchReport
-    from kvfetcher.storage import StoreEvent
 
-_OTHER_THREADS = 32
+# Checks of what was read, and names that are looked up.
+_OTHER_THREADS = 8
+# So often gauges are brought up to date while something is fetched.
+_SHOW_SECONDS = 0.5
 
 _log = logging.getLogger(__name__)
 
@@ -45,37 +47,46 @@ class FetchService:
         self._metrics = Metrics(pb_utils)
         self._watches = Watches()
         self._fetcher: Fetcher | None = None
+        self._num_fetching = 0
+        self._showing: asyncio.Task[None] | None = None
 
     async def fetch(self, *args: Any, **kwargs: Any) -> Fetched:
         """See `Fetcher.fetch`."""
         if self._fetcher is None:  # its semaphores belong to the running loop
-            # Every unit in a decoder holds a thread of the loop's executor (Triton's async_exec
-            # blocks one), and so do store and lease calls: look-ups must never wait for decoders.
-            units = self._config.fetch.units_in_flight(decode_instances(self._config))
-            threads = units + _OTHER_THREADS
-            asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(threads))
-            store = open_store(self._config.store, observe=self._count_store_event)
-            self._fetcher = Fetcher(
-                store=store,
-                near=store if isinstance(store, TieredStore) else None,
-                # Object stores limit each connection, and are fast over many.
-                one_read_fills_link=self._config.store.kind != "s3",
-                leases=self._leases,
-                run_unit=self._run_unit,
-                config=replace(self._config.fetch, max_inflight_units=units),
-                table=_decode_table(self._config),
-                num_decoders=parallel_decoders(self._config),
-            )
-            self._metrics.set("kvfetcher_store_breaker_open", 0.0)
+            self._fetcher = self._open()
+        if self._showing is None:
+            self._showing = asyncio.create_task(self._show_while_fetching(self._fetcher))
+        self._num_fetching += 1
         try:
             fetched = await self._fetcher.fetch(*args, **kwargs)
         except RequestCancelledError:
             self._metrics.add("kvfetcher_fetches_total", outcome="cancelled", reason="")
             raise
         finally:
+            self._num_fetching -= 1
             self._show(self._fetcher.load())
         self._count(fetched.report)
         return fetched
+
+    def _open(self) -> Fetcher:
+        # Every unit in a decoder holds a thread of the loop's executor (Triton's async_exec blocks
+        # one). Store, copies near by and leases have threads of their own.
+        units = self._config.fetch.units_in_flight(decode_instances(self._config))
+        threads = units + _OTHER_THREADS
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(threads))
+        observe = store_observer(self._metrics, "kvfetcher_store")
+        store = open_store(self._config.store, observe=observe)
+        return Fetcher(
+            store=store,
+            near=store if isinstance(store, TieredStore) else None,
+            # Object stores limit each connection, and are fast over many.
+            one_read_fills_link=self._config.store.kind != "s3",
+            leases=self._leases,
+            run_unit=self._run_unit,
+            config=replace(self._config.fetch, max_inflight_units=units),
+            table=_decode_table(self._config),
+            num_decoders=parallel_decoders(self._config),
+        )
 
     def watch(self, request: Any, sender: Any) -> ClientWatch:
         """A watch on the request's client.
@@ -109,10 +120,11 @@ class FetchService:
             count("kvfetcher_gate_lost_seconds_total", gate.loss_ms / 1e3)
             count("kvfetcher_gate_gained_seconds_total", -gate.loss_ms / 1e3)
 
-    def _count_store_event(self, event: StoreEvent) -> None:
-        self._metrics.add("kvfetcher_store_events_total", event=event)
-        if event in ("opened", "closed"):
-            self._metrics.set("kvfetcher_store_breaker_open", float(event == "opened"))
+    async def _show_while_fetching(self, fetcher: Fetcher) -> None:
+        while self._num_fetching:
+            self._show(fetcher.load())
+            await asyncio.sleep(_SHOW_SECONDS)
+        self._showing = None
 
     def _show(self, load: FetchLoad) -> None:
         self._metrics.set("kvfetcher_fetches_waiting", load.num_waiting)

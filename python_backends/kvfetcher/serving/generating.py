@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from kvfetcher.config import Config
     from kvfetcher.engines.base import SaveTicket
     from kvfetcher.engines.host import EngineHost
+    from kvfetcher.fetch.gate import Regret
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class Generation:
     text: str = ""
     stream_id: str = ""
     ticket: SaveTicket | None = None
+    _regret: Regret | None = None
 
     @classmethod
     def read(cls, request: Any, pb_utils: Any) -> Generation:
@@ -125,12 +127,19 @@ class Generation:
                 if is_answered or self.options.stream:
                     yield self._response(event, report=is_first or is_answered), is_answered
 
+    def count_regret(self, metrics: Metrics) -> None:
+        """Count how the gate's decision to compute turned out, where it made one."""
+        if (result := self._regret) is not None:
+            metrics.observe("kvfetcher_gate_compute_error_seconds", abs(result.error_seconds))
+            metrics.add("kvfetcher_gate_compute_lost_seconds_total", result.loss_seconds)
+            metrics.add("kvfetcher_gate_compute_gained_seconds_total", -result.loss_seconds)
+
     def _take(self, event: GenerateEvent) -> None:
         self.output_ids.extend(event.new_token_ids)
         self.text += event.text_delta
         if event.timings is not None:
             self.report["engine"] = asdict(event.timings)
-            tell_computed(self.report, event.timings.prefill_ms)
+            self._regret = tell_computed(self.report, event.timings.prefill_ms)
 
     def _response(self, event: GenerateEvent, *, report: bool) -> Any:
         pb_utils = self.pb_utils

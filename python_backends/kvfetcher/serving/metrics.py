@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvfetcher.storage import StoreEvent
 
 _COUNTERS = {
     "kvfetcher_fetches_total": "Requests that asked for their prefix, by outcome and reason",
@@ -14,10 +19,13 @@ _COUNTERS = {
     "kvfetcher_gate_decisions_total": "Decisions of the gate, by verdict",
     "kvfetcher_gate_lost_seconds_total": "Time that fetches lost against computing, as predicted",
     "kvfetcher_gate_gained_seconds_total": "Time that fetches gained against computing",
+    "kvfetcher_gate_compute_lost_seconds_total": "Time that computing lost against fetching, as predicted",
+    "kvfetcher_gate_compute_gained_seconds_total": "Time that computing gained against fetching",
     "kvfetcher_saved_chunks_total": "Chunks written to the store",
     "kvfetcher_saved_bytes_total": "Bytes written to the store",
     "kvfetcher_save_errors_total": "Saves that stopped with an error",
     "kvfetcher_saves_dropped_total": "Saves dropped because too many were pending",
+    "kvfetcher_save_store_events_total": "As kvfetcher_store_events_total, of the store that saves",
 }
 _GAUGES = {
     "kvfetcher_saves_pending": "Saves that wait or run",
@@ -25,10 +33,12 @@ _GAUGES = {
     "kvfetcher_inflight_bytes": "Bytes asked for and not restored yet",
     "kvfetcher_link_bytes_per_second": "The store's link, as estimated",
     "kvfetcher_store_breaker_open": "1 while the store is left alone because it failed too often",
+    "kvfetcher_save_store_breaker_open": "1 while nothing is saved because the store failed too often",
 }
 _HISTOGRAMS = {
     "kvfetcher_fetch_stage_seconds": "Time of fetches by stage; see kv_report's stages_ms",
     "kvfetcher_gate_error_seconds": "By how much fetches took longer or shorter than predicted",
+    "kvfetcher_gate_compute_error_seconds": "The same of computing, where the gate chose it",
 }
 _BUCKETS_SECONDS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
 
@@ -79,3 +89,18 @@ class Metrics:
         """Drop the series; Triton wants metrics gone before their families."""
         self._metrics.clear()
         self._families.clear()
+
+
+def store_observer(metrics: Metrics, prefix: str) -> Callable[[StoreEvent], None]:
+    """Counts a store's events and shows its breaker, in the series that begin with `prefix`.
+
+    Each process has a store, and so a breaker, of its own.
+    """
+    metrics.set(f"{prefix}_breaker_open", 0.0)
+
+    def observe(event: StoreEvent) -> None:
+        metrics.add(f"{prefix}_events_total", event=event)
+        if event in ("opened", "closed"):
+            metrics.set(f"{prefix}_breaker_open", float(event == "opened"))
+
+    return observe

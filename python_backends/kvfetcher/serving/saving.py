@@ -11,6 +11,7 @@ from kvfetcher.engines.base import SaveTicket
 from kvfetcher.errors import CodecError, RequestError
 from kvfetcher.save import Saver, SaveReport
 from kvfetcher.serving.leases import EngineLeases
+from kvfetcher.serving.metrics import Metrics, store_observer
 from kvfetcher.serving.tensors import ids_tensor, text_tensor
 from kvfetcher.storage import open_store
 
@@ -51,8 +52,12 @@ class SaveService:
     def __init__(self, config: Config, pb_utils: Any) -> None:
         self._pb_utils = pb_utils
         self._leases = EngineLeases(config)
+        self._metrics = Metrics(pb_utils)
+        observe = store_observer(self._metrics, "kvfetcher_save_store")
         self._saver = Saver(
-            store=open_store(config.store), leases=self._leases, encode_chunk=self._encode_chunk
+            store=open_store(config.store, observe=observe),
+            leases=self._leases,
+            encode_chunk=self._encode_chunk,
         )
 
     async def save(self, input_ids: NDArray[np.int32], ticket_json: str) -> SaveReport:
@@ -85,7 +90,8 @@ class SaveService:
         return bytes(chunk.tobytes())
 
     def close(self) -> None:
-        """Close the connection to the engine."""
+        """Close the connection to the engine and drop the series."""
+        self._metrics.close()
         self._leases.close()
 
 

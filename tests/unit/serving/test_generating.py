@@ -96,6 +96,17 @@ async def test_the_engine_tells_how_a_decision_to_compute_turned_out():
     gate = json.loads(response["kv_report"][0])["gate"]
     assert (gate["error_ms"], gate["loss_ms"]) == (TIMINGS.prefill_ms - 1.5, -3.0)
 
+    class Counts(dict):
+        add = observe = dict.__setitem__
+
+    counts = Counts()
+    running.count_regret(counts)
+    assert counts == {
+        "kvfetcher_gate_compute_error_seconds": pytest.approx(0.0005),
+        "kvfetcher_gate_compute_lost_seconds_total": pytest.approx(-0.003),
+        "kvfetcher_gate_compute_gained_seconds_total": pytest.approx(0.003),
+    }
+
 
 async def test_heartbeats_are_empty_and_come_before_the_answer_only(monkeypatch):
     monkeypatch.setattr(generating, "_POLL_SECONDS", 0.02)
