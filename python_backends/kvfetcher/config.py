@@ -397,6 +397,9 @@ class FetchConfig(_Section):
     max_inflight_requests: int = _option(
         4, "prefixes fetched at one time; others wait in line", low=1, high=1024
     )
+    max_waiting_requests: int = _option(
+        256, "prefixes that wait in line; one more is computed", low=0
+    )
     max_read_bytes: int = _option(
         4 << 20, "neighbouring units of a chunk are read together up to this", low=1
     )

@@ -184,7 +184,10 @@ class Fetcher:
             clock=clock,
         )
         self._line = Line(
-            num_places=config.max_inflight_requests, ageing=config.ageing, clock=clock
+            num_places=config.max_inflight_requests,
+            max_waiting=config.max_waiting_requests,
+            ageing=config.ageing,
+            clock=clock,
         )
         self._warmer = Warmer(self._stages)
         self._fetches = SharedFetches(leases)
@@ -506,6 +509,11 @@ class Fetcher:
             if fetch is not None:
                 waiter = fetch.join(deadline)
                 request.report.shared = True
+            elif order is not None and self._line.is_full:
+                request.report.replace_reason(
+                    "line_full", f"{self._line.num_waiting} prefixes wait to be fetched"
+                )
+                return True, None
             elif order is not None:
                 work = functools.partial(self._work.carry_out, order=order)
                 fetch, waiter = self._fetches.start(

@@ -18,12 +18,16 @@ class Line:
 
     Args:
         num_places: fetches that run at one time.
+        max_waiting: that should wait at one time; see `is_full`.
         ageing: see `order.next_requests`.
         clock: seconds, monotonic.
     """
 
-    def __init__(self, *, num_places: int, ageing: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, *, num_places: int, max_waiting: int, ageing: float, clock: Callable[[], float]
+    ) -> None:
         self._num_places = num_places
+        self._max_waiting = max_waiting
         self._ageing = ageing
         self._clock = clock
         self._numbers = count()
@@ -34,6 +38,12 @@ class Line:
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether one more had better not wait; nobody is turned away here."""
+        has_place = len(self._fetching) < self._num_places
+        return not has_place and len(self._waiting) >= self._max_waiting
 
     @asynccontextmanager
     async def place(self, tenant: str, *, fetch_seconds: float) -> AsyncIterator[None]:

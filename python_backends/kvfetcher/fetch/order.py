@@ -1,7 +1,7 @@
 """Who fetches next: an order among waiting requests, fair between tenants. Pure.
 
-Between tenants, the one that has been served least (predicted seconds of fetching, divided by its
-weight) goes first. Among a tenant's requests, the one that would finish first, with what it has
+Between tenants, which all count the same, the one that has been served least (predicted seconds of
+fetching) goes first. Among a tenant's requests, the one that would finish first, with what it has
 waited counted in its favour: short fetches pass long ones, but none waits for ever.
 """
 

@@ -393,6 +393,23 @@ async def test_waiting_for_a_place_ends_at_the_deadline_too(world):
     world.units.gate.set()
 
 
+async def test_one_more_than_may_wait_in_line_is_computed_at_once(world):
+    for salt in ("", "other", "third"):
+        await world.save(0, salt=salt)
+    world.units.gate.clear()
+    fetcher = world.fetcher(max_inflight_requests=1, max_waiting_requests=1)
+    running = asyncio.create_task(world.fetch(fetcher))
+    await world.units.started.wait()
+    waiting = asyncio.create_task(world.fetch(fetcher, salt="other"))
+    await until(lambda: fetcher.load().num_waiting == 1)
+    third = await asyncio.wait_for(world.fetch(fetcher, salt="third"), timeout=5)
+    assert (third.claim, third.report.reason) == (None, "line_full")
+    joined = asyncio.create_task(world.fetch(fetcher, salt="other"))  # waits for what waits already
+    world.units.gate.set()
+    for fetched in await asyncio.gather(running, waiting, joined):
+        assert fetched.report.hit_tokens == CHUNK_TOKENS
+
+
 async def test_cancelling_waits_for_the_decoder_before_blocks_are_reused(world):
     await world.save(0, 1)
     free = world.free_blocks

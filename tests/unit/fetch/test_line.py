@@ -33,8 +33,8 @@ async def enter(line, log, *visits):
     return visitors
 
 
-def make(num_places=1, ageing=0.001):
-    return Line(num_places=num_places, ageing=ageing, clock=time.monotonic)
+def make(num_places=1, ageing=0.001, max_waiting=256):
+    return Line(num_places=num_places, max_waiting=max_waiting, ageing=ageing, clock=time.monotonic)
 
 
 async def empty(visitors):
@@ -86,3 +86,15 @@ async def test_a_place_given_to_one_who_is_just_leaving_goes_to_the_next():
     await empty([third])
     assert log[-1] == "a3"
     assert line.num_waiting == 0
+
+
+async def test_a_line_is_full_once_so_many_wait():
+    line, log = make(max_waiting=1), []
+    assert not line.is_full
+    visitors = await enter(line, log, ("a", 1))
+    assert not line.is_full, "the place is taken, but nobody waits"
+    visitors += await enter(line, log, ("a", 2))
+    assert line.is_full
+    await empty(visitors)
+    assert not line.is_full
+    assert not make(max_waiting=0).is_full, "a free place needs no waiting"
