@@ -164,15 +164,15 @@ class GenerateEvent:
 class RopeFacts:
     """The position encoding as numbers, for codecs that undo it on K.
 
-    Rotation is of the "half" kind: dim i pairs with i + rotary_dim / 2, angle = position *
-    inv_freq[i]; both cos and sin are multiplied by ``attention_scaling``. Dims from ``rotary_dim``
+    Rotation is of the "half" kind: of a layer with n frequencies, dim i pairs with i + n, angle =
+    position * inv_freq[i]; both cos and sin are multiplied by ``attention_scaling``. Dims from 2 n
     on are not rotated.
     """
 
     inv_freq: tuple[tuple[float, ...], ...]
-    """Per layer, rotary_dim / 2 radians per token; () = a layer without rotation."""
-    rotary_dim: int
-    attention_scaling: float
+    """Per layer, radians per token of each pair; () = a layer without rotation."""
+    attention_scaling: tuple[float, ...]
+    """Per layer."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -181,8 +181,7 @@ class RopeFacts:
     def from_dict(cls, data: dict[str, Any]) -> RopeFacts:
         return cls(
             tuple(tuple(layer) for layer in data["inv_freq"]),
-            data["rotary_dim"],
-            data["attention_scaling"],
+            tuple(data["attention_scaling"]),
         )
 
 

@@ -38,9 +38,10 @@ _VOLATILE = (
     "use_cache",
 )
 
-# "dynamic" and "longrope" choose frequencies by the total length, so that the K of a prefix would
-# depend on what follows it: such values must not be shared.
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# These choose frequencies by the total length, so that the K of a prefix would depend on what
+# follows it: such values must not be shared.
+_CHANGING_ROPE_TYPES = ("dynamic", "longrope")
 
 
 def weights_digest(folder: Path) -> str:
@@ -108,16 +109,35 @@ def rope_text(config: Any) -> str:
             f"model type {config.model_type!r} declares no rope_parameters; only models with rotary"
             " position encoding are supported"
         )
-    nested = all(isinstance(value, dict) for value in parameters.values())
-    for kind in (
-        [p["rope_type"] for p in parameters.values()] if nested else [parameters["rope_type"]]
-    ):
+    refuse_changing_rope(config)
+    for kind in _rope_types(parameters):
         if kind not in _ROPE_TYPES:
+            raise EngineError(f"rope_type {kind!r} is unknown; supported are {_ROPE_TYPES}")
+    return json.dumps(parameters, sort_keys=True, separators=(",", ":"), default=str)
+
+
+def refuse_changing_rope(config: Any) -> None:
+    """Refuse a model whose keys depend on the tokens after them.
+
+    Args:
+        config: of transformers.
+
+    Raises:
+        EngineError: its rotation depends on the total length.
+    """
+    parameters = getattr(config, "rope_parameters", None) or _older_rope_parameters(config)
+    for kind in _rope_types(parameters):
+        if kind in _CHANGING_ROPE_TYPES:
             raise EngineError(
                 f"rope_type {kind!r} makes K depend on the total length, so prefixes cannot be"
                 f" shared; supported are {_ROPE_TYPES}"
             )
-    return json.dumps(parameters, sort_keys=True, separators=(",", ":"), default=str)
+
+
+def _rope_types(parameters: dict[str, Any]) -> list[str]:
+    """Of every kind of layer."""
+    nested = all(isinstance(value, dict) for value in parameters.values())
+    return [p["rope_type"] for p in (parameters.values() if nested else [parameters])]
 
 
 def config_rope_facts(config: Any, *, num_layers: int, head_dim: int) -> RopeFacts:
@@ -142,8 +162,8 @@ def rope_facts(model: Any, *, num_layers: int, head_dim: int) -> RopeFacts:
     """
     rotary: Any = getattr(getattr(model, "model", None), "rotary_emb", None)
     kinds = getattr(model.config, "layer_types", None) or [""] * num_layers
-    rows, scalings = [], set()
-    for kind in kinds:
+    rows, scalings = [], []
+    for layer, kind in enumerate(kinds):
         # Models with one base per kind of layer (Gemma 3) prefix the names with the kind.
         own = f"{kind}_" if hasattr(rotary, f"{kind}_inv_freq") else ""
         inv_freq = getattr(rotary, f"{own}inv_freq", None)
@@ -152,15 +172,22 @@ def rope_facts(model: Any, *, num_layers: int, head_dim: int) -> RopeFacts:
                 f"{type(model).__name__} has no model.rotary_emb.inv_freq; only models built like"
                 " Llama, Qwen, Mistral and Gemma 3 are supported"
             )
-        rows.append(tuple(float(value) for value in inv_freq.tolist()))
-        scalings.add(float(getattr(rotary, f"{own}attention_scaling")))
-    rotary_dims = {2 * len(row) for row in rows}
-    if len(rotary_dims) != 1 or len(scalings) != 1 or max(rotary_dims) > head_dim:
-        raise EngineError(
-            f"layers rotate {sorted(rotary_dims)} of {head_dim} dims with scalings"
-            f" {sorted(scalings)}; one of each is supported"
-        )
-    return RopeFacts(tuple(rows), rotary_dims.pop(), scalings.pop())
+        row = inv_freq.tolist() if _rotates(model.config, layer, kind) else []
+        if 2 * len(row) > head_dim:
+            raise EngineError(f"layer {layer} rotates {2 * len(row)} of {head_dim} dims")
+        rows.append(tuple(float(value) for value in row))
+        scalings.append(float(getattr(rotary, f"{own}attention_scaling")))
+    return RopeFacts(tuple(rows), tuple(scalings))
+
+
+def _rotates(config: Any, layer: int, kind: str) -> bool:
+    """Whether a layer is rotated at all; transformers has no one way to say so."""
+    flags = getattr(config, "no_rope_layers", None)  # 1 = rotated (SmolLM3, Llama 4)
+    if flags:
+        return bool(flags[layer])
+    if config.model_type in ("cohere2", "exaone4") and getattr(config, "sliding_window", None):
+        return kind == "sliding_attention"
+    return True
 
 
 def _older_rope_parameters(config: Any) -> dict[str, Any]:

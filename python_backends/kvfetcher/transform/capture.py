@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvfetcher.engines.forward import forward
+from kvfetcher.engines.identity import refuse_changing_rope
 from kvfetcher.errors import ConfigError, EngineError
 from kvfetcher.spec import KVSpec
 from kvfetcher.transform.rope import LayerRope, Rope, unrotate_keys
@@ -153,8 +154,10 @@ class CaptureModel:
         keys equal is the fact.
 
         Raises:
+            EngineError: the rotation changes with the length of the sequence.
             ConfigError: no candidate explains a layer's keys.
         """
+        refuse_changing_rope(self.model.config)
         num_tokens = 64
         token = self.vocabulary_size // 3
         keys = self.prefill([token] * num_tokens).to_array()[:, 0]
@@ -172,8 +175,8 @@ class CaptureModel:
             if not errors[best] <= _ROPE_TOLERANCE:
                 raise ConfigError(
                     f"layer {index}: none of {len(candidates)} rotations explains the keys (best"
-                    f" deviation {errors[best]:.2g}, allowed {_ROPE_TOLERANCE}); pass the engine's"
-                    " rope facts"
+                    f" deviation {errors[best]:.2g}, allowed {_ROPE_TOLERANCE}); keys of another"
+                    " position encoding cannot be calibrated, use `exact` for this model"
                 )
             chosen.append(candidates[best])
         return Rope(tuple(chosen))

@@ -40,7 +40,7 @@ async def test_a_saver_and_a_fetcher_work_through_the_socket(tmp_path, model_fol
     ):
         facts = client.describe()
         assert ModelIdentity.from_dict(facts["identity"]).spec == host.arena.spec
-        assert RopeFacts.from_dict(facts["rope"]).rotary_dim == 8
+        assert [len(row) for row in RopeFacts.from_dict(facts["rope"]).inv_freq] == [4, 4, 4]
         arena = attach_arena(facts["arena"], generation=facts["generation"])
 
         request = GenerateRequest(ids, SamplingParams(max_tokens=6), save=True, cache_salt="s")

@@ -4,13 +4,24 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen3NextConfig
+from transformers import (
+    Cohere2Config,
+    Exaone4Config,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    Qwen3NextConfig,
+    SmolLM3Config,
+    StableLmConfig,
+)
 
 from kvfetcher.engines import identity
 from kvfetcher.engines.identity import (
     DIGEST_FILE,
+    config_rope_facts,
     rope_facts,
     rope_text,
     tokenizer_digest,
@@ -19,6 +30,16 @@ from kvfetcher.engines.identity import (
 from kvfetcher.engines.loader import choose_device, load_model
 from kvfetcher.errors import ConfigError, EngineError
 from support.engine_rig import edit_json, write_model
+
+SMALL = {
+    "vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3,
+    "num_attention_heads": 2, "num_key_value_heads": 1,
+}  # fmt: skip
+HYBRID = {
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": 16,
+}
+PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 
 
 @pytest.fixture
@@ -131,7 +152,7 @@ def test_identity_covers_dtype_and_geometry(loaded, model_folder):
 def test_rope_facts_are_the_models_numbers(loaded):
     expected = [10000.0 ** (-2 * i / 8) for i in range(4)]
     assert loaded.rope.inv_freq[0] == pytest.approx(expected, rel=1e-6)
-    assert loaded.rope.attention_scaling == 1.0
+    assert loaded.rope.attention_scaling == (1.0, 1.0, 1.0)
 
 
 def test_scaled_rope_shows_in_the_facts(tmp_path, loaded):
@@ -155,7 +176,37 @@ def test_rope_facts_of_a_model_with_two_bases():
     facts = rope_facts(model, num_layers=3, head_dim=8)
     assert facts.inv_freq[0] == facts.inv_freq[2] == pytest.approx([1, 0.1, 0.01, 0.001])
     assert facts.inv_freq[1] == pytest.approx([1e6 ** (-i / 4) for i in range(4)])
-    assert facts.rotary_dim == 8
+
+
+@pytest.mark.parametrize(
+    ("config", "rotated"),
+    [
+        (SmolLM3Config(**SMALL, no_rope_layers=[1, 1, 0], pad_token_id=0), [4, 4, 0]),
+        (Cohere2Config(**SMALL, **HYBRID), [4, 0, 4]),
+        (Exaone4Config(**SMALL, **HYBRID), [4, 0, 4]),
+        (StableLmConfig(**SMALL, rope_parameters=PARTIAL), [2, 2, 2]),
+    ],
+    ids=["SmolLM3", "Cohere 2", "EXAONE 4", "StableLM"],
+)
+def test_rope_facts_of_layers_that_rotate_less_or_not_at_all(config, rotated):
+    facts = config_rope_facts(config, num_layers=3, head_dim=8)
+    assert [len(row) for row in facts.inv_freq] == rotated
+
+
+def test_rope_facts_of_layers_with_two_amplitudes():
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+    config = Gemma3TextConfig(
+        **SMALL,
+        **HYBRID,
+        head_dim=8,
+        max_position_embeddings=64,
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {**yarn, "original_max_position_embeddings": 16},
+        },
+    )
+    facts = config_rope_facts(config, num_layers=3, head_dim=8)
+    assert facts.attention_scaling == pytest.approx((1, 1 + 0.1 * np.log(4), 1))
 
 
 def test_models_without_softmax_attention_are_refused(folder):
