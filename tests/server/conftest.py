@@ -71,13 +71,16 @@ class Running:
 
 
 class start_server:
-    """Context manager: a server over `store`."""
+    """Context manager: a server over `store`, of the models in `repository` (None = the project's)."""
 
-    def __init__(self, store: Path, /, **sections: dict[str, object]) -> None:
+    def __init__(
+        self, store: Path, /, repository: Path | None = None, **sections: dict[str, object]
+    ) -> None:
         self._config = make_config(store, **sections)
+        self._repository = repository
 
     def __enter__(self) -> Running:
-        self._server = TritonServer(self._config)
+        self._server = TritonServer(self._config, model_repository=self._repository)
         self._server.start()
         self._client = Client(self._server.grpc_url, timeout_seconds=120)
         self._triton = grpcclient.InferenceServerClient(self._server.grpc_url)
