@@ -63,6 +63,28 @@ def test_a_steady_link_is_not_taken_for_one_that_scatters(in_turn):
     assert found.recent_bytes_per_second == pytest.approx(rate, rel=0.02)
 
 
+def test_a_short_transfer_after_a_pause_does_not_slow_a_fast_link_down():
+    estimator = make(prior=1e9)
+    now = transfers(estimator, [1e9] * 50, size=16 * MBYTE) + 7.0
+    token = estimator.begin(now, 256 << 10)  # the headers of a look-up, in 0.26 ms and a round trip
+    estimator.end(token, now + 0.26e-3 + 2e-3)
+    assert estimator.estimate(now + 2.3e-3).bytes_per_second == pytest.approx(1e9, rel=0.05)
+
+
+def test_a_short_transfer_may_show_that_the_link_is_faster():
+    estimator = make(prior=1e8)
+    token = estimator.begin(0.0, MBYTE)
+    estimator.end(token, 1e-3 + MBYTE / 2e9)
+    assert estimator.estimate(0.01).bytes_per_second == pytest.approx(2e9, rel=0.05)
+
+
+def test_a_transfer_that_took_long_tells_that_the_link_is_slow():
+    estimator = make(prior=1e9)
+    now = transfers(estimator, [1e9] * 50, size=16 * MBYTE) + 7.0
+    now = transfers(estimator, [2e7], size=256 << 10, now=now)
+    assert estimator.estimate(now).bytes_per_second < 1e8
+
+
 def test_small_objects_tell_the_round_trip_and_not_the_rate():
     estimator = make(prior=1e9, rtt=1e-3)
     now = transfers(estimator, [1e9] * 50)
