@@ -103,7 +103,7 @@ class Calibration:
     _forwards: dict[tuple[int, int, int], Forward] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
-    _inverses: dict[tuple[int, int, str], SplitInverse] = field(
+    _inverses: dict[tuple[int, int, int, int], SplitInverse] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
     _lock: threading.Lock = field(
@@ -157,37 +157,33 @@ class Calibration:
             return found
 
     def inverse(self, key: tuple[int, int], rank: int, step: float) -> SplitInverse:
-        """What restores the integers of one transform and profile, kept for the next call.
+        """What restores the integers of one transform, kept for the next call.
 
-        At most one for each transform and profile is kept, of 1 (8-bit products) to 4 m n bytes,
-        whatever ranks and steps units name.
+        Units may name any rank and step. What is kept takes at most `inverse_bytes`: one profile
+        always fits, and of more what was used last stays.
 
         Raises:
-            FormatError: no profile of this calibration codes so many components at that step.
+            FormatError: the transform has fewer components.
         """
-        profile = self._profile_at(key[0], rank, step)
+        leading = int(np.count_nonzero(self.bases[key].sigma[:rank] > LEADING_STEPS * step))
+        if rank - leading < MIN_TRAILING or not has_int8_product():
+            leading = rank
+        name = (*key, rank, leading)
         with self._lock:
-            found = self._inverses.get((*key, profile))
+            found = self._inverses.pop(name, None)
             if found is None:
-                sigma = self.bases[key].sigma[:rank]
-                leading = int(np.count_nonzero(sigma > LEADING_STEPS * step))
-                if rank - leading < MIN_TRAILING or not has_int8_product():
-                    leading = rank
                 rows = self._times(_inverses(self._roots(key)), key, rank)
                 found = SplitInverse.split(rows, self.bases[key].mean, num_leading=leading)
-                self._inverses[*key, profile] = found
+                room = self.inverse_bytes - _num_bytes(found)
+                while sum(map(_num_bytes, self._inverses.values())) > room:
+                    self._inverses.pop(next(iter(self._inverses)))
+            self._inverses[name] = found
             return found
 
-    def _profile_at(self, layer_group: int, rank: int, step: float) -> str:
-        """The profile that codes a layer group with this rank and (in float32) step."""
-        for name, ours in self.steps.items():
-            same = np.float32(ours) == np.float32(step)
-            if same and rank == self.unit_rank(layer_group, name):
-                return name
-        raise FormatError(
-            f"no profile of calibration {self.digest[:16]} codes layer group {layer_group} with"
-            f" {rank} components at step {step:.3g}"
-        )
+    @cached_property
+    def inverse_bytes(self) -> int:
+        """Of the inverses of all components of every transform, in float32."""
+        return sum(4 * (len(b.sigma) + 2) * len(b.mean) for b in self.bases.values())
 
     def _roots(self, key: tuple[int, int]) -> F32:
         """[n / D, D, D] of one transform."""
@@ -408,6 +404,10 @@ def _tensor(
     if not np.isfinite(array).all():
         raise FormatError(f"tensor {name} holds values that are not finite")
     return array
+
+
+def _num_bytes(inverse: SplitInverse) -> int:
+    return sum(part.nbytes for part in inverse)
 
 
 def _inverses(blocks: F32) -> F32:

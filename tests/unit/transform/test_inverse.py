@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 from kvfetcher.errors import FormatError
 from kvfetcher.spec import KVSpec
 from kvfetcher.transform import artifact, product
-from kvfetcher.transform.artifact import LADDER
 from kvfetcher.transform.inverse import LEADING_STEPS, Corrections, SplitInverse
 from support.calibrations import make_calibration
 
@@ -100,34 +99,46 @@ def test_splitting_adds_under_one_percent_to_the_noise():
 
 def test_calibration_splits_where_8_bit_products_are_fast(monkeypatch):
     monkeypatch.setattr(artifact, "MIN_TRAILING", 4)
-    spec = KVSpec(3, 2, 8)
-    sigma = make_calibration(spec).bases[0, 0].sigma
-    steps = dict.fromkeys(LADDER, float(sigma[5]) / LEADING_STEPS)
+    calibration = make_calibration(KVSpec(3, 2, 8))
+    sigma = calibration.bases[0, 0].sigma
+    step, rank = float(sigma[5]) / LEADING_STEPS, len(sigma)
     monkeypatch.setattr(artifact, "has_int8_product", lambda: True)
-    assert len(inverse_of(make_calibration(spec).with_steps(steps), "near").leading) == 5
+    assert len(calibration.inverse((0, 0), rank, step).leading) == 5
+    assert len(calibration.inverse((0, 0), 6, step).leading) == 6
     monkeypatch.setattr(artifact, "has_int8_product", lambda: False)
-    calibration = make_calibration(spec).with_steps(steps)
-    assert len(inverse_of(calibration, "near").leading) == calibration.unit_rank(0, "near")
+    assert len(calibration.inverse((0, 0), rank, step).leading) == rank
 
 
-def inverse_of(calibration, profile, **changed):
-    rank = changed.get("rank", calibration.unit_rank(0, profile))
-    return calibration.inverse((0, 0), rank, changed.get("step", calibration.steps[profile]))
+def test_inverses_of_one_profile_are_always_kept():
+    calibration = make_calibration(KVSpec(5, 2, 8), heads=1)
+    keys = list(calibration.bases)
+    for _ in range(2):
+        for rank in range(1, 9):  # what hostile units may ask for
+            calibration.inverse(keys[0], rank, 1e-9)
+        kept = {
+            key: calibration.inverse(key, len(basis.sigma), 1e-9)
+            for key, basis in calibration.bases.items()
+        }
+        for key, inverse in kept.items():
+            assert calibration.inverse(key, len(calibration.bases[key].sigma), 1e-9) is inverse
 
 
-def test_inverses_are_kept_one_for_each_profile():
+def test_inverses_are_bounded_in_bytes_and_the_last_used_stay():
     calibration = make_calibration(KVSpec(3, 2, 8))
-    first = inverse_of(calibration, "near")
-    assert inverse_of(calibration, "near") is first
-    assert inverse_of(calibration, "near", step=np.float32(calibration.steps["near"])) is first
-    assert len({id(inverse_of(calibration, name)) for name in LADDER}) == len(LADDER)
+    first = calibration.inverse((0, 0), 1, 0.1)
+    for rank in range(1, len(calibration.bases[0, 0].sigma) + 1):
+        inverse = calibration.inverse((0, 0), rank, 0.1)
+        assert calibration.inverse((0, 0), rank, 0.1) is inverse
+        assert calibration.inverse((0, 0), 1, 0.1) is first
+        kept = sum(part.nbytes for found in calibration._inverses.values() for part in found)
+        assert kept <= calibration.inverse_bytes
+    assert len(calibration._inverses) < rank
 
 
-@pytest.mark.parametrize("changed", [{"rank": 7}, {"rank": 10_000}, {"rank": 0}, {"step": 0.1}])
-def test_inverse_that_no_profile_codes_with_is_refused(changed):
-    calibration = make_calibration(KVSpec(3, 2, 8))
-    with pytest.raises(FormatError, match="no profile of calibration"):
-        inverse_of(calibration, "near", **changed)
+@pytest.mark.parametrize("rank", [0, 10_000])
+def test_inverse_of_components_that_are_not_there_is_refused(rank):
+    with pytest.raises(FormatError, match="components"):
+        make_calibration(KVSpec(3, 2, 8)).inverse((0, 0), rank, 0.1)
 
 
 def test_encoding_makes_no_inverse(monkeypatch):
