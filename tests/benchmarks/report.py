@@ -12,11 +12,29 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results"
 
 
+SETS = {
+    "": "held-out texts",
+    "certificate": "texts of the certificate",
+    "given": "texts of other kinds",
+}
+
+
 def table(report: dict) -> str:
-    """One model's rate-quality table."""
+    """One model's rate-quality tables, one for each text set."""
+    documents = report["documents"]
+    if isinstance(documents, list):  # written when there was one set
+        documents = {"": documents}
+    parts = []
+    for text_set, names in documents.items():
+        rows = [row for row in report["rows"] if row.get("text_set", "") == text_set]
+        parts.append(_table(report, rows, f"{len(names)} {SETS[text_set]}"))
+    return "\n\n".join(parts)
+
+
+def _table(report: dict, rows: list[dict], texts: str) -> str:
     lines = [
         (
-            f"{report['model']}: {len(report['documents'])} held-out texts, prefix of"
+            f"{report['model']}: {texts}, prefix of"
             f" {report['prefix_tokens']} tokens replaced, {report['following_tokens']} tokens"
             " teacher-forced after it."
         ),
@@ -27,7 +45,7 @@ def table(report: dict) -> str:
         ),
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    lines += [line(row) for row in report["rows"]]
+    lines += [line(row) for row in rows]
     lines += [
         "",
         (

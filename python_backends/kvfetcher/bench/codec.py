@@ -1,9 +1,9 @@
 """`kvfetcher bench codec`: the rate-quality table on real KV caches of a model.
 
-Every coder runs over the same caches of the same held-out texts in one process; sizes are of whole
-chunk objects (video, tables, headers, exact tokens), quality is that of `quality.compare`. Speeds are
-medians over chunks of one-threaded CPU time (encoder threads included), so that a busy machine
-does not change them much: elements per CPU second.
+Every coder runs over the same caches of the same texts in one process: those of the certificate and,
+with ``--texts``, others beside them. Sizes are of whole chunk objects (video, tables, headers, exact
+tokens), quality is that of `quality.compare`. Speeds are medians over chunks of one-threaded CPU time
+(encoder threads included), so that a busy machine does not change them much: elements per CPU second.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import platform
 import shlex
 import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -27,15 +28,16 @@ from kvfetcher import __version__
 from kvfetcher.bench import baselines
 from kvfetcher.bench.plot import rate_quality_svg
 from kvfetcher.codec.exact import ExactProfile
-from kvfetcher.codec.paper import PaperProfile
+from kvfetcher.codec.low_bits import LOW_BITS
+from kvfetcher.codec.paper import PaperProfile, search_tiling
 from kvfetcher.codec.profiles import encode_chunk, restore_unit
-from kvfetcher.codec.transform import TransformProfile
+from kvfetcher.codec.transform import TransformProfile, plan_restore
 from kvfetcher.codec.uncalibrated import UncalibratedProfile
-from kvfetcher.codec.unit import BITSTREAM, parse_unit
-from kvfetcher.codec.video import VideoDecoder
+from kvfetcher.codec.unit import BITSTREAM, PAPER, TRANSFORM, parse_unit
+from kvfetcher.codec.video import VideoDecoder, encode_planes
 from kvfetcher.container import parse_header
 from kvfetcher.errors import ConfigError, KVFetcherError
-from kvfetcher.layout import Tiling
+from kvfetcher.layout import RowGrid, Tiling
 from kvfetcher.quant import bits_to_float32, float32_to_bits
 from kvfetcher.transform.artifact import LADDER, Calibration
 from kvfetcher.transform.calibrate import CalibrateSettings, calibrate
@@ -50,24 +52,45 @@ from kvfetcher.transform.quality import Document, measure
 from kvfetcher.transform.texts import default_texts, load_texts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from kvfetcher.codec.base import Profile
+    from kvfetcher.codec.base import Integers, Profile
+    from kvfetcher.codec.unit import Unit
     from kvfetcher.spec import KVSpec
     from kvfetcher.transform.quality import Coder
+    from kvfetcher.transform.texts import Text
 
 CHUNK_TOKENS = baselines.CHUNK_TOKENS
+
+CERTIFICATE_TEXTS = "certificate"
+"""The text set that certificates are measured on."""
+GIVEN_TEXTS = "given"
+"""That of ``--texts``."""
+
+BANDS = {"widest": 16.0, "middle": 4.0, "rest": 0.0}
+"""Classes of rows, and the least deviation of their integers, in steps."""
+
+NO_SPEED = (
+    "a model of the scheme in numpy that codes and restores in one pass, with the size of its"
+    " entropy coder counted instead of coded: its time says nothing"
+)
+
+_PARALLEL_ROUNDS = 3
+# Layers that the paper's tiling is searched on: one picture's three planes.
+_SEARCHED_LAYERS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table. Speeds are None where the coder is not ours."""
+    """One line of the table. Speeds are None where the coder is not ours, `no_speed` says why."""
 
     name: str
     family: str
     """"ladder", "ours", "paper" or "other"."""
+    text_set: str
+    """CERTIFICATE_TEXTS or GIVEN_TEXTS."""
     bits_per_element: float
     ratio: float
     """Against bfloat16."""
@@ -80,8 +103,45 @@ class Row:
     restore_elements_per_second: float | None = None
     decode_restore_elements_per_second: float | None = None
     video_over_entropy: float | None = None
-    """Bits of the H.265 streams over the order-0 entropy of their symbols, 32 rows a class."""
+    """Bits of the H.265 streams and low bits over the order-0 entropy of the integers, 32 rows a class."""
+    bands: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """The same for each class of rows (`BANDS`) that there is: its share of the symbols, their entropy
+    and `video_over_entropy` of pictures of these rows alone. On the last chunk of each document."""
+    no_speed: str = ""
     kl_by_document: Sequence[float] = ()
+
+
+class _Symbols(NamedTuple):
+    """What a unit's pictures hold, row by row."""
+
+    samples: Integers
+    """[N, T] as they lie in the pictures."""
+    integers: NDArray[np.int32]
+    """[N, T] with their low bits; 0 and more."""
+    low_bits: NDArray[np.int64]
+    """[N] bits beside the pictures of each sample of a row."""
+
+
+class _Rate:
+    """Bits that symbols took, and their entropy."""
+
+    def __init__(self) -> None:
+        self._bits = self._entropy = 0.0
+        self.symbols = 0
+
+    def add(self, integers: NDArray[np.int32], bits: float) -> None:
+        self._bits += bits
+        self._entropy += baselines.order0_bits(integers, rows_per_class=32)
+        self.symbols += integers.size
+
+    @property
+    def over_entropy(self) -> float | None:
+        return self._bits / self._entropy if self._entropy else None
+
+    @property
+    def entropy_bits(self) -> float:
+        """Per symbol."""
+        return self._entropy / self.symbols
 
 
 class ProfileCoder:
@@ -96,8 +156,8 @@ class ProfileCoder:
             "restore": [],
             "both": [],
         }
-        self._video_bits = 0.0
-        self._entropy_bits = 0.0
+        self._rate = _Rate()
+        self._bands = {name: _Rate() for name in BANDS}
 
     def __call__(self, values: NDArray[np.float32]) -> tuple[NDArray[np.float32], float]:
         """`quality.Coder`."""
@@ -108,25 +168,17 @@ class ProfileCoder:
             bits = float32_to_bits(part, self._spec.dtype)
             chunk = self._encode(bits, start)
             num_bytes += len(chunk)
-            self._decode(chunk, restored[:, :, :, start : start + CHUNK_TOKENS])
+            is_last = start + CHUNK_TOKENS >= values.shape[3]
+            self._decode(chunk, restored[:, :, :, start : start + CHUNK_TOKENS], bands=is_last)
         return restored, 8.0 * num_bytes
 
     def _encode(self, bits: NDArray[Any], start: int) -> bytes:
         began = time.process_time()
-        chunk = encode_chunk(
-            bits,
-            spec=self._spec,
-            profile=self._profile,
-            identity=bytes(32),
-            chunk_key=bytes(32),
-            token_ids=[0] * bits.shape[3],
-            first_position=start,
-            num_threads=1,
-        )
+        chunk = _encode(bits, self._spec, self._profile, start, num_threads=1)
         self._rates["encode"].append(bits.size / (time.process_time() - began))
         return chunk
 
-    def _decode(self, chunk: bytes, out: NDArray[np.float32]) -> None:
+    def _decode(self, chunk: bytes, out: NDArray[np.float32], *, bands: bool) -> None:
         decode_seconds = restore_seconds = 0.0
         for entry in parse_header(chunk).units:
             data = chunk[entry.offset : entry.stop]
@@ -139,14 +191,31 @@ class ProfileCoder:
             restore_seconds += time.process_time() - decoded
             stop = entry.layer_start + entry.num_layers
             out[entry.layer_start : stop] = bits_to_float32(values, self._spec.dtype)
-            self._video_bits += 8 * next(s.raw_bytes for s in unit.sections if s.kind == BITSTREAM)
-            rows = planes.swapaxes(1, 2).reshape(-1, planes.shape[3])
-            self._entropy_bits += baselines.order0_bits(rows, rows_per_class=32)
+            symbols = _symbols(unit, planes)
+            coded = sum(s.raw_bytes for s in unit.sections if s.kind in (BITSTREAM, LOW_BITS))
+            self._rate.add(symbols.integers, 8 * coded)
+            if bands and unit.profile != PAPER:  # its rows are tiles of many channels
+                self._add_bands(symbols, unit.geometry.bit_depth)
         self._rates["decode"].append(out.size / decode_seconds)
         self._rates["restore"].append(out.size / restore_seconds)
         self._rates["both"].append(out.size / (decode_seconds + restore_seconds))
 
-    def speeds(self) -> dict[str, float | None]:
+    def _add_bands(self, symbols: _Symbols, bit_depth: int) -> None:
+        deviation = symbols.integers.std(axis=1)
+        above = np.inf
+        for name, least in BANDS.items():
+            rows = (deviation >= least) & (deviation < above)
+            above = least
+            if not rows.any():
+                continue
+            samples = np.ascontiguousarray(symbols.samples[rows])
+            grid = RowGrid.fit(*samples.shape, max_frame_rows=1024, max_frame_columns=1024)
+            planes = grid.place(samples, bit_depth=bit_depth, padding=1 << (bit_depth - 1))
+            bits = 8 * sum(map(len, encode_planes(planes, bit_depth=bit_depth)))
+            low = int(symbols.low_bits[rows].sum()) * samples.shape[1]
+            self._bands[name].add(symbols.integers[rows], bits + low)
+
+    def measured(self) -> dict[str, Any]:
         """The last columns of `Row`."""
         median = {name: statistics.median(rates) for name, rates in self._rates.items()}
         return {
@@ -154,10 +223,39 @@ class ProfileCoder:
             "decode_elements_per_second": median["decode"],
             "restore_elements_per_second": median["restore"],
             "decode_restore_elements_per_second": median["both"],
-            "video_over_entropy": (
-                self._video_bits / self._entropy_bits if self._entropy_bits else None
-            ),
+            "video_over_entropy": self._rate.over_entropy,
+            "bands": self._band_facts(),
         }
+
+    def _band_facts(self) -> dict[str, dict[str, float]]:
+        total = sum(rate.symbols for rate in self._bands.values())
+        return {
+            name: {
+                "share": rate.symbols / total,
+                "entropy_bits": rate.entropy_bits,
+                "video_over_entropy": rate.over_entropy,
+            }
+            for name, rate in self._bands.items()
+            if rate.over_entropy is not None
+        }
+
+
+def _symbols(unit: Unit, planes: Integers) -> _Symbols:
+    """The rows of a unit's pictures; of other profiles than the ladder with their padding."""
+    if unit.profile != TRANSFORM:
+        lines: Integers = planes.swapaxes(1, 2).reshape(-1, planes.shape[3])
+        return _Symbols(lines, lines.astype(np.int32), np.zeros(len(lines), np.int64))
+    plan = plan_restore(unit)
+    samples = plan.layout.grid.gather(planes)
+    integers = samples.astype(np.int32) - (1 << (unit.geometry.bit_depth - 1))
+    low_bits = np.zeros(len(samples), np.int64)
+    for place, low in zip(plan.places, plan.low_bits, strict=True):
+        if low is not None:
+            first = plan.layout.rows_of(place).start
+            rows = slice(first, first + len(low.shifts))
+            low_bits[rows] = low.shifts
+            integers[rows] = (integers[rows] << low.shifts[:, None]) + low.low
+    return _Symbols(samples, integers - integers.min(), low_bits)
 
 
 def run(
@@ -165,6 +263,7 @@ def run(
     calibration: Calibration,
     documents: list[Document],
     *,
+    text_set: str = CERTIFICATE_TEXTS,
     only: Sequence[str] = (),
     say: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
@@ -174,6 +273,7 @@ def run(
         model: whose caches they are.
         calibration: of this model.
         documents: held-out texts, prefilled.
+        text_set: what they are called in the rows.
         only: names of rows; empty = all.
         say: gets a line per row.
 
@@ -181,27 +281,31 @@ def run(
         ConfigError: ``only`` names a row that there is not.
     """
     register_calibration(calibration)
-    candidates = _candidates(calibration)
+    candidates = _candidates(calibration, documents)
     unknown = set(only) - {name for name, _, _ in candidates}
     if unknown:
         raise ConfigError(
             f"no rows {sorted(unknown)}; there are {[name for name, _, _ in candidates]}"
         )
     rows = []
-    for name, family, coder in candidates:
+    for name, family, make in candidates:
         if only and name not in only:
             continue
+        coder = make()
         found = measure(model, documents, coder)
+        is_ours = isinstance(coder, ProfileCoder)
         row = Row(
             name,
             family,
+            text_set,
             found.bits_per_element,
             16 / found.bits_per_element,
             found.quality.kl,
             found.worst_kl,
             found.quality.perplexity_change,
             found.quality.top1_agreement,
-            **(coder.speeds() if isinstance(coder, ProfileCoder) else {}),
+            **(coder.measured() if isinstance(coder, ProfileCoder) else {}),
+            no_speed="" if is_ours else NO_SPEED,
             kl_by_document=found.kl_by_document,
         )
         rows.append(row)
@@ -209,14 +313,71 @@ def run(
     return rows
 
 
-def _candidates(calibration: Calibration) -> list[tuple[str, str, Coder]]:
+def parallel_encode(calibration: Calibration, document: Document) -> dict[str, Any]:
+    """Wall time of encoding one chunk with more and more threads, profile `balanced`."""
+    spec = calibration.spec
+    profile = TransformProfile("balanced", calibration)
+    bits = _first_chunk(document, spec)
+    cores = len(os.sched_getaffinity(0))
+    seconds = {}
+    for threads in sorted({*(1 << i for i in range(cores.bit_length())), cores}):
+        took = []
+        for _ in range(_PARALLEL_ROUNDS):
+            began = time.perf_counter()
+            _encode(bits, spec, profile, 0, num_threads=threads)
+            took.append(time.perf_counter() - began)
+        seconds[str(threads)] = statistics.median(took)
+    return {
+        "profile": profile.name,
+        "elements": bits.size,
+        "units": len(profile.layer_groups(spec, bits.shape[3], profile.variants()[0])),
+        "cores": cores,
+        "wall_seconds_by_threads": seconds,
+    }
+
+
+def _first_chunk(document: Document, spec: KVSpec) -> Integers:
+    """Bit patterns [L, K, H, T, D]."""
+    part = np.ascontiguousarray(document.values[:, :, :, :CHUNK_TOKENS])
+    return float32_to_bits(part, spec.dtype)
+
+
+def _encode(
+    bits: Integers, spec: KVSpec, profile: Profile, first_position: int, *, num_threads: int
+) -> bytes:
+    return encode_chunk(
+        bits,
+        spec=spec,
+        profile=profile,
+        identity=bytes(32),
+        chunk_key=bytes(32),
+        token_ids=[0] * bits.shape[3],
+        first_position=first_position,
+        num_threads=num_threads,
+    )
+
+
+def _candidates(
+    calibration: Calibration, documents: list[Document]
+) -> list[tuple[str, str, Callable[[], Coder]]]:
+    """Name, family and what makes the coder of each row."""
     spec = calibration.spec
     heads, dim = spec.num_kv_heads, spec.head_dim
 
-    def ours(profile: Profile) -> ProfileCoder:
-        return ProfileCoder(profile, spec)
+    def ours(profile: Profile) -> Callable[[], Coder]:
+        return lambda: ProfileCoder(profile, spec)
 
-    found: list[tuple[str, str, Coder]] = [
+    def other(code: Coder) -> Callable[[], Coder]:
+        return lambda: code
+
+    def searched(bits: int) -> ProfileCoder:
+        """The paper's intra-frame layout, with the tiling that its offline search finds."""
+        size = "640x360"
+        values = _first_chunk(documents[0], spec)[:_SEARCHED_LAYERS]
+        best = search_tiling(values, spec=spec, frame_size=size, bits=bits, inter=True)[0]
+        return ProfileCoder(PaperProfile((size,), bits=bits, tiling=best.tiling), spec)
+
+    found: list[tuple[str, str, Callable[[], Coder]]] = [
         ("exact", "ours", ours(ExactProfile())),
         *((name, "ladder", ours(TransformProfile(name, calibration))) for name in LADDER),
         ("uncalibrated", "ours", ours(UncalibratedProfile())),
@@ -227,7 +388,7 @@ def _candidates(calibration: Calibration) -> list[tuple[str, str, Coder]]:
             (
                 f"paper {bits} bit, quantiser only",
                 "paper",
-                functools.partial(baselines.uniform, bits=bits),
+                other(functools.partial(baselines.uniform, bits=bits)),
             ),
             (
                 f"paper {bits} bit, + inter-frame",
@@ -237,19 +398,20 @@ def _candidates(calibration: Calibration) -> list[tuple[str, str, Coder]]:
             (
                 f"paper {bits} bit, + intra-frame",
                 "paper",
-                ours(PaperProfile(("640x360",), bits=bits)),
+                functools.partial(searched, bits),
             ),
         ]
-    found += [
-        ("bf16", "other", functools.partial(baselines.cast, dtype="bfloat16")),
-        ("fp8 e4m3", "other", functools.partial(baselines.cast, dtype="float8_e4m3fn")),
-        ("zstd of bf16", "other", baselines.zstd_bfloat16),
-        ("uniform int8", "other", functools.partial(baselines.uniform, bits=8)),
-        ("uniform int4", "other", functools.partial(baselines.uniform, bits=4)),
-        ("KIVI-like 4 bit", "other", functools.partial(baselines.kivi, bits=4)),
-        ("KIVI-like 2 bit", "other", functools.partial(baselines.kivi, bits=2)),
-        ("CacheGen", "other", baselines.cachegen),
-    ]
+    rivals: dict[str, Coder] = {
+        "bf16": functools.partial(baselines.cast, dtype="bfloat16"),
+        "fp8 e4m3": functools.partial(baselines.cast, dtype="float8_e4m3fn"),
+        "zstd of bf16": baselines.zstd_bfloat16,
+        "uniform int8": functools.partial(baselines.uniform, bits=8),
+        "uniform int4": functools.partial(baselines.uniform, bits=4),
+        "KIVI-like 4 bit": functools.partial(baselines.kivi, bits=4),
+        "KIVI-like 2 bit": functools.partial(baselines.kivi, bits=2),
+        "CacheGen": baselines.cachegen,
+    }
+    found += [(name, "other", other(code)) for name, code in rivals.items()]
     return found
 
 
@@ -279,8 +441,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="kvfetcher bench codec", description=__doc__)
     parser.add_argument("--model", default="smollm2-135m-instruct", help="name or folder")
     parser.add_argument("--calibration", type=Path, help="artifact; default = the model's own")
-    parser.add_argument("--texts", type=Path, help="folder of test texts; default = held-out ones")
-    parser.add_argument("--documents", type=int, default=5)
+    parser.add_argument("--texts", type=Path, help="folder of more texts, as a second text set")
+    parser.add_argument("--documents", type=int, default=5, help="of each text set, at most")
     parser.add_argument("--prefix-tokens", type=int, default=2048)
     parser.add_argument("--following-tokens", type=int, default=512)
     parser.add_argument("--only", action="append", default=[], help="a row; may be repeated")
@@ -301,14 +463,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.plot is not None:
         args.plot.write_text(
             rate_quality_svg(
-                report["rows"], title=f"{report['model']}: rate and quality of KV codecs"
+                [row for row in report["rows"] if row["text_set"] == CERTIFICATE_TEXTS],
+                title=f"{report['model']}: rate and quality of KV codecs",
             )
         )
     if args.json:
         sys.stdout.write(json.dumps(report, indent=1) + "\n")
     else:
-        lines = [HEADER, *(format_row(Row(**row)) for row in report["rows"])]
-        sys.stdout.write("\n".join(lines) + "\n")
+        for text_set in report["documents"]:
+            rows = [format_row(Row(**r)) for r in report["rows"] if r["text_set"] == text_set]
+            sys.stdout.write("\n".join([f"{text_set} texts", HEADER, *rows]) + "\n")
     return 0
 
 
@@ -324,30 +488,39 @@ def _report(
     calibration = _calibration(args, folder.path, weights_digest(folder.path), say)
     threads = torch.get_num_threads()
     model = CaptureModel.load(folder.path)
-    texts = load_texts(args.texts) if args.texts else default_texts(held_out=True)
-    documents = held_out_documents(
-        model,
-        texts,
-        CertifySettings(args.documents, args.prefix_tokens, args.following_tokens),
-        progress=lambda what, done, total: say(f"{what} ({done} of {total})"),
-    )
-    torch.set_num_threads(1)
-    say(HEADER)
-    try:
-        rows = run(model, calibration, documents, only=args.only, say=say)
-    finally:
-        torch.set_num_threads(threads)
+    sets: dict[str, list[Text]] = {CERTIFICATE_TEXTS: default_texts(held_out=True)}
+    if args.texts:
+        sets[GIVEN_TEXTS] = load_texts(args.texts)
+    rows: list[Row] = []
+    names: dict[str, list[str]] = {}
+    parallel: dict[str, Any] = {}
+    for text_set, texts in sets.items():
+        documents = held_out_documents(
+            model,
+            texts,
+            CertifySettings(args.documents, args.prefix_tokens, args.following_tokens),
+            progress=lambda what, done, total: say(f"{what} ({done} of {total})"),
+        )
+        names[text_set] = [document.name for document in documents]
+        say(f"{text_set} texts\n{HEADER}")
+        torch.set_num_threads(1)
+        try:
+            rows += run(model, calibration, documents, text_set=text_set, only=args.only, say=say)
+            parallel = parallel or parallel_encode(calibration, documents[0])
+        finally:
+            torch.set_num_threads(threads)
     return {
         "model": folder.name,
         "calibration": calibration.digest,
         "spec": calibration.spec.to_dict(),
         "groups": list(calibration.grouping.layer_counts),
         "heads_per_group": calibration.grouping.heads_per_group,
-        "documents": [document.name for document in documents],
+        "documents": names,
         "prefix_tokens": args.prefix_tokens,
         "following_tokens": args.following_tokens,
         "chunk_tokens": CHUNK_TOKENS,
         "rows": [asdict(row) for row in rows],
+        "parallel_encode": parallel,
         "machine": {
             "cpu": _cpu_name(),
             "python": platform.python_version(),

@@ -1,17 +1,27 @@
 """The benchmark on a tiny random Llama: every row runs, and none of it means anything."""
 
 import json
+from unittest import mock
 
+import numpy as np
 import pytest
 
 from kvfetcher.bench import codec
+from kvfetcher.codec import transform
+from kvfetcher.codec.base import UnitSource
+from kvfetcher.codec.profiles import decode_unit
+from kvfetcher.codec.unit import parse_unit
+from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.errors import ConfigError
+from kvfetcher.quant import float32_to_bits
 from kvfetcher.spec import KVSpec
 from kvfetcher.transform import library
 from kvfetcher.transform.artifact import LADDER
 from kvfetcher.transform.calibrate import CalibrateSettings, CollectSettings, calibrate
 from kvfetcher.transform.capture import CaptureModel
 from kvfetcher.transform.certify import CertifySettings, held_out_documents
+from kvfetcher.transform.rope import rotate_keys
+from support.calibrations import correlated_values, make_calibration
 from support.tiny_llama import save_tiny_llama, walk_text
 
 SHORT = CertifySettings(num_documents=2, prefix_tokens=256, following_tokens=32)
@@ -70,6 +80,53 @@ def test_our_rows_have_speeds_and_the_others_do_not(rows):
             assert row.decode_restore_elements_per_second < row.decode_elements_per_second
 
 
+def test_rivals_say_why_they_have_no_speed(rows):
+    for row in rows.values():
+        has_speed = row.encode_elements_per_second is not None
+        assert (row.no_speed == "") == has_speed
+
+
+@pytest.fixture
+def wide():
+    """A calibration with rows of many steps' deviation, and values for it."""
+    spec = KVSpec(2, 2, 16)
+    calibration = make_calibration(spec)
+    library.register_calibration(calibration)
+    values = correlated_values(spec, 300)
+    rotate_keys(values[:, 0], calibration.rope, 0)
+    return calibration, values
+
+
+def test_bits_over_entropy_are_told_by_class_of_rows(rows, wide):
+    calibration, values = wide
+    coder = codec.ProfileCoder(transform.TransformProfile("near", calibration), calibration.spec)
+    coder(values)
+    for bands in (rows["uncalibrated"].bands, coder.measured()["bands"]):
+        assert len(bands) > 1
+        assert set(bands) < set(codec.BANDS)
+        assert sum(band["share"] for band in bands.values()) == pytest.approx(1)
+        assert all(band["video_over_entropy"] > 0.9 for band in bands.values())
+        entropies = [bands[band]["entropy_bits"] for band in codec.BANDS if band in bands]
+        assert entropies == sorted(entropies, reverse=True)
+    assert rows["CacheGen"].bands == {}
+
+
+def test_symbols_are_the_whole_integers(wide):
+    """Those of a unit with low bits are those of the same unit without."""
+    calibration, values = wide
+    source = UnitSource(float32_to_bits(values, "bfloat16"), calibration.spec, 0, 0)
+    found = []
+    for shifts in (transform._shifts, lambda *_: np.zeros(0, np.uint8)):
+        with mock.patch.object(transform, "_shifts", shifts):
+            data = transform.TransformProfile("near", calibration).encode(source, "-")
+            unit = parse_unit(data)
+            found.append(codec._symbols(unit, decode_unit(data, VideoDecoder())))
+    cut, whole = found
+    assert cut.low_bits.any()
+    assert not whole.low_bits.any()
+    np.testing.assert_array_equal(cut.integers, whole.integers)
+
+
 def test_unknown_row_is_refused(folder, calibration):
     with pytest.raises(ConfigError, match="no rows"):
         codec.run(None, calibration, [], only=["nonsense"])
@@ -91,7 +148,13 @@ def test_command_writes_json_and_plot(folder, calibration, tmp_path, capsys, mon
     )  # fmt: skip
     assert status == 0
     report = json.loads(capsys.readouterr().out)
-    assert [row["name"] for row in report["rows"]] == ["balanced", "fp8 e4m3"]
+    # The certificate's texts and those given, in one run.
+    expected = [(s, name) for s in ("certificate", "given") for name in ("balanced", "fp8 e4m3")]
+    assert [(row["text_set"], row["name"]) for row in report["rows"]] == expected
+    assert report["documents"]["given"] == ["user/10.txt#0"]
+    parallel = report["parallel_encode"]
+    assert set(parallel["wall_seconds_by_threads"]) >= {"1", str(parallel["cores"])}
+    assert parallel["elements"] == 256 * calibration.spec.elements_per_token
     assert report["calibration"] == calibration.digest
     assert KVSpec(**report["spec"]) == calibration.spec
     assert (tmp_path / "plot.svg").read_text().startswith("<svg")
