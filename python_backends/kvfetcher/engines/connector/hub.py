@@ -413,6 +413,8 @@ class ConnectorHub:
             _log.info("rank %d: %s", rank, exc)
         except RequestError:
             _log.exception("rank %d speaks another version", rank)
+        except Exception:  # noqa: BLE001  nobody would hear this rank any more
+            _log.exception("a message of rank %d could not be taken in", rank)
         if rank >= 0:
             self._fail(f"rank {rank} of the engine is gone; restart the server")
 
@@ -677,7 +679,10 @@ def hub_settings(config: Config, spec: KVSpec) -> HubSettings:
         async_load_tokens=config.connector.async_load_tokens,
         save_timeout_seconds=config.connector.save_timeout_seconds,
         save_generated=config.save.generated,
-        lease_ttl_seconds=config.fetch.lease_ttl_seconds,
+        # A rank may begin to write to its room after the save timeout; until then it is nobody else's.
+        lease_ttl_seconds=max(
+            config.fetch.lease_ttl_seconds, 2 * config.connector.save_timeout_seconds
+        ),
     )
 
 

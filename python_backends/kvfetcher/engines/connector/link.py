@@ -135,12 +135,14 @@ class OwnerLink:
             _log.info("link to the owner of the KV arena: %s", exc)
         except RequestError:
             _log.exception("the owner of the KV arena speaks another version; link closed")
+        except Exception:  # noqa: BLE001  nobody would hear the owner any more
+            _log.exception("a message of the owner of the KV arena could not be taken in")
         finally:
             if not self._closed.is_set():
                 _log.warning(
                     "the link to the owner of the KV arena is lost; nothing is offered any more"
                 )
-            self._closed.set()
+            self._shut()  # so that the owner knows
             self._outbox.put(None)
 
     def _write(self) -> None:

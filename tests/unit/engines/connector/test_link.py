@@ -10,8 +10,9 @@ import time
 import pytest
 
 from kvfetcher.arena import Arena
+from kvfetcher.config import Config, ConnectorConfig, FetchConfig
 from kvfetcher.engines.connector import link as link_module
-from kvfetcher.engines.connector.hub import ConnectorHub, HubSettings
+from kvfetcher.engines.connector.hub import ConnectorHub, HubSettings, hub_settings
 from kvfetcher.engines.connector.link import OwnerLink
 from kvfetcher.engines.connector.messages import (
     Announce,
@@ -179,6 +180,38 @@ def test_stranger_at_the_owners_socket_harms_nobody(owner, line):
     owner.hub.wait_ready(5)
     assert not owner.hub.dead
     rank.link.close()
+
+
+def test_fault_at_a_message_ends_the_link_for_both(owner):
+    def fail(message):
+        raise KeyError("no such thing")
+
+    rank = Rank(owner).ready()
+    owner.hub.wait_ready(5)
+    rank.link._receive = fail
+    announce(owner)
+    wait(lambda: not rank.link.is_open and owner.hub.dead)
+    rank.link.close()
+
+
+def test_fault_of_the_hub_at_a_message_is_the_end_of_the_engine(owner, monkeypatch):
+    rank = Rank(owner).ready()
+    owner.hub.wait_ready(5)
+    monkeypatch.setattr(owner.hub, "_advance", lambda *_: {}["missing"])
+    handle = announce(owner)
+    rank.link.send(Copied(handle.announce.key))
+    wait(lambda: owner.hub.dead and not rank.link.is_open)
+    assert handle.ticket.result(5) is None
+    rank.link.close()
+
+
+def test_room_lives_as_long_as_a_rank_may_take():
+    config = Config(
+        connector=ConnectorConfig(save_timeout_seconds=100.0),
+        fetch=FetchConfig(lease_ttl_seconds=30.0),
+    )
+    assert hub_settings(config, SPEC).lease_ttl_seconds == 200
+    assert hub_settings(Config(), SPEC).lease_ttl_seconds == FetchConfig().lease_ttl_seconds
 
 
 def test_owner_that_speaks_nonsense_later_is_left(owner):
