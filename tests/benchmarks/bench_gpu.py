@@ -1,37 +1,49 @@
 """The GPU data path: tritonserver (BLS -> kv_pipeline -> arena on the GPU) against bare decoders.
 
-    python tests/benchmarks/bench_gpu.py --output FILE.json [--parts rates,instances,memory,...]
+    python tests/benchmarks/bench_gpu.py --output FILE.json [--parts bare,rates,...]
 
 The KV cache is synthetic: an 8B model's shape (32 layers, 8 KV heads of 128), coefficients with the
 spectrum that SmolLM2-135M's calibration has, through the real codec. Baseline: processes with one
 `NvdecDecoder` each that leave the pictures on the GPU, packets parsed beforehand, same units, same run.
 Before a rate is printed, what lies in the arena is compared with the CPU's restore.
 
-Parts: rates (chunk lengths, picture sizes, profiles), instances (1 to 14 decoders), memory (prefixes of
-4k, 32k, 128k tokens), interference (a matrix product and a running generation beside it).
+Parts, the most telling first; those that the time does not suffice for are named in `left_out`:
+
+bare          7 and 14 decoders; 14 that copy pictures as kv_decode does; restoring alone, and beside 14
+rates         14 decoders through tritonserver, for each number of kv_restore processes, and with more
+              memory for planes; where each unit's time went
+memory        GPU memory, from before the server's start to prefixes of 128k tokens
+interference  a matrix product and a running generation beside it (and beside CacheGen's decoder)
+more          other profiles, chunk lengths and picture sizes, with the best number of kv_restore
+instances     1 to 14 decoders
+mps           the first rate again under NVIDIA's MPS, where its daemon is installed
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import contextlib
 import json
 import multiprocessing
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from gpu_bare import WAIT_SECONDS, Crew, decode_in_a_loop, rate_of, restore_in_a_loop
+from gpu_cachegen import decode_cachegen_in_a_loop, find_kernels
+from gpu_counters import busy_cores, cpu_times, per_unit, stage_times, triton_counters
 
-from kvfetcher.codec.nvdec import NvdecDecoder
 from kvfetcher.codec.profiles import decode_unit, encode_chunk, restore_unit
 from kvfetcher.codec.transform import TransformProfile
 from kvfetcher.codec.unit import BITSTREAM, parse_unit
@@ -47,7 +59,7 @@ from kvfetcher.transform.library import store_calibration
 from kvfetcher.transform.rope import LayerRope, Rope, rotate_keys
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1] / "model_repository"
@@ -56,7 +68,20 @@ GROUP_LAYERS = 2
 TOKENS_PER_BLOCK = 32
 FRONTS = 4
 LENGTHS = (4096, 32768, 131072)
-WAIT_SECONDS = 240.0
+PARTS = ("bare", "rates", "memory", "interference", "more", "instances", "mps")
+MPS_DAEMON = "nvidia-cuda-mps-control"
+# (tokens, profile, layer groups in a picture)
+MAIN = ((1024, "balanced", 1), (1024, "balanced", 2))
+MORE = (
+    (1024, "near", 1),
+    (1024, "compact", 2),
+    (256, "balanced", 4),
+    (256, "near", 4),
+    (1024, "balanced", 4),
+    (256, "balanced", 1),
+    (256, "compact", 4),
+    (1024, "compact", 1),
+)
 SEED = 1
 
 # Deviation of coefficients in steps of `balanced`, by the share of components before it (SmolLM2-135M,
@@ -109,7 +134,8 @@ def make_calibration() -> Calibration:
         sigma[:kept] * np.float32(UNIT_STEP),
         rng.normal(0, 0.5, n).astype(np.float32),
     )
-    table = tuple(float(f) for f in 500000.0 ** -(np.arange(64) / 64))
+    half = SPEC.head_dim // 2
+    table = tuple(float(f) for f in 500000.0 ** -(np.arange(half) / half))
     eye = np.eye(SPEC.head_dim, dtype=np.float32)
     roots = np.broadcast_to(eye, (SPEC.num_layers, 2, SPEC.num_kv_heads, *eye.shape)).copy()
     return Calibration(
@@ -141,9 +167,11 @@ def make_values(calibration: Calibration, num_tokens: int) -> np.ndarray:
     return float32_to_bits(values, SPEC.dtype)
 
 
-def make_workloads(calibration: Calibration, wanted: list[tuple[int, str, int]]) -> list[Workload]:
-    """(tokens, profile, layer groups per picture) each."""
-    made, bits = [], {}
+def make_workloads(
+    calibration: Calibration, wanted: Sequence[tuple[int, str, int]], bits: dict[int, np.ndarray]
+) -> list[Workload]:
+    """(tokens, profile, layer groups per picture) each; `bits` keeps values by their tokens."""
+    made = []
     for tokens, profile, joined in wanted:
         if tokens not in bits:
             bits[tokens] = make_values(calibration, tokens)
@@ -173,68 +201,40 @@ def _restore_on_cpu(unit: bytes) -> np.ndarray:
     return restore_unit(unit, decode_unit(unit, VideoDecoder())).values
 
 
-# Bare decoders
-
-
-def bare_rate(work: Workload, count: int, seconds: float) -> float:
-    """Elements per second of `count` processes; pictures stay on the GPU."""
-    context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(count), context.Queue()
-    workers = [
-        context.Process(target=_bare_worker, args=(work.units, i, seconds, barrier, results))
-        for i in range(count)
-    ]
-    for worker in workers:
-        worker.start()
-    total = sum(results.get(timeout=WAIT_SECONDS) for _ in workers)
-    for worker in workers:
-        worker.join(WAIT_SECONDS)
-    return total
-
-
-def _bare_worker(data, first, seconds, barrier, results) -> None:
-    decoder = NvdecDecoder()
-    units = [parse_unit(unit) for unit in data]
-    packets = [unit.packets() for unit in units]
-    for unit, part in zip(units[:2], packets, strict=False):
-        decoder.decode_on_gpu(part, unit.geometry)
-    barrier.wait(WAIT_SECONDS)
-    start, elements, index = time.perf_counter(), 0, first
-    while time.perf_counter() - start < seconds:
-        unit = units[index % len(units)]
-        decoder.decode_on_gpu(packets[index % len(units)], unit.geometry)
-        elements += unit.num_elements
-        index += 1
-    results.put(elements / (time.perf_counter() - start))
-    barrier.wait(WAIT_SECONDS)
-
-
 # Through the server
 
 
 class Rig:
     """A tritonserver with the codec's models and `bench_front`, and an arena on the GPU."""
 
-    def __init__(self, num_decoders: int, *, arena_bytes: int, restorers: int = 1) -> None:
+    def __init__(
+        self, num_decoders: int, *, arena_bytes: int, restorers: int = 1, plane_bytes: int = 0
+    ) -> None:
         from kvfetcher.gpu_arena import GpuArena  # torch: not in the bare decoders' processes
         from kvfetcher.server import TritonServer
 
         config = load_config(environ={})
         ports = {"http_port": 8100, "grpc_port": 8101, "metrics_port": 8102}
         server = replace(
-            config.server, decode_instances=num_decoders, restore_instances=restorers, **ports
+            config.server,
+            decode_instances=num_decoders,
+            restore_instances=restorers,
+            plane_bytes=plane_bytes or config.server.plane_bytes,
+            **ports,
         )
         config = replace(
             config,
             server=server,
             codec=replace(config.codec, decoder="nvdec"),
-            engine=replace(config.engine, arena_bytes=1 << 20),
+            engine=replace(config.engine, arena_bytes=1 << 20, arena="gpu"),
         )
         self.folder = Path(tempfile.mkdtemp(prefix="kvfetcher-bench-"))
         for model in ("kv_decode", "kv_restore", "kv_pipeline"):
             (self.folder / model).symlink_to(REPOSITORY / model)
         (self.folder / "bench_front").symlink_to(HERE / "models" / "bench_front")
+        self.restorers = restorers
         self.in_flight = max(8, 2 * num_decoders + 4)
+        self.free_bytes = {"before": _free_bytes()}
         self.arena = GpuArena.create_on(
             0,
             Path("/dev/shm") / f"kvfetcher-bench-{os.getpid()}-arena",
@@ -242,10 +242,12 @@ class Rig:
             tokens_per_block=TOKENS_PER_BLOCK,
             num_bytes=arena_bytes,
         )
+        self.free_bytes["arena"] = _free_bytes()
         self.server = TritonServer(
             config, model_repository=self.folder, log_path=self.folder / "log"
         )
         self.server.start()
+        self.free_bytes["server"] = _free_bytes()
 
     def targets(self, num_tokens: int, count: int) -> list[str]:
         """Targets for whole chunks, one behind the other."""
@@ -322,13 +324,12 @@ class Rig:
             }
             for i in range(fronts)
         ]
+        before, ticks = self.counters(), cpu_times()
         results = self.call(plans)
+        cores, after = busy_cores(ticks, cpu_times()), self.counters()
         elements = dict(zip(paths, work.elements, strict=True))
         video = dict(zip(paths, work.video_bytes, strict=True))
-        stages = {
-            name: sorted(x for r in results for x in r[name])
-            for name in ("decode_ms", "restore_ms")
-        }
+        units = [u for r in results for u in r["units"]]
         ms = sorted(x for r in results for x in r["latency_ms"])
         done = [(p, n / r["seconds"]) for r in results for p, n in r["done"].items()]
         how: dict[str, int] = {}
@@ -342,9 +343,16 @@ class Rig:
             "in_flight": per_front * fronts,
             "latency_ms_median": ms[len(ms) // 2],
             "latency_ms_p95": ms[int(0.95 * len(ms))],
-            **{f"{name}_median": found[len(found) // 2] for name, found in stages.items()},
             "how": how,
+            "stages": stage_times(units, restorers=self.restorers),
+            "triton_us_per_unit": per_unit(before, after),
+            "busy_cores": cores,
         }
+
+    def counters(self) -> dict[str, dict[str, float]]:
+        url = f"http://{self.server.metrics_url}/metrics"
+        with urllib.request.urlopen(url, timeout=WAIT_SECONDS) as answer:
+            return triton_counters(answer.read().decode())
 
     def close(self) -> None:
         self.server.stop()
@@ -355,23 +363,80 @@ class Rig:
 # Parts
 
 
-def run_bare(works: list[Workload], args: argparse.Namespace, report: dict) -> None:
-    for work in works:
-        row = report["rates"][work.name] = describe(work)
-        for n in (7, 14):
-            row[f"bare_{n}"] = 1e-9 * bare_rate(work, n, args.seconds)
-        print(work.name, row, flush=True)
+class Plan:
+    """What is still to be done, in the time that is left; writes the report as it grows."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.bits: dict[int, np.ndarray] = {}
+        self.report: dict = {
+            "command": " ".join(["bench_gpu.py", *sys.argv[1:]]),
+            "machine": machine(),
+            "rates": {},
+            "spent_seconds": {},
+            "left_out": [],
+            "errors": {},
+        }
+        self._began = time.monotonic()
+        self._deadline = self._began + args.budget_seconds
+
+    def has_time(self, name: str, seconds: float) -> bool:
+        """Whether a step that takes so long may begin; else it is noted."""
+        if time.monotonic() + seconds <= self._deadline:
+            return True
+        self.report["left_out"].append(name)
+        return False
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Time a step, and let the others go on if it fails."""
+        began = time.monotonic()
+        try:
+            yield
+        except (Exception, SystemExit) as exc:  # noqa: BLE001 - told in the report
+            self.report["errors"][name] = f"{type(exc).__name__}: {exc}"
+            print(f"{name} failed: {exc}", flush=True)
+        self.report["spent_seconds"][name] = round(time.monotonic() - began, 1)
+        self.write()
+
+    def write(self) -> None:
+        self.args.output.write_text(json.dumps(self.report, indent=1) + "\n")
+
+    def row(self, work: Workload) -> dict:
+        return self.report["rates"].setdefault(work.name, describe(work))
 
 
-def run_rate(rig: Rig, work: Workload, args: argparse.Namespace, report: dict) -> None:
-    row = report["rates"][work.name]
-    server = rig.server.config.server
-    key = f"triton_{server.decode_instances}_{server.restore_instances}"
-    row["check"] = rig.check(work)
+def run_bare(plan: Plan, works: list[Workload], *, all_arms: bool) -> None:
+    """Bare decoders; with `all_arms` also what copying and restoring beside them cost."""
+    seconds = plan.args.seconds
+    with contextlib.ExitStack() as stack:
+        decoders = stack.enter_context(Crew(decode_in_a_loop, max(plan.args.bare)))
+        restorer = stack.enter_context(Crew(restore_in_a_loop, 1)) if all_arms else None
+        for work in works:
+            row = plan.row(work)
+            decoders.load(work.units)
+            for n in plan.args.bare:
+                row[f"bare_{n}"] = 1e-9 * decoders.rate(n, seconds)
+            if restorer is not None:
+                n = max(plan.args.bare)
+                row[f"bare_{n}_with_ring_copy"] = 1e-9 * decoders.rate(n, seconds, ring=True)
+                restorer.load(work.units)
+                row["restorer_alone"] = 1e-9 * restorer.rate(1, seconds)
+                beside = restorer.start(1, seconds)
+                row[f"bare_{n}_beside_restorer"] = 1e-9 * decoders.rate(n, seconds, ring=True)
+                row["restorer_beside_decoders"] = 1e-9 * rate_of(beside)
+            print(work.name, row, flush=True)
+
+
+def run_rate(plan: Plan, rig: Rig, work: Workload, key: str) -> None:
+    row = plan.row(work)
+    if "check" not in row:
+        row["check"] = rig.check(work)
     rig.rate(work, 1.0)
-    found = row[key] = rig.rate(work, args.seconds)
-    for n in (7, 14):
-        found[f"of_bare_{n}"] = round(found["elements_g_per_s"] / row[f"bare_{n}"], 3)
+    found = row[key] = rig.rate(work, plan.args.seconds)
+    for n in plan.args.bare:
+        if f"bare_{n}" in row:
+            found[f"of_bare_{n}"] = round(found["elements_g_per_s"] / row[f"bare_{n}"], 3)
     alone = rig.rate(work, 1.0, in_flight=1, fronts=1)
     found["alone_ms_median"], found["alone_ms_p95"] = (
         alone["latency_ms_median"],
@@ -380,15 +445,16 @@ def run_rate(rig: Rig, work: Workload, args: argparse.Namespace, report: dict) -
     print(work.name, key, json.dumps(found), row["check"], flush=True)
 
 
-def with_rig(count: int, restorers: int, work: Callable[[Rig], None], args, report: dict) -> None:
-    rig = Rig(count, arena_bytes=SPEC.bytes_per_token * max(LENGTHS), restorers=restorers)
+@contextlib.contextmanager
+def open_rig(plan: Plan, count: int, restorers: int, *, plane_bytes: int = 0) -> Iterator[Rig]:
+    arena_bytes = SPEC.bytes_per_token * max(LENGTHS)
+    rig = Rig(count, arena_bytes=arena_bytes, restorers=restorers, plane_bytes=plane_bytes)
     try:
-        work(rig)
+        yield rig
     finally:
-        if args.show_log:
+        if plan.args.show_log:
             print(rig.log_tail(), flush=True)
         rig.close()
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def describe(work: Workload) -> dict:
@@ -396,35 +462,117 @@ def describe(work: Workload) -> dict:
     return {
         "units": len(work.units),
         "picture": f"{geometry.num_frames} x {geometry.width}x{geometry.height} {geometry.bit_depth} bit",
+        "plane_bytes": geometry.num_bytes,
         "bits_per_element": 8 * sum(map(len, work.units)) / sum(work.elements),
     }
 
 
-def run_instances(work: Workload, args: argparse.Namespace, report: dict) -> None:
-    row = report["instances"] = {"workload": work.name, "bare": {}, "triton": {}}
-    for count in args.counts:
-        row["bare"][count] = 1e-9 * bare_rate(work, count, args.seconds)
+def run_rates(plan: Plan, works: list[Workload], parts: tuple[str, ...]) -> None:
+    """The main rates, and in their server the memory and the interference."""
+    count = plan.args.decoders
+    arms = [(r, 0) for r in plan.args.restorers]
+    arms += [(max(plan.args.restorers), plan.args.large_plane_bytes)] * bool(
+        plan.args.large_plane_bytes
+    )
+    for restorers, plane_bytes in arms:
+        key = f"triton_{count}_{restorers}" + (f"_{plane_bytes >> 20}_mib" if plane_bytes else "")
+        if not plan.has_time(key, 60):
+            continue
+        with plan.step(key), open_rig(plan, count, restorers, plane_bytes=plane_bytes) as rig:
+            if "memory" in parts and "memory" not in plan.report:
+                run_memory(rig, works[-1], plan.report)  # first: nothing is decoded yet
+            for work in works if "rates" in parts else ():
+                run_rate(plan, rig, work, key)
+            if "interference" in parts and "interference" not in plan.report:
+                run_interference(rig, works[-1], plan.report)
 
-        def measure(rig: Rig, count: int = count) -> None:
-            rig.rate(work, 1.0)
-            row["triton"][count] = rig.rate(work, args.seconds)
 
-        with_rig(count, args.restorers[0], measure, args, report)
-        found = row["triton"][count]["elements_g_per_s"]
-        print(count, "decoders: bare", row["bare"][count], "triton", found, flush=True)
+def best_restorers(plan: Plan) -> int:
+    """The number of kv_restore processes with the highest rate so far."""
+    rates = {
+        restorers: found["elements_g_per_s"]
+        for restorers in plan.args.restorers
+        for row in plan.report["rates"].values()
+        if (found := row.get(f"triton_{plan.args.decoders}_{restorers}"))
+    }
+    return max(rates, key=rates.__getitem__, default=plan.args.restorers[0])
+
+
+def run_more(plan: Plan, calibration: Calibration) -> None:
+    """Other workloads, one by one while there is time, each bare and through one server."""
+    restorers = best_restorers(plan)
+    key = f"triton_{plan.args.decoders}_{restorers}"
+    works = []
+    for wanted in MORE:
+        if plan.has_time(f"workload {wanted}", 60):
+            works += make_workloads(calibration, [wanted], plan.bits)
+    if works and plan.has_time("more", 60):
+        with plan.step("more, bare"):
+            run_bare(plan, works, all_arms=False)
+        with plan.step("more"), open_rig(plan, plan.args.decoders, restorers) as rig:
+            for work in works:
+                if plan.has_time(work.name, 12):
+                    run_rate(plan, rig, work, key)
+
+
+def run_instances(plan: Plan, works: list[Workload]) -> None:
+    restorers = best_restorers(plan)
+    table = plan.report["instances"] = {"restorers": restorers}
+    for work in works:
+        table[work.name] = {"bare": {}, "triton": {}}
+    with plan.step("instances, bare"), Crew(decode_in_a_loop, max(plan.args.counts)) as crew:
+        for work in works:
+            crew.load(work.units)
+            for count in plan.args.counts:
+                table[work.name]["bare"][count] = 1e-9 * crew.rate(count, plan.args.seconds / 2)
+    for count in plan.args.counts:
+        name = f"{count} instances"
+        if plan.has_time(name, 35):
+            with plan.step(name), open_rig(plan, count, restorers) as rig:
+                for work in works:
+                    rig.rate(work, 1.0)
+                    table[work.name]["triton"][count] = rig.rate(work, plan.args.seconds / 2)
+    print("instances", table, flush=True)
+
+
+def run_mps(plan: Plan) -> None:
+    """The first rate in a process of its own under MPS, beside which nothing else runs."""
+    if shutil.which(MPS_DAEMON) is None:
+        plan.report["mps"] = f"{MPS_DAEMON} is not installed: not measured"
+        return
+    if not plan.has_time("mps", 90):
+        return
+    with plan.step("mps"), tempfile.TemporaryDirectory(prefix="kvfetcher-mps-") as folder:
+        environ = {
+            **os.environ,
+            "CUDA_MPS_PIPE_DIRECTORY": folder,
+            "CUDA_MPS_LOG_DIRECTORY": folder,
+        }
+        output = Path(folder) / "rates.json"
+        command = [sys.executable, __file__, "--output", str(output), "--parts", "rates"]
+        command += ["--restorers", str(best_restorers(plan)), "--large-plane-bytes", "0"]
+        command += [f"--decoders={plan.args.decoders}", f"--seconds={plan.args.seconds}"]
+        subprocess.run([MPS_DAEMON, "-d"], env=environ, check=True, timeout=WAIT_SECONDS)
+        try:
+            done = subprocess.run(command, env=environ, check=False, timeout=WAIT_SECONDS)
+        finally:
+            subprocess.run(
+                [MPS_DAEMON], input=b"quit\n", env=environ, check=False, timeout=WAIT_SECONDS
+            )
+        found = json.loads(output.read_text()) if output.is_file() else {}
+        plan.report["mps"] = {"status": done.returncode, "rates": found.get("rates", {})}
 
 
 def run_memory(rig: Rig, work: Workload, report: dict) -> None:
-    """Extra GPU memory, over all processes, while prefixes of several lengths are restored."""
+    """GPU memory over all processes, from before the server to prefixes of several lengths."""
     row = report["memory"] = {"workload": work.name, "extra_mib": {}, "seconds": {}}
-    context = cuda_context(0)
-    cold = context.memory_info()[0]
-    rig.rate(work, 2.0)
-    warm = context.memory_info()[0]
-    row["warm_up_mib"] = (cold - warm) >> 20
+    context, free = cuda_context(0), rig.free_bytes
+    row["arena_mib"] = (free["before"] - free["arena"]) >> 20
+    # Contexts, warm sessions and kernels of all processes, before the first unit.
+    row["server_start_mib"] = (free["arena"] - free["server"]) >> 20
     for tokens in LENGTHS:
         targets = rig.targets(work.num_tokens, tokens // work.num_tokens)
-        lowest, stop = [warm], threading.Event()
+        lowest, stop = [free["server"]], threading.Event()
 
         def watch(lowest: list[int] = lowest, stop: threading.Event = stop) -> None:
             while not stop.is_set():
@@ -440,35 +588,59 @@ def run_memory(rig: Rig, work: Workload, report: dict) -> None:
         row["seconds"][tokens] = time.perf_counter() - began
         stop.set()
         watcher.join()
-        row["extra_mib"][tokens] = (warm - lowest[0]) >> 20
+        # Over what the server had when it started: rings, sessions, inverse transforms and all.
+        row["extra_mib"][tokens] = (free["server"] - lowest[0]) >> 20
     print("memory", row, flush=True)
+
+
+def _free_bytes() -> int:
+    return cuda_context(0).memory_info()[0]
 
 
 def run_interference(rig: Rig, work: Workload, report: dict) -> None:
     """What a matrix product and a running generation lose beside decoding and restoring."""
     row = report["interference"] = {"workload": work.name}
-    for name, target in (("gemm_tflop_per_s", _gemm), ("generation_tokens_per_s", _generate)):
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        worker = context.Process(target=target, args=(theirs,))
-        worker.start()
-        if not ours.poll(WAIT_SECONDS):
-            raise SystemExit(f"{name} did not start")
-        ours.recv()
-        rates: dict[str, list[float]] = {"alone": [], "beside": []}
-        path = []
-        for _ in range(3):
-            rates["alone"].append(_ask(ours, 1.0))
+    loads: dict[str, Callable[[], float]] = {
+        "path": lambda: rig.rate(work, 2.2)["elements_g_per_s"]
+    }
+    with contextlib.ExitStack() as stack:
+        if find_kernels() is None:
+            row["cachegen"] = "no LMCache here: not measured"
+        else:
+            try:
+                crew = stack.enter_context(Crew(decode_cachegen_in_a_loop, 1))
+            except SystemExit as exc:
+                row["cachegen"] = str(exc)
+            else:
+                loads["cachegen"] = lambda: 1e-9 * crew.rate(1, 2.0)
+        for name, target in (("gemm_tflop_per_s", _gemm), ("generation_tokens_per_s", _generate)):
+            row[name] = _interference(target, loads)
+            print("interference", name, row[name], flush=True)
+
+
+def _interference(target, loads: dict[str, Callable[[], float]]) -> dict:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    worker = context.Process(target=target, args=(theirs,), daemon=True)
+    worker.start()
+    if not ours.poll(WAIT_SECONDS):
+        raise SystemExit(f"{target.__name__} did not start")
+    ours.recv()
+    row: dict = {"alone": []}
+    for _ in range(3):
+        row["alone"].append(_ask(ours, 1.0))
+        for name, load in loads.items():
+            found = row.setdefault(name, {"beside": [], "elements_g_per_s": []})
             with ThreadPoolExecutor(1) as pool:
-                running = pool.submit(rig.rate, work, 2.2)
+                running = pool.submit(load)
                 time.sleep(0.7)
-                rates["beside"].append(_ask(ours, 1.0))
-                path.append(running.result()["elements_g_per_s"])
-        ours.send(0)
-        worker.join(WAIT_SECONDS)
-        alone, beside = (float(np.median(rates[k])) for k in ("alone", "beside"))
-        row[name] = {**rates, "lost": 1 - beside / alone, "path_elements_g_per_s": path}
-        print("interference", name, row[name], flush=True)
+                found["beside"].append(_ask(ours, 1.0))
+                found["elements_g_per_s"].append(running.result())
+    ours.send(0)
+    worker.join(WAIT_SECONDS)
+    for name in loads:
+        row[name]["lost"] = 1 - float(np.median(row[name]["beside"]) / np.median(row["alone"]))
+    return row
 
 
 def _ask(pipe, seconds: float) -> float:
@@ -532,57 +704,51 @@ def _serve_rates(pipe, call, *, per_call: float, batch: int) -> None:
         pipe.send(per_call * calls / (time.perf_counter() - start))
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
-    parser.add_argument("--parts", default="rates,instances,memory,interference")
-    parser.add_argument("--decoders", type=_numbers, default=(14, 7), help="for the rates")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
+    parser.add_argument("--budget-seconds", type=float, default=540.0, help="no step begins later")
+    parser.add_argument("--parts", type=_parts, default=PARTS, help=",".join(PARTS))
+    parser.add_argument("--bare", type=_numbers, default=(7, 14), help="decoders of the baseline")
+    parser.add_argument("--decoders", type=int, default=14, help="through the server")
+    parser.add_argument("--restorers", type=_numbers, default=(1, 2, 4))
+    parser.add_argument("--large-plane-bytes", type=int, default=1 << 30, help="0 = not measured")
     parser.add_argument("--counts", type=_numbers, default=(1, 2, 4, 7, 14), help="for the table")
-    parser.add_argument("--restorers", type=_numbers, default=(1,))
-    parser.add_argument("--few", action="store_true", help="three workloads instead of all")
     parser.add_argument("--show-log", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    plan = Plan(args)
     calibration = make_calibration()
     store_calibration(calibration)
-    wanted = [(1024, "balanced", 1), (1024, "balanced", 2), (1024, "compact", 2)]
-    if not args.few:
-        wanted += [
-            (1024, "balanced", 4),
-            (1024, "compact", 1),
-            (1024, "near", 1),
-            (256, "balanced", 1),
-            (256, "balanced", 4),
-            (256, "compact", 4),
-            (256, "near", 4),
-        ]
-    began = time.perf_counter()
-    works = make_workloads(calibration, wanted)
-    print(f"workloads made in {time.perf_counter() - began:.1f} s", flush=True)
-    report: dict = {"command": " ".join(sys.argv), "machine": _machine(), "rates": {}}
-    parts = args.parts.split(",")
-    if "rates" in parts:
-        run_bare(works, args, report)
-
-    def measure(rig: Rig) -> None:
-        for work in works if "rates" in parts else ():
-            run_rate(rig, work, args, report)
-        if "memory" in parts and "memory" not in report:
-            run_memory(rig, works[1], report)
-        if "interference" in parts and "interference" not in report:
-            run_interference(rig, works[1], report)
-
-    for decoders, restorers in itertools.product(args.decoders, args.restorers):
-        with_rig(decoders, restorers, measure, args, report)
-    if "instances" in parts:
-        run_instances(works[1], args, report)
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
-    return 0
+    with plan.step("workloads"):
+        works = make_workloads(calibration, MAIN, plan.bits)
+    if plan.report["errors"]:
+        return 1
+    if "bare" in args.parts and plan.has_time("bare", 60):
+        with plan.step("bare"):
+            run_bare(plan, works, all_arms=True)
+    if {"rates", "memory", "interference"} & set(args.parts):
+        run_rates(plan, works, args.parts)
+    if "more" in args.parts:
+        run_more(plan, calibration)
+    if "instances" in args.parts and plan.has_time("instances", 60):
+        run_instances(plan, works)
+    if "mps" in args.parts:
+        run_mps(plan)
+    plan.write()
+    return int(bool(plan.report["errors"]))
 
 
-def _machine() -> dict[str, object]:
+def _parts(text: str) -> tuple[str, ...]:
+    parts = tuple(text.split(","))
+    if unknown := set(parts) - set(PARTS):
+        raise argparse.ArgumentTypeError(f"no such part: {sorted(unknown)}; parts are {PARTS}")
+    return parts
+
+
+def machine() -> dict[str, object]:
     import PyNvVideoCodec
     import torch
     import triton

@@ -2,7 +2,7 @@
 
 Inputs   plan    STRING [1]  JSON: units (paths), targets (BlockTargets), in_flight, and either
                  seconds (go round until then) or once (each pair of unit and target one time)
-Outputs  result  STRING [1]  JSON: done (count per unit), seconds, latency_ms, decode_ms, restore_ms, how
+Outputs  result  STRING [1]  JSON: done (count per unit), seconds, latency_ms, units (stamps, batch), how
 """
 
 import asyncio
@@ -34,15 +34,14 @@ class TritonPythonModel:
         loop.set_default_executor(ThreadPoolExecutor(plan["in_flight"]))
         jobs = self._jobs(plan)
         state = {"done": Counter(), "ms": [], "how": Counter(), "errors": []}
-        state |= {"decode_ms": [], "restore_ms": []}
+        state["units"] = []
         start = time.perf_counter()
         await asyncio.gather(*(self._worker(plan, jobs, state) for _ in range(plan["in_flight"])))
         result = {
             "done": dict(state["done"]),
             "seconds": time.perf_counter() - start,
             "latency_ms": sorted(state["ms"]),
-            "decode_ms": state["decode_ms"],
-            "restore_ms": state["restore_ms"],
+            "units": state["units"],
             "how": dict(state["how"]),
             "errors": state["errors"][:3],
         }
@@ -74,8 +73,7 @@ class TritonPythonModel:
                 continue
             status = pb_utils.get_output_tensor_by_name(response, wire.KV_STATUS).as_numpy()
             facts = json.loads(status.reshape(-1)[0])
-            for name in ("decode_ms", "restore_ms"):
-                state[name].append(facts[name])
+            state["units"].append({"stamps": facts["stamps"], "batch": facts["batch"]})
             where = facts.get("planes", "host")
             state["how"][
                 f"{facts['decoder']}, planes {where}, restored by {facts['restorer']}"
