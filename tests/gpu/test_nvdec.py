@@ -152,6 +152,27 @@ def test_ladder_restores_the_same_values(decoder, name):
     assert assert_same_on_both(chunk_of(TransformProfile(name, calibration), spec, values), decoder)
 
 
+@pytest.mark.parametrize("bit_depth", [8, 10])
+def test_pictures_stay_on_the_gpu_where_there_is_room(decoder, bit_depth):
+    geometry = PlaneGeometry(3, 256, 640, bit_depth)
+    planes, packets = coded(geometry)
+    context, asked = decoder.context, []
+    address = context.allocate(geometry.num_bytes)
+    try:
+        kept = decoder.decode_on_gpu(packets, geometry, lambda: asked.append(1) or address)
+        assert kept is None
+        context.synchronize()
+        got = np.empty(geometry.shape, geometry.dtype)
+        context.copy_to_host(got.ctypes.data, address, got.nbytes)
+    finally:
+        context.free(address)
+    np.testing.assert_array_equal(got >> nvdec.sample_shift(geometry), planes)
+    assert len(asked) == 1
+    in_host_memory = decoder.decode_on_gpu(packets, geometry, lambda: None)
+    np.testing.assert_array_equal(in_host_memory, planes)
+    assert not decoder.is_lost()
+
+
 def test_stream_of_another_size_is_refused_and_the_next_unit_decodes(decoder):
     small, large = PlaneGeometry(1, 256, 160, 10), PlaneGeometry(1, 512, 320, 10)
     planes, packets = coded(small)
