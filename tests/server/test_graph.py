@@ -358,6 +358,9 @@ def test_metrics_count_hits_and_saves(running, prompt):
     }
     assert sum(v for k, v in values.items() if k.startswith("kvfetcher_hit_tokens_total")) > 0
     assert sum(v for k, v in values.items() if k.startswith("kvfetcher_saved_chunks_total")) > 0
+    (units,) = (k for k in values if k.startswith("kvfetcher_units_total"))
+    assert 'decoder="cpu"' in units
+    assert values[units] > 0
 
 
 def test_a_restarted_server_hits_what_another_saved_and_sets_a_corrupt_chunk_aside(

@@ -17,7 +17,7 @@ from kvfetcher.fetch.decode_times import H100_NVDEC, cpu_table, load_table
 from kvfetcher.fetch.fetcher import Fetched, Fetcher, UnitStatus
 from kvfetcher.server.repository import decode_instances, parallel_decoders
 from kvfetcher.serving.leases import EngineLeases
-from kvfetcher.serving.metrics import Metrics, store_observer
+from kvfetcher.serving.metrics import Metrics, count_unit, store_observer
 from kvfetcher.serving.tensors import bytes_tensor, text_tensor
 from kvfetcher.serving.watching import ClientWatch, Watches
 from kvfetcher.storage import TieredStore, open_store
@@ -145,6 +145,7 @@ class FetchService:
             raise CodecError(f"kv_pipeline: {response.error().message()}")
         status = pb_utils.get_output_tensor_by_name(response, wire.KV_STATUS).as_numpy()
         facts = json.loads(status.reshape(-1)[0])
+        count_unit(self._metrics, facts)
         return UnitStatus(facts["decoder"], facts["decode_ms"], facts["restore_ms"])
 
     def close(self) -> None:

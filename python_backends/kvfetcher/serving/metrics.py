@@ -21,6 +21,8 @@ _COUNTERS = {
     "kvfetcher_gate_gained_seconds_total": "Time that fetches gained against computing",
     "kvfetcher_gate_compute_lost_seconds_total": "Time that computing lost against fetching, as predicted",
     "kvfetcher_gate_compute_gained_seconds_total": "Time that computing gained against fetching",
+    "kvfetcher_units_total": "Units decoded and restored, by decoder, place of their planes, restorer",
+    "kvfetcher_unit_fallbacks_total": "Units off the way that was planned, by what decoded them; kv_decode's log says why",
     "kvfetcher_saved_chunks_total": "Chunks written to the store",
     "kvfetcher_saved_bytes_total": "Bytes written to the store",
     "kvfetcher_save_errors_total": "Saves that stopped with an error",
@@ -89,6 +91,17 @@ class Metrics:
         """Drop the series; Triton wants metrics gone before their families."""
         self._metrics.clear()
         self._families.clear()
+
+
+def count_unit(metrics: Metrics, status: dict[str, Any]) -> None:
+    """Count one unit by its `kv_status`."""
+    decoder: str = status["decoder"]
+    planes: str = status.get("planes", "host")
+    metrics.add(
+        "kvfetcher_units_total", decoder=decoder, planes=planes, restorer=status["restorer"]
+    )
+    if "fallback" in status:
+        metrics.add("kvfetcher_unit_fallbacks_total", decoder=decoder)
 
 
 def store_observer(metrics: Metrics, prefix: str) -> Callable[[StoreEvent], None]:
