@@ -7,8 +7,9 @@ Contract of every backend (``tests/support/stores.py`` holds them to it):
 * Ranges are half-open: ``[start, end)``, in bytes. An empty or negative range is a `StoreError`.
 * An object is visible only when whole, and never changes: a second `put` of a name is a no-op.
 * `head` answers None for a missing object; `get` and `get_range` raise `ChunkNotFoundError`.
-* No call takes longer than the store's timeout; then `StoreTimeoutError`. A put that timed out may
-  still become visible later.
+* No call takes longer than the store's timeout, and a second more for each MB that it names
+  (`allowed_seconds`; `get` names none); then `StoreTimeoutError`. A put that timed out may still
+  become visible later.
 * Everything else that goes wrong is a `StoreError` that names the object and the remedy.
 * Calls may run at once from one event loop. No order is promised between them.
 """
@@ -29,6 +30,11 @@ MAX_NAME_CHARS = 200
 
 SINGLE_LOOKUP_BATCH = 32
 """`GetRanges.lookup_batch_size` of stores that read each range by a request of its own."""
+
+MIN_BYTES_PER_SECOND = 1_000_000
+"""A transfer that is slower counts as one that makes no progress."""
+
+MAX_OBJECT_BYTES = 1 << 30
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(?:/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
 _PREFIX = re.compile(rf"(?:{_NAME.pattern}/?)?")
@@ -268,6 +274,15 @@ async def get_ranges_singly(
                 return exc
 
     return await asyncio.gather(*map(read, ranges))
+
+
+def allowed_seconds(timeout_seconds: float, num_bytes: int) -> float:
+    """Longest wait for a call that carries `num_bytes`.
+
+    Over 0.05 Gbit/s that several calls share, an object of 60 MB takes longer than any timeout that
+    tells a dead store soon.
+    """
+    return timeout_seconds + min(num_bytes, MAX_OBJECT_BYTES) / MIN_BYTES_PER_SECOND
 
 
 def is_name(text: str) -> bool:

@@ -29,6 +29,7 @@ from kvfetcher.storage.base import (
     SINGLE_LOOKUP_BATCH,
     ObjectInfo,
     SetAside,
+    allowed_seconds,
     check_name,
     check_prefix,
     check_range,
@@ -75,7 +76,6 @@ class LocalStore:
             "kvfetcher-file",
             max_threads=_MAX_THREADS,
             max_stuck=_MAX_THREADS,
-            timeout_seconds=timeout_seconds,
         )
         self._swept = False
 
@@ -89,7 +89,9 @@ class LocalStore:
     async def get_range(self, name: str, start: int, end: int) -> bytes:
         check_range(name, start, end)
         path = self._path(name)
-        return await self._run(f"get {name}", lambda: _read_range(path, start, end))
+        return await self._run(
+            f"get {name}", lambda: _read_range(path, start, end), num_bytes=end - start
+        )
 
     async def get_ranges(self, ranges: Sequence[ByteRange]) -> list[bytes | StoreError]:
         return await get_ranges_singly(self, ranges, max_concurrency=_BATCH_READS)
@@ -106,7 +108,9 @@ class LocalStore:
 
     async def put(self, name: str, data: bytes) -> bool:
         path = self._path(name)
-        return await self._run(f"put {name}", lambda: self._put(path, data), reads=False)
+        return await self._run(
+            f"put {name}", lambda: self._put(path, data), num_bytes=len(data), reads=False
+        )
 
     async def delete(self, name: str) -> None:
         path = self._path(name)
@@ -141,16 +145,19 @@ class LocalStore:
     def _path(self, name: str) -> Path:
         return self._folder / check_name(name)
 
-    async def _run(self, what: str, call: Callable[[], _T], *, reads: bool = True) -> _T:
+    async def _run(
+        self, what: str, call: Callable[[], _T], *, num_bytes: int = 0, reads: bool = True
+    ) -> _T:
         """Run blocking I/O in a thread, within the timeout, its errors translated.
 
         Where `reads`, a file that is not there means that the object is not. A thread cannot be
         stopped: after a timeout it ends by itself, its result unused.
         """
+        seconds = allowed_seconds(self._timeout_seconds, num_bytes)
         try:
-            return await self._threads.run(call)
+            return await self._threads.run(call, timeout_seconds=seconds)
         except TimeoutError as exc:
-            problem = str(exc) or f"it took longer than {self._timeout_seconds:g} s"
+            problem = str(exc) or f"it took longer than {seconds:g} s"
             raise StoreTimeoutError(
                 f"file store {self._folder}: {what}: {problem} (store.timeout_seconds); is the file"
                 " system it lies on alive?"

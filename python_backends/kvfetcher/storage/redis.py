@@ -41,6 +41,7 @@ from kvfetcher.storage.base import (
     ByteRange,
     ObjectInfo,
     SetAside,
+    allowed_seconds,
     check_name,
     check_prefix,
     check_range,
@@ -103,7 +104,8 @@ class RedisStore:
         Args:
             address: where the server is.
             credentials: user name and password; empty ones are not sent.
-            timeout_seconds: longest wait for one call, its wait for a connection included.
+            timeout_seconds: longest wait for one call, its wait for a connection included; more
+                for what carries much (`base.allowed_seconds`).
             connect_timeout_seconds: longest wait for a connection to be made.
             max_connections: connections at one time; further calls wait for one.
             ttl_seconds: an object not read for so long goes; 0 = never.
@@ -125,7 +127,7 @@ class RedisStore:
             db=address.database,
             username=credentials.username or None,
             password=credentials.password or None,
-            socket_timeout=timeout_seconds,
+            socket_timeout=None,  # `_run` bounds it, by how much is to come
             socket_connect_timeout=connect_timeout_seconds,
             # Once, at once: a pooled connection may be from before the server's restart.
             retry=Retry(NoBackoff(), 1, supported_errors=(failures.ConnectionError,)),
@@ -173,7 +175,9 @@ class RedisStore:
             )
         ttl = ["PX", self._ttl_ms] if self._ttl_ms else []
         value = _TIME.pack(time.time()) + data
-        (made,) = await self._pipeline(f"put {name}", [("SET", key, value, "NX", *ttl)])
+        (made,) = await self._pipeline(
+            f"put {name}", [("SET", key, value, "NX", *ttl)], num_bytes=len(data)
+        )
         return made is not None
 
     async def delete(self, name: str) -> None:
@@ -224,7 +228,8 @@ class RedisStore:
             key = _OBJECT + name
             first, last = start + _TIME.size, end + _TIME.size - 1
             commands += [("GETRANGE", key, first, last), ("EXISTS", key), *self._renew(key)]
-        replies = await self._run(what, self._commands(commands))
+        num_bytes = sum(end - start for _, start, end in ranges)
+        replies = await self._run(what, self._commands(commands), num_bytes=num_bytes)
         step = len(replies) // len(ranges)
         return [
             self._range_answer(part, *replies[i * step : i * step + 2])
@@ -275,9 +280,11 @@ class RedisStore:
         """The command that begins the object's time anew, where it has one."""
         return [("PEXPIRE", key, self._ttl_ms)] if self._ttl_ms else []
 
-    async def _pipeline(self, what: str, commands: list[tuple[Any, ...]]) -> list[Any]:
+    async def _pipeline(
+        self, what: str, commands: list[tuple[Any, ...]], *, num_bytes: int = 0
+    ) -> list[Any]:
         """Run commands in one round trip; one that fails fails the call."""
-        replies = await self._run(what, self._commands(commands))
+        replies = await self._run(what, self._commands(commands), num_bytes=num_bytes)
         for reply in replies:
             self._check(what, reply)
         return replies
@@ -293,10 +300,10 @@ class RedisStore:
         if isinstance(reply, Exception):
             raise self._error(what, reply) from reply
 
-    async def _run(self, what: str, call: Awaitable[_T]) -> _T:
+    async def _run(self, what: str, call: Awaitable[_T], *, num_bytes: int = 0) -> _T:
         """Await `call` within the timeout, errors of redis-py translated."""
         try:
-            async with asyncio.timeout(self._timeout_seconds):
+            async with asyncio.timeout(allowed_seconds(self._timeout_seconds, num_bytes)):
                 return await call
         except (failures.RedisError, OSError) as exc:
             raise self._error(what, exc) from exc
@@ -309,7 +316,7 @@ class RedisStore:
         begin = f"{self._where}: {what}"
         if isinstance(exc, TimeoutError | failures.TimeoutError):
             return StoreTimeoutError(
-                f"{begin} took longer than {self._timeout_seconds:g} s (store.timeout_seconds);"
+                f"{begin} took longer than store.timeout_seconds = {self._timeout_seconds:g} allows;"
                 " is the server at store.url alive?"
             )
         if isinstance(exc, _REFUSED):

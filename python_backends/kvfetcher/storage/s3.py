@@ -36,9 +36,11 @@ from kvfetcher.errors import (
     TransientStoreError,
 )
 from kvfetcher.storage.base import (
+    MAX_OBJECT_BYTES,
     SINGLE_LOOKUP_BATCH,
     ObjectInfo,
     SetAside,
+    allowed_seconds,
     check_name,
     check_prefix,
     check_range,
@@ -99,7 +101,8 @@ class S3Store:
             address: bucket and prefix.
             endpoint: URL of the server; "" = AWS.
             region: of the bucket.
-            timeout_seconds: longest wait for one call, its wait for a connection included.
+            timeout_seconds: longest wait for one call, its wait for a connection included; more
+                for what carries much (`base.allowed_seconds`).
             connect_timeout_seconds: longest wait for a connection to be made.
             max_connections: calls at one time; further ones wait.
             trusted: PEM certificates to trust besides the system's.
@@ -114,7 +117,8 @@ class S3Store:
         options: ClientConfig = {
             "allow_http": endpoint.startswith("http://"),
             "connect_timeout": timedelta(seconds=connect_timeout_seconds),
-            "timeout": timedelta(seconds=timeout_seconds),
+            # `_run` bounds calls by what they carry; this only must not end one before.
+            "timeout": timedelta(seconds=allowed_seconds(timeout_seconds, MAX_OBJECT_BYTES)),
             "pool_max_idle_per_host": str(max_connections),
         }
         settings: S3Config = {"region": region}
@@ -142,7 +146,9 @@ class S3Store:
 
     async def get_range(self, name: str, start: int, end: int) -> bytes:
         check_range(check_name(name), start, end)
-        return await self._run(f"get {name}", lambda: self._get_range(name, start, end))
+        return await self._run(
+            f"get {name}", lambda: self._get_range(name, start, end), num_bytes=end - start
+        )
 
     async def get_ranges(self, ranges: Sequence[ByteRange]) -> list[bytes | StoreError]:
         # All at once: `_run` lets as many through as there are connections.
@@ -160,7 +166,9 @@ class S3Store:
         check_name(name)
         if self._is_conditional:
             try:
-                return await self._run(f"put {name}", lambda: self._put_new(name, data))
+                return await self._run(
+                    f"put {name}", lambda: self._put_new(name, data), num_bytes=len(data)
+                )
             except _UnconditionalError:
                 self._is_conditional = False
                 _log.warning(
@@ -170,7 +178,7 @@ class S3Store:
                 )
         if await self.head(name) is not None:
             return False
-        await self._run(f"put {name}", lambda: self._upload(name, data))
+        await self._run(f"put {name}", lambda: self._upload(name, data), num_bytes=len(data))
         return True
 
     async def delete(self, name: str) -> None:
@@ -244,10 +252,11 @@ class S3Store:
     async def _upload(self, path: str, data: bytes) -> None:
         await obstore.put_async(self._bucket, path, data, use_multipart=False)
 
-    async def _run(self, what: str, call: Callable[[], Awaitable[_T]]) -> _T:
+    async def _run(self, what: str, call: Callable[[], Awaitable[_T]], *, num_bytes: int = 0) -> _T:
         """Start `call` when there is a place, within the timeout; errors of obstore translated."""
+        seconds = allowed_seconds(self._timeout_seconds, num_bytes)
         try:
-            async with asyncio.timeout(self._timeout_seconds), self._places:
+            async with asyncio.timeout(seconds), self._places:
                 return await call()
         except (failures.BaseError, OSError) as exc:
             raise self._error(what, exc) from exc
@@ -263,7 +272,7 @@ class S3Store:
             )
         if isinstance(exc, TimeoutError) or (status is None and _TIMED_OUT.search(message)):
             return StoreTimeoutError(
-                f"{begin} took longer than {self._timeout_seconds:g} s (store.timeout_seconds);"
+                f"{begin} took longer than store.timeout_seconds = {self._timeout_seconds:g} allows;"
                 " is the server alive?"
             )
         code = found[1] if (found := _CODE.search(text)) else ""

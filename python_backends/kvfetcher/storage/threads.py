@@ -28,6 +28,7 @@ _T = TypeVar("_T")
 @dataclass(eq=False, slots=True)
 class _Job:
     call: Callable[[], Any]
+    timeout_seconds: float
     future: Future[Any] = field(default_factory=Future)
     started: float = 0.0
     is_late: bool = False
@@ -40,33 +41,33 @@ class IoThreads:
     Args:
         name: of the threads.
         max_threads: calls at one time; further ones wait.
-        max_stuck: while so many calls last longer than the timeout, further ones are refused.
-        timeout_seconds: longest wait for one call, its wait for a thread included.
+        max_stuck: while so many calls last longer than their timeout, further ones are refused.
     """
 
-    def __init__(
-        self, name: str, *, max_threads: int, max_stuck: int, timeout_seconds: float
-    ) -> None:
+    def __init__(self, name: str, *, max_threads: int, max_stuck: int) -> None:
         self._name = name
         self._max_threads = max_threads
         self._max_stuck = max_stuck
-        self._timeout_seconds = timeout_seconds
         self._wake = threading.Condition()  # guards all that follows
         self._waiting: deque[_Job] = deque()
         self._running: set[_Job] = set()
         self._num_threads = 0
         self._num_idle = 0
 
-    async def run(self, call: Callable[[], _T]) -> _T:
+    async def run(self, call: Callable[[], _T], *, timeout_seconds: float) -> _T:
         """Run `call` in a thread; its errors are raised here.
+
+        Args:
+            call: what to run.
+            timeout_seconds: longest wait for it, its wait for a thread included.
 
         Raises:
             TimeoutError: it took too long, and ends by itself; or others do, and it did not begin.
         """
-        job = _Job(call)
+        job = _Job(call, timeout_seconds)
         self._enqueue(job)
         try:
-            async with asyncio.timeout(self._timeout_seconds):
+            async with asyncio.timeout(timeout_seconds):
                 result: _T = await asyncio.wrap_future(job.future)
                 return result
         except TimeoutError:
@@ -80,13 +81,11 @@ class IoThreads:
         now = time.monotonic()
         with self._wake:
             stuck = sum(
-                other.is_late or now - other.started >= self._timeout_seconds
+                other.is_late or now - other.started >= other.timeout_seconds
                 for other in self._running
             )
             if stuck >= self._max_stuck:
-                raise TimeoutError(
-                    f"{stuck} earlier calls have taken longer than {self._timeout_seconds:g} s"
-                )
+                raise TimeoutError(f"{stuck} earlier calls hang")
             self._waiting.append(job)
             if len(self._waiting) > self._num_idle and self._num_threads < self._max_threads:
                 self._num_threads += 1

@@ -70,10 +70,9 @@ class TieredStore:
         self._remote = remote
         self._memory = memory
         self._disk = disk
+        self._disk_timeout_seconds = disk_timeout_seconds
         self._disk_threads, self._copy_threads = (
-            IoThreads(
-                "kvfetcher-tier", max_threads=num, max_stuck=1, timeout_seconds=disk_timeout_seconds
-            )
+            IoThreads("kvfetcher-tier", max_threads=num, max_stuck=1)
             for num in (_DISK_THREADS, _COPY_THREADS)
         )
         self._served: OrderedDict[str, None] = OrderedDict()
@@ -259,7 +258,9 @@ class TieredStore:
     async def _on_disk(self, call: Callable[[], _T], threads: IoThreads | None = None) -> _T | None:
         """Run disk work in a thread; None where it fails, takes too long, or other work hangs."""
         try:
-            return await (threads or self._disk_threads).run(call)
+            return await (threads or self._disk_threads).run(
+                call, timeout_seconds=self._disk_timeout_seconds
+            )
         except OSError as exc:  # TimeoutError is one
             self._observe("disk_failure")
             level = logging.DEBUG if self._disk_has_failed else logging.WARNING

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from kvfetcher.storage.base import (
         Delete,
         DeleteQuarantined,
-        Get,
         GetRange,
         GetRanges,
         ListPrefix,
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
     class Removing(Delete, DeleteQuarantined, Protocol):
         """What removing asks of a store."""
 
-    class Warmable(Get, Near, Protocol):
+    class Warmable(GetRange, Near, Protocol):
         """What warming asks of a store."""
 
         async def drained(self) -> None:
@@ -176,7 +175,9 @@ async def remove(
     return result
 
 
-async def verify(store: Get, objects: AsyncIterable[ObjectInfo], *, tell: Tell) -> Verification:
+async def verify(
+    store: GetRange, objects: AsyncIterable[ObjectInfo], *, tell: Tell
+) -> Verification:
     """Read chunks whole and check every digest in them, and that their names are theirs.
 
     One is read again once before it counts as damaged, because what came damaged need not be
@@ -184,8 +185,8 @@ async def verify(store: Get, objects: AsyncIterable[ObjectInfo], *, tell: Tell) 
     """
     result = Verification()
 
-    async def check_once(name: str, parts: NameParts) -> None:
-        data = await store.get(name)
+    async def check_once(info: ObjectInfo, parts: NameParts) -> None:
+        data = await _read_whole(store, info)
         result.num_bytes += len(data)
         await asyncio.to_thread(_check_chunk, parts, data)
 
@@ -196,9 +197,9 @@ async def verify(store: Get, objects: AsyncIterable[ObjectInfo], *, tell: Tell) 
             return
         try:
             try:
-                await check_once(info.name, parts)
+                await check_once(info, parts)
             except FormatError:
-                await check_once(info.name, parts)
+                await check_once(info, parts)
         except ChunkNotFoundError:
             return  # it went meanwhile
         except StoreError as exc:
@@ -229,7 +230,7 @@ async def warm(
 
     async def read(info: ObjectInfo) -> bool:
         try:
-            await store.get(info.name)
+            await _read_whole(store, info)
         except ChunkNotFoundError:
             return False  # it went meanwhile
         except StoreError as exc:
@@ -253,6 +254,14 @@ async def warm(
                 result.failed[info.name] = "no copy of it was kept; is the disk full or failing?"
         tell(f"{result.objects} objects near, {result.num_bytes / 1e6:.0f} MB")
     return result
+
+
+async def _read_whole(store: GetRange, info: ObjectInfo) -> bytes:
+    """All of an object, by a range: its length tells a store how long the call may take.
+
+    A byte more than there is, so that the answer tells copies near by where the object ends.
+    """
+    return await store.get_range(info.name, 0, info.num_bytes + 1)
 
 
 def _check_chunk(parts: NameParts, data: bytes) -> None:

@@ -9,6 +9,7 @@ import pytest
 from kvfetcher.config import StoreConfig
 from kvfetcher.errors import StoreError
 from kvfetcher.storage import ByteRange, open_store
+from kvfetcher.storage.base import allowed_seconds
 from support.servers import S3Server
 from support.shaping import LinkShape, ShapedLink
 from support.stores import NAME, OTHER
@@ -16,8 +17,8 @@ from support.stores import NAME, OTHER
 DATA = bytes(range(256)) * 4096  # 1 MiB
 TIMEOUT_SECONDS = 0.5
 RETRIES = 1
-# Each try up to its timeout, a back-off between them, and a busy machine.
-ALLOWED_SECONDS = (RETRIES + 1) * TIMEOUT_SECONDS + 0.1 + 1.0
+# Each try up to its timeout for its bytes, a back-off between them, and a busy machine.
+ALLOWED_SECONDS = (RETRIES + 1) * allowed_seconds(TIMEOUT_SECONDS, 2 * len(DATA)) + 0.1 + 1.0
 SETTINGS = {
     "timeout_seconds": TIMEOUT_SECONDS,
     "connect_timeout_seconds": 0.3,
@@ -97,6 +98,17 @@ async def test_a_bad_link_costs_time_not_bytes(setup, fault):
     expected = [DATA, DATA, [DATA, DATA[5:70_000]]]
     for read, data in zip(read_all(store), expected, strict=True):
         assert await read == data
+
+
+async def test_a_large_object_has_more_time_over_a_slow_link(setup):
+    store, link = setup
+    link.reshape(LinkShape(gbit_per_second=0.012))  # 1.5 MB/s: 0.7 s for the object
+    started = time.monotonic()
+    assert await store.get_range(NAME, 0, len(DATA) + 1) == DATA
+    assert await store.put(OTHER, DATA) is True
+    assert time.monotonic() - started > 2 * TIMEOUT_SECONDS
+    assert await store.get_range(OTHER, len(DATA) - 9, len(DATA)) == DATA[-9:]
+    await store.delete(OTHER)
 
 
 @pytest.mark.parametrize("fault", FATAL)
