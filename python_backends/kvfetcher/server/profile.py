@@ -51,8 +51,8 @@ def choose_profile(
     if codec.profile == "uncalibrated":
         return ChosenProfile(
             codec,
-            "configured; its quality is not certified: `kvfetcher calibrate` makes chunks that are"
-            " smaller, with a certificate, for `balanced`",
+            "configured; its quality is not certified: `kvfetcher calibrate` makes the model ready"
+            " for `balanced`, which is smaller and has a certificate",
         )
     if not is_open and codec.profile not in LADDER:
         return ChosenProfile(codec, "configured")
