@@ -84,8 +84,11 @@ def read_chunk_header(data):
     }
 
 
-def read_unit(data, artifact=None):
-    """Values [Lg, K, H, T, D] of one unit; `artifact` = path of its calibration (profile 3)."""
+def read_unit(data, artifact=None, *, integers_only=False):
+    """Values [Lg, K, H, T, D] of one unit; `artifact` = path of its calibration (profile 3).
+
+    `integers_only`: what was quantised instead, rows of profile 3 or 4 [N, T].
+    """
     magic, version, flags, header_bytes, unit_bytes = struct.unpack_from("<8sHHIQ", data, 0)
     assert (magic, version, unit_bytes) == (b"KVFUNIT\0", 1, len(data))
     profile, dtype, factor = struct.unpack_from("<HBB", data, 24)
@@ -127,7 +130,9 @@ def read_unit(data, artifact=None):
         assert integer_digest(values) == digest
         return values
     if profile in (3, 4):
-        return read_integers_profile(data, sections, params, planes, shape, dtype, artifact)
+        return read_integers_profile(
+            data, sections, params, planes, shape, dtype, artifact, integers_only
+        )
     assert profile == 2
     codes = read_paper_codes(params, planes, shape)
     assert integer_digest(codes) == digest
@@ -249,7 +254,9 @@ def read_rows(planes, num_rows, tokens, frame_rows, frame_columns):
     return rows
 
 
-def read_integers_profile(data, sections, params, planes, shape, dtype, artifact):
+def read_integers_profile(
+    data, sections, params, planes, shape, dtype, artifact, integers_only=False
+):
     layers, factor, heads, tokens, dim = shape
     (profile,) = struct.unpack_from("<H", data, 24)
     (digest,) = struct.unpack_from("<Q", data, 72)
@@ -285,6 +292,8 @@ def read_integers_profile(data, sections, params, planes, shape, dtype, artifact
             for part, rank in enumerate(ranks)
         ]
         add_low_bits(integers, sections[24], first_rows, tensors, step)
+    if integers_only:
+        return integers
     if profile == 3:
         values = np.empty(shape, np.float64)
         for g, (first, stop) in enumerate(ranges):

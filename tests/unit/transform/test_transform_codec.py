@@ -2,8 +2,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kvfetcher.codec.base import UnitSource
 from kvfetcher.codec.transform import TransformProfile, restore_transform
@@ -17,7 +15,6 @@ from kvfetcher.transform.artifact import LADDER
 from kvfetcher.transform.library import register_calibration
 from kvfetcher.transform.rope import rotate_keys
 from support.calibrations import correlated_values, make_calibration
-from support.kv_values import special_values
 
 
 def cache_values(calibration, spec, num_tokens, first_position, seed=3):
@@ -169,44 +166,6 @@ def test_values_of_another_geometry_are_refused(calibrated):
     bits = float32_to_bits(correlated_values(spec, 16), spec.dtype)
     with pytest.raises(FormatError, match="num_kv_heads"):
         code(TransformProfile("near", calibration), bits, spec, 0)
-
-
-@settings(max_examples=25)
-@given(
-    dtype=st.sampled_from(["bfloat16", "float16", "float8_e4m3fn"]),
-    factor=st.sampled_from([1, 2]),
-    layers=st.integers(1, 4),
-    heads=st.integers(1, 3),
-    dim=st.sampled_from([4, 8]),
-    tokens=st.sampled_from([1, 16, 33, 150]),
-    position=st.sampled_from([0, 3, 1000]),
-    seed=st.integers(0, 99),
-    profile=st.sampled_from([*LADDER, "uncalibrated"]),
-)
-def test_any_values_restore_to_the_same_bits_twice_and_specials_exactly(
-    dtype, factor, layers, heads, dim, tokens, position, seed, profile
-):
-    spec = KVSpec(layers, heads, dim, factor, dtype)
-    bits = special_values(spec, tokens, seed)
-    if profile == "uncalibrated":
-        coder = UncalibratedProfile()
-    else:
-        calibration = make_calibration(spec)
-        register_calibration(calibration)
-        coder = TransformProfile(profile, calibration)
-    units, restored = code(coder, bits, spec, position)
-    assert restored.shape == bits.shape
-    assert restored.dtype == bits.dtype
-    for (start, count), data in zip(coder.layer_groups(spec, tokens, "-"), units, strict=True):
-        np.testing.assert_array_equal(restore(data), restored[start : start + count])
-        part = bits[start : start + count]
-        values = bits_to_float32(part, dtype)
-        special = ~np.isfinite(values).all(axis=(0, 1, 2, 4))
-        sinks = np.arange(tokens) + position < 4
-        kept = special | sinks
-        np.testing.assert_array_equal(
-            restored[start : start + count][:, :, :, kept], part[:, :, :, kept]
-        )
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn"])
