@@ -194,12 +194,14 @@ class LinkEstimator:
         # 1 / n^2 of it counts against the share (exact for n = 1, nothing for many).
         rtt = min(self._rtt(), seconds)
         waiting = rtt * (share / seconds) ** 2
-        own = share - waiting
-        if own <= 0.1 * share:
-            return  # noise
+        own, moving = share - waiting, passed - waiting
+        if own <= 0.1 * share:  # all of it may have been the round trip
+            if transfer.num_bytes <= _SMALL_BYTES:
+                return
+            own, moving = share, passed
         if waiting > _MOSTLY_WAITING * share and transfer.num_bytes < own * self._rate():
             return
-        moving = max(passed - waiting, _MIN_SECONDS)
+        moving = max(moving, _MIN_SECONDS)
         self._add(transfer.num_bytes, moving, transfer.started, now, num_in_flight)
 
     def estimate(self, now: float) -> LinkEstimate:

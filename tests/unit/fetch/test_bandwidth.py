@@ -78,6 +78,13 @@ def test_a_short_transfer_may_show_that_the_link_is_faster():
     assert estimator.estimate(0.01).bytes_per_second == pytest.approx(2e9, rel=0.05)
 
 
+def test_a_transfer_as_short_as_a_round_trip_still_bounds_the_rate_from_below():
+    estimator = make(prior=1e8, rtt=2e-3)
+    token = estimator.begin(0.0, 2 * MBYTE)
+    estimator.end(token, 1.6e-3)
+    assert estimator.estimate(0.01).bytes_per_second == pytest.approx(2 * MBYTE / 1.6e-3, rel=0.05)
+
+
 def test_a_transfer_that_took_long_tells_that_the_link_is_slow():
     estimator = make(prior=1e9)
     now = transfers(estimator, [1e9] * 50, size=16 * MBYTE) + 7.0

@@ -53,13 +53,13 @@ def make():
     return store, link, LinkProbe(SharedReads(store, link=link, clock=time.monotonic))
 
 
-def seen(rate, age=10.0):
+def seen(rate, *, rtt=0.0, age=10.0):
     return LinkEstimate(
         bytes_per_second=rate,
         recent_bytes_per_second=rate,
         low_bytes_per_second=rate,
         high_bytes_per_second=rate,
-        rtt_seconds=0.0,
+        rtt_seconds=rtt,
         num_transfers=9,
         age_seconds=age,
     )
@@ -69,10 +69,20 @@ async def drained(probe):
     await asyncio.wait_for(probe._task, 5)
 
 
-@pytest.mark.parametrize(("rate", "num_bytes"), [(1e5, 256 << 10), (2e6, 500_000), (1e9, 1 << 20)])
-async def test_a_probe_takes_a_quarter_second_of_the_link_within_bounds(chunk, rate, num_bytes):
+@pytest.mark.parametrize(
+    ("rate", "rtt", "num_bytes"),
+    [
+        (1e5, 0.0, 256 << 10),
+        (2e6, 0.0, 500_000),
+        (1e9, 0.0, 1 << 20),
+        (1e9, 1.3e-4, 1_300_000),  # ten round trips: what is less tells no rate
+    ],
+)
+async def test_a_probe_takes_a_quarter_second_of_the_link_within_bounds(
+    chunk, rate, rtt, num_bytes
+):
     store, link, probe = make()
-    assert probe.consider(chunk, seen(rate))
+    assert probe.consider(chunk, seen(rate, rtt=rtt))
     await drained(probe)
     assert store.ranges == [("aa/bb", 0, num_bytes)]
     learnt = link.estimate(time.monotonic()).bytes_per_second
