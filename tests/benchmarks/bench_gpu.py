@@ -79,8 +79,6 @@ MORE = (
     (256, "near", 4),
     (1024, "balanced", 4),
     (256, "balanced", 1),
-    (256, "compact", 4),
-    (1024, "compact", 1),
 )
 SEED = 1
 
@@ -406,9 +404,8 @@ class Plan:
         return self.report["rates"].setdefault(work.name, describe(work))
 
 
-def run_bare(plan: Plan, works: list[Workload], *, all_arms: bool) -> None:
+def run_bare(plan: Plan, works: list[Workload], *, seconds: float, all_arms: bool) -> None:
     """Bare decoders; with `all_arms` also what copying and restoring beside them cost."""
-    seconds = plan.args.seconds
     with contextlib.ExitStack() as stack:
         decoders = stack.enter_context(Crew(decode_in_a_loop, max(plan.args.bare)))
         restorer = stack.enter_context(Crew(restore_in_a_loop, 1)) if all_arms else None
@@ -428,12 +425,12 @@ def run_bare(plan: Plan, works: list[Workload], *, all_arms: bool) -> None:
             print(work.name, row, flush=True)
 
 
-def run_rate(plan: Plan, rig: Rig, work: Workload, key: str) -> None:
+def run_rate(plan: Plan, rig: Rig, work: Workload, key: str, *, seconds: float) -> None:
     row = plan.row(work)
     if "check" not in row:
         row["check"] = rig.check(work)
     rig.rate(work, 1.0)
-    found = row[key] = rig.rate(work, plan.args.seconds)
+    found = row[key] = rig.rate(work, seconds)
     for n in plan.args.bare:
         if f"bare_{n}" in row:
             found[f"of_bare_{n}"] = round(found["elements_g_per_s"] / row[f"bare_{n}"], 3)
@@ -482,7 +479,7 @@ def run_rates(plan: Plan, works: list[Workload], parts: tuple[str, ...]) -> None
             if "memory" in parts and "memory" not in plan.report:
                 run_memory(rig, works[-1], plan.report)  # first: nothing is decoded yet
             for work in works if "rates" in parts else ():
-                run_rate(plan, rig, work, key)
+                run_rate(plan, rig, work, key, seconds=plan.args.seconds)
             if "interference" in parts and "interference" not in plan.report:
                 run_interference(rig, works[-1], plan.report)
 
@@ -500,23 +497,23 @@ def best_restorers(plan: Plan) -> int:
 
 def run_more(plan: Plan, calibration: Calibration) -> None:
     """Other workloads, one by one while there is time, each bare and through one server."""
-    restorers = best_restorers(plan)
+    restorers, seconds = best_restorers(plan), plan.args.seconds / 2
     key = f"triton_{plan.args.decoders}_{restorers}"
     works = []
     for wanted in MORE:
-        if plan.has_time(f"workload {wanted}", 60):
+        if plan.has_time(f"workload {wanted}", 90):
             works += make_workloads(calibration, [wanted], plan.bits)
     if works and plan.has_time("more", 60):
         with plan.step("more, bare"):
-            run_bare(plan, works, all_arms=False)
+            run_bare(plan, works, seconds=seconds, all_arms=False)
         with plan.step("more"), open_rig(plan, plan.args.decoders, restorers) as rig:
             for work in works:
-                if plan.has_time(work.name, 12):
-                    run_rate(plan, rig, work, key)
+                if plan.has_time(work.name, 10):
+                    run_rate(plan, rig, work, key, seconds=seconds)
 
 
 def run_instances(plan: Plan, works: list[Workload]) -> None:
-    restorers = best_restorers(plan)
+    restorers, seconds = best_restorers(plan), plan.args.seconds / 2
     table = plan.report["instances"] = {"restorers": restorers}
     for work in works:
         table[work.name] = {"bare": {}, "triton": {}}
@@ -524,14 +521,18 @@ def run_instances(plan: Plan, works: list[Workload]) -> None:
         for work in works:
             crew.load(work.units)
             for count in plan.args.counts:
-                table[work.name]["bare"][count] = 1e-9 * crew.rate(count, plan.args.seconds / 2)
+                table[work.name]["bare"][count] = 1e-9 * crew.rate(count, seconds)
     for count in plan.args.counts:
-        name = f"{count} instances"
-        if plan.has_time(name, 35):
+        name, key = f"{count} instances", f"triton_{count}_{restorers}"
+        known = [plan.row(work).get(key) for work in works]
+        if all(known):  # of the rates
+            for work, found in zip(works, known, strict=True):
+                table[work.name]["triton"][count] = found
+        elif plan.has_time(name, 35):
             with plan.step(name), open_rig(plan, count, restorers) as rig:
                 for work in works:
                     rig.rate(work, 1.0)
-                    table[work.name]["triton"][count] = rig.rate(work, plan.args.seconds / 2)
+                    table[work.name]["triton"][count] = rig.rate(work, seconds)
     print("instances", table, flush=True)
 
 
@@ -728,7 +729,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     if "bare" in args.parts and plan.has_time("bare", 60):
         with plan.step("bare"):
-            run_bare(plan, works, all_arms=True)
+            run_bare(plan, works, seconds=args.seconds, all_arms=True)
     if {"rates", "memory", "interference"} & set(args.parts):
         run_rates(plan, works, args.parts)
     if "more" in args.parts:
