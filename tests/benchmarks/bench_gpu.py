@@ -231,7 +231,7 @@ class Rig:
             (self.folder / model).symlink_to(REPOSITORY / model)
         (self.folder / "bench_front").symlink_to(HERE / "models" / "bench_front")
         self.restorers = restorers
-        self.in_flight = max(8, 2 * num_decoders + 4)
+        self.in_flight = config.fetch.units_in_flight(num_decoders)  # as kv_fetch
         self.free_bytes = {"before": _free_bytes()}
         self.arena = GpuArena.create_on(
             0,
@@ -434,6 +434,8 @@ def run_rate(plan: Plan, rig: Rig, work: Workload, key: str, *, seconds: float) 
     for n in plan.args.bare:
         if f"bare_{n}" in row:
             found[f"of_bare_{n}"] = round(found["elements_g_per_s"] / row[f"bare_{n}"], 3)
+    deeper = rig.rate(work, seconds / 2, in_flight=2 * rig.in_flight)
+    found["twice_in_flight_g_per_s"] = deeper["elements_g_per_s"]
     alone = rig.rate(work, 1.0, in_flight=1, fronts=1)
     found["alone_ms_median"], found["alone_ms_p95"] = (
         alone["latency_ms_median"],

@@ -119,7 +119,7 @@ class FakeRig:
 
     def __init__(self, count, *, arena_bytes, restorers=1, plane_bytes=0):
         self.opened.append((count, restorers, plane_bytes))
-        self.restorers = restorers
+        self.restorers, self.in_flight = restorers, 2 * count
         self.free_bytes = {"before": 4 << 30, "arena": 3 << 30, "server": 2 << 30}
 
     def check(self, work):
@@ -183,6 +183,7 @@ def test_one_report_holds_every_part(report_of, bench):
     main = report["rates"][str(bench.MAIN[0])]
     assert main["bare_7"] == 7.0
     assert main["triton_14_2"]["of_bare_14"] == pytest.approx(9 / 14, abs=1e-3)
+    assert main["triton_14_2"]["twice_in_flight_g_per_s"] == 9.0
     assert {"bare_14_with_ring_copy", "bare_14_beside_restorer", "restorer_alone"} <= main.keys()
     assert report["memory"]["extra_mib"] == {"4096": 100, "32768": 100, "131072": 100}
     assert report["memory"]["server_start_mib"] == 1024
