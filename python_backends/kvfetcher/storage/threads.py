@@ -9,6 +9,7 @@ interpreter from ending.
 from __future__ import annotations
 
 import asyncio
+import errno
 import threading
 import time
 from collections import deque
@@ -63,6 +64,7 @@ class IoThreads:
 
         Raises:
             TimeoutError: it took too long, and ends by itself; or others do, and it did not begin.
+            OSError: the process may have no thread for it.
         """
         job = _Job(call, timeout_seconds)
         self._enqueue(job)
@@ -86,12 +88,19 @@ class IoThreads:
             )
             if stuck >= self._max_stuck:
                 raise TimeoutError(f"{stuck} earlier calls hang")
+            if len(self._waiting) >= self._num_idle and self._num_threads < self._max_threads:
+                self._start_thread()
             self._waiting.append(job)
-            if len(self._waiting) > self._num_idle and self._num_threads < self._max_threads:
-                self._num_threads += 1
-                threading.Thread(target=self._work, name=self._name, daemon=True).start()
-            else:
-                self._wake.notify()
+            self._wake.notify()
+
+    def _start_thread(self) -> None:
+        try:
+            threading.Thread(target=self._work, name=self._name, daemon=True).start()
+        except RuntimeError as exc:  # the process may have no more; those that there are will do
+            if not self._num_threads:
+                raise OSError(errno.EAGAIN, str(exc)) from exc
+        else:
+            self._num_threads += 1
 
     def _withdraw(self, job: _Job) -> None:
         """Forget a job, and what it would write, that no thread has begun."""

@@ -125,6 +125,23 @@ async def test_a_call_that_nobody_waits_for_any_more_never_begins(hanging):
     assert (hanging.begun, ran) == (1, [])
 
 
+async def test_without_a_thread_to_be_had_a_call_fails_and_later_ones_need_not(monkeypatch):
+    monkeypatch.setattr(threads_module, "_LINGER_SECONDS", 20.0)
+    io = pool()
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(OSError, match="can't start new thread"):
+            await io.run(lambda: None)
+    assert not io._waiting
+    assert await io.run(lambda: 1) == 1
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert await asyncio.gather(*(io.run(lambda: 2) for _ in range(5))) == [2] * 5
+
+
 async def test_threads_without_work_end(monkeypatch):
     monkeypatch.setattr(threads_module, "_LINGER_SECONDS", 0.05)
     io = pool()
