@@ -17,7 +17,7 @@ from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.profiles import decode_unit, encode_chunk, restore_parsed
 from kvfetcher.codec.transform import TransformProfile
 from kvfetcher.codec.uncalibrated import UncalibratedProfile
-from kvfetcher.codec.unit import parse_unit
+from kvfetcher.codec.unit import HAS_LOW_BITS, parse_unit
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.container import parse_header
 from kvfetcher.errors import ChecksumError, LayoutError
@@ -257,3 +257,16 @@ def test_what_does_not_fit_is_refused(restorer):
         restorer.begin(unit, planes, Destination(blocks, ids, 0))
     huge = replace(unit, geometry=PlaneGeometry(3, 4096, 4096, 8))
     assert not restorer.can_restore(huge)
+
+
+def test_units_with_low_bits_are_restored_up_to_a_size(restorer):
+    spec = spec_of()
+    calibration = make_calibration(spec, layers=2)
+    register_calibration(calibration)
+    values = float32_to_bits(correlated_values(spec, TOKENS), spec.dtype)
+    for data in units_of(TransformProfile("near", calibration), spec, values):
+        unit = parse_unit(data)
+        assert unit.flags == HAS_LOW_BITS
+        assert restorer.can_restore(unit)
+        # Its values in float32 would break the bound on memory.
+        assert not restorer.can_restore(replace(unit, num_tokens=1 << 20))

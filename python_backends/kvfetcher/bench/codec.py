@@ -254,7 +254,8 @@ def _symbols(unit: Unit, planes: Integers) -> _Symbols:
             first = plan.layout.rows_of(place).start
             rows = slice(first, first + len(low.shifts))
             low_bits[rows] = low.shifts
-            integers[rows] = (integers[rows] << low.shifts[:, None]) + low.low
+            below = low.unpack(unit.num_tokens).low
+            integers[rows] = (integers[rows] << low.shifts[:, None]) + below
     return _Symbols(samples, integers - integers.min(), low_bits)
 
 

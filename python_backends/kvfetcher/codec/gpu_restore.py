@@ -6,8 +6,8 @@ is rounded to its 11 bits, eight times finer than bfloat16's result; sums are fl
 from the CPU's by at most one step of the KV dtype but for sums that cancel (H200, 8B shape: 0.02 % of
 the values differ); `exact` and `uncalibrated` give the CPU's bits.
 
-Memory beside the arena: two bytes per sample of the unit at hand (at most 2 * MAX_SAMPLES), with
-`restore` the unit's values, and per calibration the inverse transforms, which stay (two bytes per entry).
+Memory beside the arena: two bytes per sample of the unit at hand (at most 2 * MAX_SAMPLES), four per
+value of one transform where it has low bits (at most 4 * MAX_SAMPLES), with `restore` the unit's values, and per calibration the inverse transforms, which stay (two bytes per entry).
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from kvfetcher.codec.low_bits import PackedLowBits
     from kvfetcher.codec.transform import Place, RestorePlan
     from kvfetcher.codec.unit import Unit
     from kvfetcher.layout import RowGrid
     from kvfetcher.transform.artifact import Calibration
-    from kvfetcher.transform.inverse import LowBits
     from kvfetcher.transform.rope import LayerRope
 
 MAX_SAMPLES = 32 << 20
@@ -140,6 +140,8 @@ class GpuRestorer:
     def can_restore(self, unit: Unit) -> bool:
         """Whether a unit is of a kind and size for the GPU; others are for the CPU."""
         if unit.geometry.num_bytes // unit.geometry.dtype.itemsize > MAX_SAMPLES:
+            return False
+        if unit.flags and unit.num_elements > MAX_SAMPLES:
             return False
         return unit.profile in (EXACT, UNCALIBRATED) or (
             unit.profile == TRANSFORM and unit.spec.head_dim % 2 == 0
@@ -324,7 +326,7 @@ class GpuRestorer:
         place: Place,
         samples: torch.Tensor,
         large: tuple[NDArray[np.int64], NDArray[np.int32]],
-        low_bits: LowBits | None,
+        low_bits: PackedLowBits | None,
         to: Destination,
     ) -> None:
         """One inverse transform into its part of the destination."""
@@ -370,7 +372,7 @@ class GpuRestorer:
         samples: torch.Tensor,
         first_row: int,
         large: tuple[NDArray[np.int64], NDArray[np.int32]],
-        low_bits: LowBits | None,
+        low_bits: PackedLowBits | None,
         inverse: _Inverse,
     ) -> torch.Tensor | None:
         """What integers too large for float16 add: float32 [T, n]; None = there are none.

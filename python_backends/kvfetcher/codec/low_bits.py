@@ -9,7 +9,7 @@ with 8-bit pictures instead of 12 (keeping 1 bit more in the pictures 1.061, 1 l
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -31,6 +31,32 @@ MAX_SHIFT = 8
 _LIMITS = 2.0 ** np.arange(2, 2 + MAX_SHIFT)
 
 
+class PackedLowBits(NamedTuple):
+    """The low bits of one transform as they are stored."""
+
+    shifts: NDArray[np.uint8]
+    """[w] low bits of each row that has any; the first rows of the transform, descending."""
+    planes: NDArray[np.uint8]
+    """[sum of shifts, ceil(T / 8)]: bit 0 of every row, then bit 1 of those that have two, ..."""
+
+    @property
+    def counts(self) -> list[int]:
+        """Rows that have more than 0, 1, 2, ... low bits."""
+        most = int(self.shifts.max(initial=0))
+        return [int(np.count_nonzero(self.shifts > bit)) for bit in range(most)]
+
+    def unpack(self, num_tokens: int) -> LowBits:
+        """Bytes of low bits; inverse of `cut`."""
+        low = np.zeros((len(self.shifts), num_tokens), np.uint8)
+        at = 0
+        for bit, count in enumerate(self.counts):
+            packed = self.planes[at : at + count]
+            plane = np.unpackbits(packed, axis=1, count=num_tokens, bitorder="little")
+            low[:count] |= plane << np.uint8(bit)
+            at += count
+        return LowBits(self.shifts, low)
+
+
 def row_shifts(sigma: NDArray[np.float32], step: float) -> NDArray[np.uint8]:
     """Low bits of each row that has any: as many j of 1 to 8 as ``sigma > step * 2**(j + 1)``.
 
@@ -46,12 +72,13 @@ def cut(integers: NDArray[np.int32], shifts: NDArray[np.uint8]) -> bytes:
     """Take the low bits out of the first rows of one transform's integers [m, T], in place.
 
     Returns:
-        The packed bits: bit 0 of every row that has low bits, then bit 1 of those that have two, ...
+        The bytes of `PackedLowBits.planes`.
     """
     wide = integers[: len(shifts)]
     low = wide.astype(np.uint8)  # modulo 256; what is above a row's shift is not looked at
     wide >>= shifts[:, None]
-    planes = (low[:count] >> np.uint8(bit) for bit, count in enumerate(_counts(shifts)))
+    counts = PackedLowBits(shifts, low).counts
+    planes = (low[:count] >> np.uint8(bit) for bit, count in enumerate(counts))
     return b"".join(
         np.packbits(plane & np.uint8(1), axis=1, bitorder="little").tobytes() for plane in planes
     )
@@ -62,32 +89,19 @@ def packed_bytes(shifts: Iterable[NDArray[np.uint8]], num_tokens: int) -> int:
     return sum(int(s.sum(dtype=np.int64)) for s in shifts) * (-(-num_tokens // 8))
 
 
-def unpack(
+def split(
     data: bytes | memoryview, shifts: Sequence[NDArray[np.uint8]], num_tokens: int
-) -> list[LowBits]:
-    """The low bits of each transform; inverse of `cut`.
+) -> list[PackedLowBits]:
+    """The low bits of each transform out of the section; views of it.
 
     Raises:
         FormatError: a bit behind a row's last token is set.
     """
-    row_bytes = -(-num_tokens // 8)
-    packed = np.frombuffer(data, np.uint8).reshape(-1, row_bytes)
-    if num_tokens % 8 and np.any(packed[:, -1] >> (num_tokens % 8)):
+    planes = np.frombuffer(data, np.uint8).reshape(-1, -(-num_tokens // 8))
+    if num_tokens % 8 and np.any(planes[:, -1] >> (num_tokens % 8)):
         raise FormatError("unused bits of the unit's low bits must be 0")
-    found, at = [], 0
-    for of_rows in shifts:
-        low = np.zeros((len(of_rows), num_tokens), np.uint8)
-        for bit, count in enumerate(_counts(of_rows)):
-            plane = np.unpackbits(
-                packed[at : at + count], axis=1, count=num_tokens, bitorder="little"
-            )
-            low[:count] |= plane << np.uint8(bit)
-            at += count
-        found.append(LowBits(of_rows, low))
-    return found
-
-
-def _counts(shifts: NDArray[np.uint8]) -> list[int]:
-    """Rows that have more than 0, 1, 2, ... low bits; they are the first ones."""
-    most = int(shifts.max(initial=0))
-    return [int(np.count_nonzero(shifts > bit)) for bit in range(most)]
+    stops = np.cumsum([int(s.sum(dtype=np.int64)) for s in shifts])
+    return [
+        PackedLowBits(of_rows, part)
+        for of_rows, part in zip(shifts, np.split(planes, stops[:-1]), strict=True)
+    ]

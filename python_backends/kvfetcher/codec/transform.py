@@ -23,7 +23,7 @@ from kvfetcher.codec.frame_size import (
     max_unit_layers,
     parse_frame_size,
 )
-from kvfetcher.codec.low_bits import LOW_BITS, cut, packed_bytes, row_shifts, unpack
+from kvfetcher.codec.low_bits import LOW_BITS, PackedLowBits, cut, packed_bytes, row_shifts, split
 from kvfetcher.codec.raw_tokens import (
     RAW_TOKENS,
     RAW_VALUES,
@@ -65,7 +65,6 @@ if TYPE_CHECKING:
     from kvfetcher.codec.base import Integers, UnitSource
     from kvfetcher.spec import KVSpec
     from kvfetcher.transform.artifact import F32
-    from kvfetcher.transform.inverse import LowBits
 
 
 # Largest picture where no frame size is asked for.
@@ -204,7 +203,7 @@ class RestorePlan:
     layout: Layout
     places: tuple[Place, ...]
     """Its transforms, in the order of their rows."""
-    low_bits: tuple[LowBits | None, ...]
+    low_bits: tuple[PackedLowBits | None, ...]
     """Of each transform; None = the samples are whole integers."""
 
 
@@ -274,7 +273,7 @@ def restore_transform(unit: Unit, planes: Integers) -> Integers:
                 neutral,
                 np.float32(plan.step),
                 corrections.of_rows(rows, unit.num_tokens),
-                low_bits,
+                None if low_bits is None else low_bits.unpack(unit.num_tokens),
             )
             from_vectors(vectors, values[place.layers], place.heads)
         rope = calibration.rope.slice(unit.layer_start, unit.num_layers)
@@ -349,13 +348,13 @@ def _shifts(calibration: Calibration, place: Place, rank: int, step: float) -> N
 
 def _read_low_bits(
     unit: Unit, calibration: Calibration, places: tuple[Place, ...], params: _Params
-) -> tuple[LowBits | None, ...]:
+) -> tuple[PackedLowBits | None, ...]:
     """The low bits of each transform of a unit."""
     if not unit.flags & HAS_LOW_BITS:
         return (None,) * len(places)
     shifts = [_shifts(calibration, p, params.ranks[p.number], params.step) for p in places]
     num_bytes = packed_bytes(shifts, unit.num_tokens)
-    return tuple(unpack(unit.section(LOW_BITS, num_bytes=num_bytes), shifts, unit.num_tokens))
+    return tuple(split(unit.section(LOW_BITS, num_bytes=num_bytes), shifts, unit.num_tokens))
 
 
 def _forward(

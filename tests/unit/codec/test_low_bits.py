@@ -7,7 +7,14 @@ import pytest
 
 from kvfetcher.codec import transform
 from kvfetcher.codec.base import UnitSource
-from kvfetcher.codec.low_bits import LOW_BITS, cut, packed_bytes, row_shifts, unpack
+from kvfetcher.codec.low_bits import (
+    LOW_BITS,
+    PackedLowBits,
+    cut,
+    packed_bytes,
+    row_shifts,
+    split,
+)
 from kvfetcher.codec.profiles import decode_unit, restore_unit
 from kvfetcher.codec.transform import TransformProfile
 from kvfetcher.codec.unit import HAS_LOW_BITS, parse_unit, raw_section, write_unit
@@ -15,7 +22,6 @@ from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.errors import FormatError, UnsupportedVersionError
 from kvfetcher.quant import float32_to_bits
 from kvfetcher.spec import KVSpec
-from kvfetcher.transform.inverse import LowBits
 from kvfetcher.transform.library import register_calibration
 from support.calibrations import correlated_values, make_calibration
 from support.tamper import resealed_unit
@@ -51,8 +57,9 @@ def test_integers_come_back_from_their_parts(tokens):
     high = [integers.copy() for integers in whole]
     data = b"".join(map(cut, high, shifts))
     assert len(data) == packed_bytes(shifts, tokens)
-    found = unpack(data, shifts, tokens)
-    for integers, top, of_rows, low in zip(whole, high, shifts, found, strict=True):
+    found = split(data, shifts, tokens)
+    for integers, top, of_rows, packed in zip(whole, high, shifts, found, strict=True):
+        low = packed.unpack(tokens)
         count = len(of_rows)
         np.testing.assert_array_equal(top[count:], integers[count:])
         np.testing.assert_array_equal(top[:count], integers[:count] >> of_rows[:, None])
@@ -61,9 +68,9 @@ def test_integers_come_back_from_their_parts(tokens):
 
 def test_bits_behind_the_last_token_are_refused():
     data = cut(np.full((2, 9), 3, np.int32), np.uint8([2, 1]))
-    unpack(data, [np.uint8([2, 1])], 9)
+    split(data, [np.uint8([2, 1])], 9)
     with pytest.raises(FormatError, match="unused bits"):
-        unpack(data[:-1] + b"\2", [np.uint8([2, 1])], 9)
+        split(data[:-1] + b"\2", [np.uint8([2, 1])], 9)
 
 
 def test_restored_values_are_those_of_whole_samples(unit, monkeypatch):
@@ -121,7 +128,7 @@ def test_low_bits_of_another_length_are_refused(unit, change):
 @pytest.mark.parametrize("wide", [0, 3, 700])
 def test_torch_part_of_the_gpu_restore_takes_wide_rows(wide):
     torch = pytest.importorskip("torch")
-    from kvfetcher.codec.gpu_low_bits import take_wide_rows
+    from kvfetcher.codec.gpu_low_bits import take_wide_rows, unpack
 
     rng = np.random.default_rng(0)
     rows, tokens, columns = wide + 5, 33, 48
@@ -131,7 +138,15 @@ def test_torch_part_of_the_gpu_restore_takes_wide_rows(wide):
     matrix = rng.normal(size=(columns, rows + 3)).astype(np.float16)
     bias = rng.normal(size=(tokens, columns)).astype(np.float32)
     samples, total = torch.from_numpy(high.copy()), torch.from_numpy(bias.copy())
-    take_wide_rows(samples, LowBits(shifts, low), torch.from_numpy(matrix), total)
+    packed = PackedLowBits(shifts, np.zeros((0, 5), np.uint8))
+    planes = [
+        np.packbits(low[:n] >> bit & 1, axis=1, bitorder="little")
+        for bit, n in enumerate(packed.counts)
+    ]
+    packed = PackedLowBits(shifts, np.concatenate([packed.planes, *planes]))
+    np.testing.assert_array_equal(packed.unpack(tokens).low, low)
+    np.testing.assert_array_equal(unpack(packed, tokens, torch.device("cpu")).numpy(), low)
+    take_wide_rows(samples, packed, torch.from_numpy(matrix), total)
     integers = high[:wide].astype(np.float64) * 2.0 ** shifts[:, None] + low
     expected = integers.T @ matrix[:, :wide].T.astype(np.float64) + bias
     np.testing.assert_allclose(total.numpy(), expected, rtol=1e-4, atol=2.0)
