@@ -1,312 +1,517 @@
-"""One fetch over a simulated link and simulated decoders: a discrete-event simulation.
+"""The fetcher over a simulated link and simulated decoders, on a clock that jumps.
 
-The link is shared evenly by the transfers whose round trip has passed; decoders take units first
-come, first served, each at the table's rate for the number that work; restoring is one stage behind
-them. What is fetched next is asked of a `Policy`, which sees only what a real fetcher sees: a
-bandwidth estimate from finished transfers, its queues, the table.
+What decides, reads, waits and gives up is `fetch.Fetcher` itself with everything behind it; only the
+clock, the store, the decoders and the engine's leases are made up here, and units have no digests to
+check. The link is shared evenly by the transfers whose round trip has passed; decoders take units
+first come, first served, each at the table's rate for the number that work; restoring is one stage
+behind them.
 """
 
 from __future__ import annotations
 
-import heapq
+import asyncio
 import random
-from collections import deque
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+import selectors
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
-from kvfetcher.fetch.pipeline import Machine
-from kvfetcher.fetch.read_places import full_window_bytes, may_read
+import numpy as np
+
+from kvfetcher.arena import BlockTarget
+from kvfetcher.container import HEADER_READ_BYTES, ChunkHeader, UnitEntry
+from kvfetcher.fetch.engine_side import EnginePace, FetchFacts
+from kvfetcher.fetch.fetcher import Fetcher
+from kvfetcher.fetch.lookup import Found
+from kvfetcher.fetch.plan import probe_batches
+from kvfetcher.fetch.run import ChunkRun, StoredChunk
+from kvfetcher.fetch.stages import UnitStatus
+from kvfetcher.fetch.variants import chunk_options
+from kvfetcher.fetch.work import FetchOrder, FetchWork
+from kvfetcher.prefill_rate import PrefillModel
+from kvfetcher.spec import KVSpec
+from kvfetcher.storage.base import ByteRange
 
 if TYPE_CHECKING:
-    from kvfetcher.bench.traces import Trace
-    from kvfetcher.fetch.bandwidth import LinkEstimate, LinkEstimator
-    from kvfetcher.fetch.decode_times import DecodeTable
-    from kvfetcher.fetch.variants import UnitOption
+    from collections.abc import Coroutine, Sequence
 
-_EPSILON_BYTES = 1e-3
-QUESTION_SECONDS = 0.02
-"""A policy is asked how much it wants at least so often."""
+    from numpy.typing import NDArray
+
+    from kvfetcher.bench.traces import Trace
+    from kvfetcher.config import FetchConfig
+    from kvfetcher.errors import StoreError
+    from kvfetcher.fetch.decode_times import DecodeTable
+    from kvfetcher.fetch.report import FetchReport
+    from kvfetcher.fetch.run import RunFacts, _Group
+    from kvfetcher.fetch.stages import Stages
+    from kvfetcher.fetch.variants import ChunkOptions, UnitWalk
+    from kvfetcher.storage.base import Store
+
+CHUNK_TOKENS = 256
+_TOKENS_PER_BLOCK = 64
+_DIGEST = bytes(32)
+_EPSILON_BYTES = 16.0
+_GAP_SECONDS = 0.01
+
+
+class _Jump(selectors.DefaultSelector):
+    """Waits for nothing: the clock jumps to when the loop would wake."""
+
+    now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout is None:
+            raise RuntimeError("the simulation waits for something that never comes")
+        self.now += max(0.0, timeout)
+        return []
+
+
+class JumpingLoop(asyncio.SelectorEventLoop):
+    """An event loop on simulated time. Threads and sockets do not work on it."""
+
+    def __init__(self) -> None:
+        self._jump = _Jump()
+        super().__init__(self._jump)
+
+    def time(self) -> float:
+        return self._jump.now
+
+
+def run_simulated(work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    """What `work()` returns, run on a clock of its own."""
+    with asyncio.Runner(loop_factory=JumpingLoop) as runner:
+        return runner.run(work())
+
+
+@dataclass(eq=False, slots=True)
+class _Transfer:
+    bytes_left: float
+    done: asyncio.Future[None]
+
+
+class SimLink:
+    """The link: `transfer` takes as long as it would.
+
+    Args:
+        trace: its rate.
+        rtt_seconds: from a request to its first byte, more or less.
+    """
+
+    def __init__(self, trace: Trace, *, rtt_seconds: float) -> None:
+        self._trace = trace
+        self._rtt_seconds = rtt_seconds
+        self._loop = asyncio.get_running_loop()
+        self._random = random.Random(0)
+        self._flowing: list[_Transfer] = []
+        self._share = 0.0
+        self._at = self._loop.time()
+        self._wake: asyncio.TimerHandle | None = None
+        self._num_asked = 0
+        self._asked_at = 0.0
+        self.trace_starts = 0.0
+        """When the trace began, on the loop's clock."""
+        self.busy_seconds = 0.0
+        """With something asked for."""
+        self.idle_since = 0.0
+        """The last transfer's end."""
+
+    async def transfer(self, num_bytes: int) -> None:
+        """Return when so many bytes have come."""
+        if not self._num_asked:
+            self._asked_at = self._loop.time()
+        self._num_asked += 1
+        moving = _Transfer(float(num_bytes), self._loop.create_future())
+        try:
+            # Round trips differ a little, or equal transfers would run in step for ever and leave
+            # the link idle between them.
+            await asyncio.sleep(self._rtt_seconds * self._random.uniform(0.5, 1.5))
+            self._advance()
+            self._flowing.append(moving)
+            self._plan()
+            await moving.done
+        finally:
+            if moving in self._flowing:
+                self._advance()
+                self._flowing.remove(moving)
+                self._plan()
+            self._num_asked -= 1
+            self.idle_since = self._loop.time()
+            if not self._num_asked:
+                self.busy_seconds += self.idle_since - self._asked_at
+
+    def _advance(self) -> None:
+        now = self._loop.time()
+        moved = self._share * (now - self._at)
+        self._at = now
+        for transfer in self._flowing:
+            transfer.bytes_left -= moved
+
+    def _plan(self) -> None:
+        """Wake when a transfer ends or the rate changes."""
+        if self._wake is not None:
+            self._wake.cancel()
+            self._wake = None
+        if not self._flowing:
+            self._share = 0.0
+            return
+        rate, seconds = self._trace.at(self._at - self.trace_starts)
+        self._share = rate / len(self._flowing)
+        if self._share:
+            left = min(transfer.bytes_left for transfer in self._flowing)
+            seconds = min(seconds, left / self._share)
+        self._wake = self._loop.call_at(self._at + max(seconds, 1e-9), self._woken)
+
+    def _woken(self) -> None:
+        self._advance()
+        for transfer in [t for t in self._flowing if t.bytes_left <= _EPSILON_BYTES]:
+            self._flowing.remove(transfer)
+            if not transfer.done.done():
+                transfer.done.set_result(None)
+        self._plan()
+
+
+class _Span(bytes):
+    """Bytes `start` to `stop` of an object, of which only the place is known."""
+
+    name: str
+    start: int
+    stop: int
+
+    @classmethod
+    def of(cls, name: str, start: int, stop: int) -> Self:
+        made = cls()
+        made.name, made.start, made.stop = name, start, stop
+        return made
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, part: Any) -> Any:
+        return self.of(self.name, self.start + part.start, self.start + part.stop)
+
+
+class _Store:
+    """Every object is there, at the other end of the link."""
+
+    def __init__(self, link: SimLink) -> None:
+        self._link = link
+
+    async def get_range(self, name: str, start: int, end: int) -> bytes:
+        await self._link.transfer(end - start)
+        return _Span.of(name, start, end)
+
+    async def get_ranges(self, ranges: Sequence[ByteRange]) -> list[bytes | StoreError]:
+        await self._link.transfer(sum(part.end - part.start for part in ranges))
+        return [_Span.of(*part) for part in ranges]
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """Bounds of the simulated fetcher."""
+class UnitWork:
+    """What a unit really asks of decoders and restorer."""
 
-    rtt_seconds: float
-    max_transfers: int
-    """Requests to the store at one time."""
-    transfer_bytes: int
-    """Neighbouring units are asked for together up to so many bytes."""
-    max_waiting_bytes: int
-    """In transfer or in front of the decoders; the network rests when it is reached."""
-
-
-class SimUnit(NamedTuple):
-    """A unit with what the simulated decoder needs to know."""
-
-    chunk: int
-    option: UnitOption
     load: float
     """Of one picture, `picture_load`."""
     num_pictures: int
     """0 = not video, needs no decoder."""
+    restore_seconds: float
 
 
-class Policy(Protocol):
-    """Decides what is fetched next."""
+class _Decoders:
+    """`RunUnit` with the table's times.
 
-    def next(self, *, link: LinkEstimate, machine: Machine) -> SimUnit | None:
-        """The next unit; None when everything was handed out."""
+    Args:
+        table: the truth here.
+        work_of: of a unit, by object name and first byte.
+    """
 
-    def transfer_done(self, unit: SimUnit, started: float, finished: float) -> None:
-        """A unit has arrived."""
+    def __init__(self, table: DecodeTable, work_of: Callable[[str, int], UnitWork]) -> None:
+        self._table = table
+        self._work_of = work_of
+        self._loop = asyncio.get_running_loop()
+        self._free = asyncio.Semaphore(table.num_decoders)
+        self._num_busy = 0
+        self._restored = 0.0
+        self._busy_seconds = 0.0
+        self._at = 0.0
+        self.at_arrival = 0.0
+        """`busy_seconds` when a unit last came."""
 
-    def num_wanted(self, num_ready: int, now: float, machine: Machine) -> int:
-        """Chunks to end with, asked when one is ready and now and then; it may only shrink."""
+    def busy_seconds(self) -> float:
+        """Of all decoders together, until now."""
+        now = self._loop.time()
+        self._busy_seconds += (now - self._at) * self._num_busy
+        self._at = now
+        return self._busy_seconds
+
+    async def __call__(self, unit: bytes, target: BlockTarget) -> UnitStatus:
+        span = cast("_Span", unit)
+        work = self._work_of(span.name, span.start)
+        self.at_arrival = self.busy_seconds()
+        seconds = await self._decode(work) if work.num_pictures else 0.0
+        decoded = self._loop.time()
+        self._restored = max(decoded, self._restored) + work.restore_seconds
+        await asyncio.sleep(self._restored - decoded)
+        return UnitStatus("nvdec", 1e3 * seconds, 1e3 * work.restore_seconds)
+
+    async def _decode(self, work: UnitWork) -> float:
+        """Returns what it took, not counting what it waited for a decoder."""
+        async with self._free:
+            self.busy_seconds()
+            self._num_busy += 1
+            each = self._table.picture_seconds(work.load, num_busy=self._num_busy)
+            occupied = work.num_pictures * each
+            await asyncio.sleep(occupied)
+            self.busy_seconds()
+            self._num_busy -= 1
+        # A decoder takes the next packet before the last one's picture is out.
+        latency = self._table.latency_seconds(work.load, num_pictures=work.num_pictures)
+        await asyncio.sleep(max(0.0, latency - occupied))
+        return max(latency, occupied)
+
+
+_FACTS = FetchFacts(
+    identity_digest=_DIGEST,
+    chunk_tokens=CHUNK_TOKENS,
+    tokens_per_block=_TOKENS_PER_BLOCK,
+    spec=KVSpec(num_layers=1, num_kv_heads=1, head_dim=1),
+    max_prompt_tokens=1 << 20,
+)
+
+
+class _Leases:
+    """An engine whose arena is never full."""
+
+    def __init__(self) -> None:
+        self._numbers = count()
+
+    async def facts(self) -> FetchFacts:
+        return _FACTS
+
+    async def pace(self) -> EnginePace:
+        # Each prompt has a prefill rate of its own, see `SimFetcher`.
+        return EnginePace(PrefillModel(1.0, 0.0), _FACTS.max_prompt_tokens)
+
+    async def lease(self, num_tokens: int, ttl_seconds: float) -> tuple[str, BlockTarget]:
+        blocks = tuple(range(-(-num_tokens // _TOKENS_PER_BLOCK)))
+        return str(next(self._numbers)), BlockTarget(("arena",), "1", blocks, num_tokens)
+
+    async def seal(self, *_: Any, **__: Any) -> None: ...
+
+    async def share(self, lease_id: str) -> None: ...
+
+    async def renew(self, lease_id: str) -> None: ...
+
+    async def release(self, lease_id: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SimPrompt:
+    """A prompt whose prefix is stored."""
+
+    prefix_tokens: int
+    suffix_tokens: int
+    prefill: PrefillModel
+    header: ChunkHeader
+    """Of each of its chunks."""
+    works: dict[int, UnitWork]
+    """Of the units, by their first byte."""
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What a simulated fetch did; times in seconds."""
+    """What a simulated request's fetch did; times in seconds."""
 
     fetch_seconds: float = 0.0
+    """Look-up, decision and fetch, until computing begins."""
     num_chunks: int = 0
     """Restored, from the first."""
     num_bytes: int = 0
     network_bubble_seconds: float = 0.0
-    """The link was free but nothing was asked for, because too much waited for the decoders."""
+    """Nothing was asked of the link, although more was still to come."""
     decoder_bubble_seconds: float = 0.0
     """Decoders were free while units were still on their way, per decoder."""
     variants: dict[str, int] = field(default_factory=dict)
+    report: FetchReport | None = None
 
 
-@dataclass(slots=True)
-class _Transfer:
-    units: list[SimUnit]
-    started: float
-    flows_from: float
-    bytes_left: float
-    token: int
+class Walk(Protocol):
+    """Another order of units than the fetcher's own: a `UnitWalk` that hears what arrives."""
+
+    def arrived(self, chunk: int, num_bytes: int, started: float, finished: float) -> None:
+        """A read of a chunk's units was made."""
 
 
-class _Simulation:
+Rewalk = Callable[[list["ChunkOptions"]], "Walk"]
+
+
+class _Run(ChunkRun):
+    """A run whose units have no digests, and may be walked through in another order."""
+
     def __init__(
-        self,
-        policy: Policy,
-        trace: Trace,
-        table: DecodeTable,
-        estimator: LinkEstimator,
-        limits: Limits,
-        *,
-        start: float,
-        num_chunks: int,
-        num_layers: int,
+        self, stages: Stages, chunks: list[StoredChunk], target: BlockTarget, **options: Any
     ) -> None:
-        self.policy, self.trace, self.table = policy, trace, table
-        self.estimator, self.limits = estimator, limits
-        self.start = self.now = start
-        self.outcome = Outcome()
-        self.transfers: list[_Transfer] = []
-        self.head: SimUnit | None = None  # drawn, not yet asked for
-        self.drawn_all = False
-        self.waiting: deque[SimUnit] = deque()
-        self.decoding: list[tuple[float, int, SimUnit]] = []  # (decoder free, number, unit)
-        self.late: dict[int, float] = {}  # by number, from there until the planes are out
-        self.pending: list[tuple[float, int, SimUnit]] = []  # (planes out, number, unit)
-        self.restoring: deque[tuple[float, SimUnit]] = deque()
-        self.waiting_bytes = 0
-        self.waiting_seconds = 0.0
-        self.coming_seconds = 0.0
-        self.layers_left: dict[int, int] = {}
-        self.number = 0
-        self.random = random.Random(0)
-        self.num_layers = num_layers
-        self.num_wanted = num_chunks
-        self.ready = 0
-        self.next_question = start + QUESTION_SECONDS
+        rewalk: Rewalk | None = options.pop("rewalk")
+        super().__init__(stages, chunks, target, **options)
+        self._other: Walk | None = None
+        if rewalk is not None:
+            self._other = rewalk(
+                [chunk_options(chunk.header, stages.table, self._factors) for chunk in chunks]
+            )
+            self._walk = cast("UnitWalk", self._other)
 
-    def run(self) -> Outcome:
-        self._ask()
-        while self.ready < self.num_wanted:
-            self._step()
-            if self.now >= self.next_question:
-                self._ask_how_much()
-            self._ask()
-        for transfer in self.transfers:
-            self.estimator.end(transfer.token, self.now, ok=False)
-        self.outcome.fetch_seconds = self.now - self.start
-        self.outcome.num_chunks = self.ready
-        return self.outcome
+    async def _check(self, group: _Group, data: bytes) -> None: ...
 
-    def _machine(self) -> Machine:
-        running = sum(max(0.0, done - self.now) for done, _, _ in self.decoding)
-        return Machine(
-            num_decoders=self.table.num_decoders,
-            decode_queue_seconds=(running + self.waiting_seconds + self.coming_seconds)
-            / self.table.num_decoders,
-            network_queue_bytes=int(sum(t.bytes_left for t in self.transfers)),
+    async def _read(self, group: _Group) -> bytes:
+        started = self._stages.clock()
+        data = await super()._read(group)
+        if self._other is not None:
+            now = self._stages.clock()
+            self._other.arrived(group.chunk_index, group.num_bytes, started, now)
+        return data
+
+
+class _Work(FetchWork):
+    """Carries fetches out with `_Run`."""
+
+    rewalk: Rewalk | None = None
+
+    def _run(self, order: FetchOrder, facts: RunFacts, target: BlockTarget) -> ChunkRun:
+        return _Run(
+            self._stages,
+            order.chunks,
+            target,
+            tokens_per_block=order.facts.tokens_per_block,
+            facts=facts,
+            on_failure=self._on_failure,
+            hysteresis=self._config.variant_hysteresis,
+            prompt=order.prompt,
+            margin=self._config.gate_margin,
+            rewalk=self.rewalk,
         )
 
-    def _draw(self) -> SimUnit | None:
-        if self.head is None and not self.drawn_all:
-            link = self.estimator.estimate(self.now)
-            self.head = self.policy.next(link=link, machine=self._machine())
-            self.drawn_all = self.head is None
-        return self.head
 
-    def _may_ask(self) -> bool:
-        return may_read(
-            len(self.transfers),
-            sum(transfer.bytes_left for transfer in self.transfers),
-            max_reads=self.limits.max_transfers,
-            window_bytes=lambda: full_window_bytes(self.estimator.estimate(self.now)),
-        )
-
-    def _ask(self) -> None:
-        """Start transfers while there is room."""
-        while self._may_ask() and self.waiting_bytes < self.limits.max_waiting_bytes:
-            first = self._draw()
-            if first is None:
-                return
-            units: list[SimUnit] = []
-            size = 0
-            while (unit := self._draw()) is not None and (
-                not units
-                or (
-                    (unit.chunk, unit.option.variant) == (first.chunk, first.option.variant)
-                    and size + unit.option.num_bytes <= self.limits.transfer_bytes
-                )
-            ):
-                units.append(unit)
-                size += unit.option.num_bytes
-                self.head = None
-            token = self.estimator.begin(self.now, size)
-            # Round trips differ a little, or equal transfers would run in step for ever and leave
-            # the link idle between them.
-            flows = self.now + self.limits.rtt_seconds * self.random.uniform(0.5, 1.5)
-            self.transfers.append(_Transfer(units, self.now, flows, float(size), token))
-            self.waiting_bytes += size
-            self.outcome.num_bytes += size
-            for unit in units:
-                self.coming_seconds += unit.option.decode_seconds
-                name = unit.option.variant
-                self.outcome.variants[name] = self.outcome.variants.get(name, 0) + 1
-
-    def _step(self) -> None:
-        """To the next event."""
-        rate, until_change = self.trace.at(self.now)
-        flowing = [t for t in self.transfers if t.flows_from <= self.now]
-        share = rate / len(flowing) if flowing else 0.0
-        step = min(until_change, self.next_question - self.now)
-        for transfer in self.transfers:
-            if transfer.flows_from > self.now:
-                step = min(step, transfer.flows_from - self.now)
-            elif share > 0:
-                step = min(step, transfer.bytes_left / share)
-        if self.decoding:
-            step = min(step, self.decoding[0][0] - self.now)
-        if self.pending:
-            step = min(step, self.pending[0][0] - self.now)
-        if self.restoring:
-            step = min(step, self.restoring[0][0] - self.now)
-        step = max(step, 0.0)
-        self._count_bubbles(step)
-        self.now += step
-        for transfer in flowing:
-            transfer.bytes_left -= share * step
-        for transfer in [t for t in flowing if t.bytes_left <= _EPSILON_BYTES]:
-            self._arrive(transfer)
-        while self.decoding and self.decoding[0][0] <= self.now:
-            _, number, unit = heapq.heappop(self.decoding)
-            heapq.heappush(self.pending, (self.now + self.late.pop(number), number, unit))
-        while self.pending and self.pending[0][0] <= self.now:
-            self._decoded(heapq.heappop(self.pending)[2])
-        while self.restoring and self.restoring[0][0] <= self.now:
-            self._restored(self.restoring.popleft()[1])
-        self._feed()
-
-    def _count_bubbles(self, step: float) -> None:
-        if not self.transfers and not self.drawn_all:
-            self.outcome.network_bubble_seconds += step
-        if self.transfers or not self.drawn_all:
-            idle = self.table.num_decoders - len(self.decoding)
-            self.outcome.decoder_bubble_seconds += step * idle / self.table.num_decoders
-
-    def _arrive(self, transfer: _Transfer) -> None:
-        self.transfers.remove(transfer)
-        self.estimator.end(transfer.token, self.now)
-        for unit in transfer.units:
-            self.coming_seconds -= unit.option.decode_seconds
-            self.policy.transfer_done(unit, transfer.started, self.now)
-            if unit.num_pictures:
-                self.waiting.append(unit)
-                self.waiting_seconds += unit.option.decode_seconds
-            else:
-                self._decoded(unit)
-
-    def _feed(self) -> None:
-        """Units to free decoders."""
-        while self.waiting and len(self.decoding) < self.table.num_decoders:
-            unit = self.waiting.popleft()
-            self.waiting_seconds -= unit.option.decode_seconds
-            busy = len(self.decoding) + 1
-            each = self.table.picture_seconds(unit.load, num_busy=busy)
-            occupied = unit.num_pictures * each
-            latency = self.table.latency_seconds(unit.load, num_pictures=unit.num_pictures)
-            self.number += 1
-            heapq.heappush(self.decoding, (self.now + occupied, self.number, unit))
-            # A decoder takes the next packet before the last one's picture is out.
-            self.late[self.number] = max(0.0, latency - occupied)
-
-    def _decoded(self, unit: SimUnit) -> None:
-        self.waiting_bytes -= unit.option.num_bytes
-        begins = self.restoring[-1][0] if self.restoring else self.now
-        self.restoring.append((max(begins, self.now) + unit.option.restore_seconds, unit))
-
-    def _restored(self, unit: SimUnit) -> None:
-        left = self.layers_left.get(unit.chunk, self.num_layers) - unit.option.num_layers
-        self.layers_left[unit.chunk] = left
-        if unit.chunk == self.ready and left == 0:
-            while self.layers_left.get(self.ready) == 0:
-                self.ready += 1
-            self._ask_how_much()
-
-    def _ask_how_much(self) -> None:
-        wanted = self.policy.num_wanted(self.ready, self.now, self._machine())
-        self.num_wanted = max(self.ready, min(self.num_wanted, wanted))
-        self.next_question = self.now + QUESTION_SECONDS
-
-
-def simulate(
-    policy: Policy,
-    trace: Trace,
-    table: DecodeTable,
-    estimator: LinkEstimator,
-    limits: Limits,
-    *,
-    start: float,
-    num_chunks: int,
-    num_layers: int,
-) -> Outcome:
-    """Fetch one prefix.
+class SimFetcher(Fetcher):
+    """A fetcher on simulated time; make it inside `run_simulated`.
 
     Args:
-        policy: what is fetched next, and how much.
-        trace: the link.
-        table: of the decoders; the truth here, and what the policy knows.
-        estimator: learns from this fetch; may have learnt from others.
-        limits: of the fetcher.
-        start: when the fetch begins, on the trace's clock.
-        num_chunks: of the prefix.
-        num_layers: of a chunk, as the options of its units count them.
+        trace: of the link.
+        rtt_seconds: of the link.
+        table: of the decoders; the truth here, and what the planner knows.
+        config: section `fetch`.
+        rewalk: another order of units; None = the fetcher's own.
     """
-    return _Simulation(
-        policy,
-        trace,
-        table,
-        estimator,
-        limits,
-        start=start,
-        num_chunks=num_chunks,
-        num_layers=num_layers,
-    ).run()
+
+    def __init__(
+        self,
+        trace: Trace,
+        table: DecodeTable,
+        config: FetchConfig,
+        *,
+        rtt_seconds: float,
+        rewalk: Rewalk | None = None,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._sim_link = SimLink(trace, rtt_seconds=rtt_seconds)
+        self._decoders = _Decoders(table, self._work_of)
+        self._num_decoders = table.num_decoders
+        self._prompts: dict[int, SimPrompt] = {}
+        self._prompt_of_name: dict[str, SimPrompt] = {}
+        store = cast("Store", _Store(self._sim_link))
+        leases = _Leases()
+        super().__init__(
+            store=store,
+            leases=leases,
+            run_unit=self._decoders,
+            config=config,
+            table=table,
+            num_decoders=table.num_decoders,
+            clock=self._loop.time,
+        )
+        self._work = _Work(
+            stages=self._stages,
+            line=self._line,
+            leases=leases,
+            fetches=self._fetches,
+            store=store,
+            config=config,
+            clock=self._loop.time,
+        )
+        self._work.rewalk = rewalk
+
+    async def serve(self, prompts: Sequence[SimPrompt], *, at: float, policy: str) -> list[Outcome]:
+        """Fetch for prompts that come together, `at` so many seconds of the trace."""
+        # However long the ones before took, the link is the same for all policies.
+        await asyncio.sleep(max(_GAP_SECONDS, at - self._loop.time() + self._sim_link.trace_starts))
+        self._sim_link.trace_starts = self._loop.time() - at
+        return await asyncio.gather(*(self._serve_one(prompt, policy) for prompt in prompts))
+
+    async def _serve_one(self, prompt: SimPrompt, policy: str) -> Outcome:
+        number = len(self._prompts) + 1
+        self._prompts[number] = prompt
+        ids = np.full(prompt.prefix_tokens + prompt.suffix_tokens, number, dtype=np.int32)
+        started, link = self._loop.time(), self._sim_link
+        asked = link.busy_seconds
+        worked = self._decoders.busy_seconds()
+        fetched = await self.fetch(ids, cache_salt="", policy=policy, is_cancelled=lambda: False)
+        report = fetched.report
+        transferred = max(0.0, link.idle_since - started)
+        return Outcome(
+            fetch_seconds=self._loop.time() - started,
+            num_chunks=report.chunks_hit,
+            num_bytes=report.bytes_fetched,
+            network_bubble_seconds=transferred - (link.busy_seconds - asked),
+            decoder_bubble_seconds=max(
+                0.0, transferred - (self._decoders.at_arrival - worked) / self._num_decoders
+            ),
+            variants=report.variants,
+            report=report,
+        )
+
+    async def _admit(self, input_ids: NDArray[np.int32], *others: Any) -> Any:
+        request = await super()._admit(input_ids, *others)
+        if request is None:
+            return None
+        prompt = self._prompts[int(input_ids[0])]
+        self._prompt_of_name |= {key.name: prompt for key in request.keys}
+        return replace(request, pace=replace(request.pace, prefill=prompt.prefill))
+
+    async def _look_up(self, request: Any) -> Found:
+        found = Found()
+        for batch in probe_batches(len(request.keys)):
+            names = [request.keys[index].name for index in batch]
+            await self._reads.read_many(
+                [ByteRange(name, 0, HEADER_READ_BYTES) for name in names], found.tally
+            )
+            header = self._prompt_of_name[names[0]].header
+            found.chunks += [StoredChunk(name, header) for name in names]
+        return found
+
+    def _work_of(self, name: str, first_byte: int) -> UnitWork:
+        return self._prompt_of_name[name].works[first_byte]
+
+
+def make_header(spec: KVSpec, units: Sequence[tuple[str, int, int, int]]) -> ChunkHeader:
+    """The header of a chunk nobody has.
+
+    Args:
+        spec: geometry.
+        units: variant, first layer, layers, bytes; variant after variant.
+    """
+    entries: list[UnitEntry] = []
+    offset = HEADER_READ_BYTES
+    for variant, layer_start, num_layers, num_bytes in units:
+        entries.append(UnitEntry(layer_start, num_layers, variant, offset, num_bytes, _DIGEST))
+        offset += num_bytes
+    return ChunkHeader(
+        profile="balanced/1",
+        spec=spec,
+        identity=_DIGEST,
+        chunk_key=_DIGEST,
+        parent_key=_DIGEST,
+        first_position=0,
+        token_ids=(0,) * CHUNK_TOKENS,
+        units=tuple(entries),
+        header_bytes=HEADER_READ_BYTES,
+        object_bytes=offset,
+    )

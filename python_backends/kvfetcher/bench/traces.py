@@ -31,6 +31,16 @@ class Trace:
         # A rounded phase at a piece's very end must not stop the clock.
         return self.pieces[index][1], max(self.ends[index] - phase, 1e-9)
 
+    def seconds_for(self, num_bytes: float, *, start: float) -> float:
+        """To carry so many bytes from `start` on, with nothing else on the link."""
+        now = start
+        while True:
+            rate, seconds = self.at(now)
+            if rate * seconds >= num_bytes:
+                return now + num_bytes / rate - start
+            num_bytes -= rate * seconds
+            now += seconds
+
     @property
     def mean_bytes_per_second(self) -> float:
         return sum(s * rate for s, rate in self.pieces) / self.ends[-1]
