@@ -144,7 +144,7 @@ async def test_a_hung_file_system_takes_no_threads_but_the_stores(tmp_path, monk
     fifo.parent.mkdir()
     os.mkfifo(fifo)
     slow = LocalStore(tmp_path, timeout_seconds=0.5)
-    for _ in range(2):
+    while len(slow._threads._running) < 2:  # a busy machine may not begin one in time
         with pytest.raises(StoreTimeoutError, match="took longer than"):
             await slow.get("ab/fifo")
     started = time.monotonic()

@@ -12,8 +12,8 @@ from kvfetcher.storage import threads as threads_module
 from kvfetcher.storage.threads import IoThreads
 
 
-def pool(*, timeout_seconds=10.0, **options):
-    io = IoThreads("test-io", **{"max_threads": 2, "max_stuck": 2, **options})
+def pool(*, name="test-io", timeout_seconds=10.0, **options):
+    io = IoThreads(name, **{"max_threads": 2, "max_stuck": 2, **options})
     io.run = partial(io.run, timeout_seconds=timeout_seconds)
     return io
 
@@ -29,6 +29,11 @@ class Hanging:
         self.begun += 1
         self.may_end.wait(60)
         return "late"
+
+    async def has_begun(self):
+        async with asyncio.timeout(20):
+            while not self.begun:
+                await asyncio.sleep(0.001)
 
 
 @pytest.fixture
@@ -54,7 +59,7 @@ async def test_every_call_is_answered_and_no_more_run_at_once_than_allowed():
 
     answers = await asyncio.gather(*(io.run(lambda i=i: call(i)) for i in range(60)))
     assert answers == list(range(60))
-    assert most == 3
+    assert most <= 3
 
 
 @pytest.mark.parametrize("error", [OSError("disk"), TimeoutError("ETIMEDOUT"), KeyError("x")])
@@ -70,7 +75,7 @@ async def test_errors_are_the_callers(error):
 
 async def test_while_too_many_hang_calls_are_refused_at_once(hanging):
     io = pool(timeout_seconds=0.3)
-    for _ in range(2):
+    while hanging.begun < 2:  # a busy machine may not begin one in time
         with pytest.raises(TimeoutError):
             await io.run(hanging)
     ran = []
@@ -89,9 +94,7 @@ async def test_while_too_many_hang_calls_are_refused_at_once(hanging):
 async def test_calls_whose_askers_left_early_count_as_hanging_after_the_timeout(hanging):
     io = pool(timeout_seconds=0.3, max_stuck=1)
     asker = asyncio.create_task(io.run(hanging))
-    async with asyncio.timeout(20):
-        while not hanging.begun:
-            await asyncio.sleep(0.001)
+    await hanging.has_begun()
     asker.cancel()
     await asyncio.sleep(0.31)
     with pytest.raises(TimeoutError, match="1 earlier calls"):
@@ -101,10 +104,7 @@ async def test_calls_whose_askers_left_early_count_as_hanging_after_the_timeout(
 async def test_a_call_with_time_left_is_not_taken_for_hanging(hanging):
     io = IoThreads("test-io", max_threads=2, max_stuck=1)
     large = asyncio.create_task(io.run(hanging, timeout_seconds=60.0))
-    async with asyncio.timeout(20):
-        while not hanging.begun:
-            await asyncio.sleep(0.001)
-    await asyncio.sleep(0.02)
+    await hanging.has_begun()
     assert await io.run(lambda: "small", timeout_seconds=10.0) == "small"
     hanging.may_end.set()
     assert await large == "late"
@@ -114,7 +114,7 @@ async def test_a_call_that_nobody_waits_for_any_more_never_begins(hanging):
     io, ran = pool(max_threads=1), []
     first = asyncio.create_task(io.run(hanging))
     second = asyncio.create_task(io.run(lambda: ran.append(1)))
-    await asyncio.sleep(0.02)
+    await hanging.has_begun()
     second.cancel()
     with pytest.raises(asyncio.CancelledError):
         await second
@@ -144,9 +144,9 @@ async def test_without_a_thread_to_be_had_a_call_fails_and_later_ones_need_not(m
 
 async def test_threads_without_work_end(monkeypatch):
     monkeypatch.setattr(threads_module, "_LINGER_SECONDS", 0.05)
-    io = pool()
+    io = pool(name="ending-io")
     for _ in range(3):
         await asyncio.gather(io.run(lambda: None), io.run(lambda: None))
         async with asyncio.timeout(20):
-            while any(thread.name == "test-io" for thread in threading.enumerate()):
+            while any(thread.name == "ending-io" for thread in threading.enumerate()):
                 await asyncio.sleep(0.01)
