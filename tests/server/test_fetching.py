@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,6 +12,7 @@ import tritonclient.grpc as grpcclient
 
 from kvfetcher import wire
 from kvfetcher.control import ControlClient, socket_path
+from support.metrics import read_metrics, total
 from support.servers import RedisServer, has_redis
 from support.shaping import LinkShape, ShapedLink
 
@@ -25,18 +25,7 @@ TIER = {"tier_memory_bytes": 64 << 20}
 
 
 def metrics(running):
-    with urllib.request.urlopen(f"http://{running.server.metrics_url}/metrics") as response:
-        lines = response.read().decode().splitlines()
-    found = {}
-    for line in lines:
-        if line.startswith("kvfetcher_"):
-            name, value = line.rsplit(" ", 1)
-            found[name] = float(value)
-    return found
-
-
-def total(found, name, *parts):
-    return sum(v for k, v in found.items() if k.startswith(name) and all(p in k for p in parts))
+    return read_metrics(running.server.metrics_url)
 
 
 def saved(running, question):
