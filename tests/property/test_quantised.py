@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -42,6 +43,12 @@ token_counts = st.sampled_from([1, 16, 33, 150])
 positions = st.one_of(st.sampled_from([0, 1, 3, 4]), st.integers(5, 1 << 20))
 variants = st.sampled_from(["-", "144x144", "160x200"])
 few = settings(max_examples=25, derandomize=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_files_left():
+    yield
+    FOLDER.cleanup()
 
 
 @functools.cache
