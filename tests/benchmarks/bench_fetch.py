@@ -13,17 +13,26 @@ every round:
 Every prompt has the same stored prefix and a question of its own, so the store is never asked for
 more than the prefix. Before a number counts, all arms must have answered with the same first token
 (profile `exact`) and the fetching ones must have hit all of the prefix.
+
+Then the crossovers, each with a sweep of rates of its own (`--crossovers`): where fetching coded
+becomes as fast as computing, and where raw becomes as fast as coded. Measured is where the arms'
+medians cross, between the two rates beside it on a line in the logarithms; predicted is where what
+the planner said of the same requests crosses (`kv_report.gate`: fetching everything, against
+computing, or raw against coded).
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 from fetch_rig import Prompts, Served, machine, serving, spread, store_behind_link, talk, write
 
@@ -31,6 +40,8 @@ from support.shaping import LinkShape
 
 ARMS = ("compute", "raw", "coded", "ours")
 MARGIN = 0.05
+CROSSOVER_BOUND = 1.5
+"""Predicted and measured crossovers differ by less than this factor."""
 MAX_LEARNING = 12
 STEADY = 1.25
 
@@ -115,6 +126,83 @@ def measure(
     return row
 
 
+def crossing(rates: list[float], first: list[float], second: list[float]) -> float | None:
+    """The rate at which two curves cross; None where they do not.
+
+    Args:
+        rates: increasing.
+        first: seconds at each rate.
+        second: likewise.
+    """
+    ahead = [math.log(a / b) for a, b in zip(first, second, strict=True)]
+    points = zip((math.log(rate) for rate in rates), ahead, strict=True)
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if y0 == 0 or y0 * y1 < 0:
+            return math.exp(x0 + (x1 - x0) * y0 / (y0 - y1))
+    return rates[-1] if ahead[-1] == 0 else None
+
+
+def predicted_seconds(arm: Arm, *, is_computed: bool = False) -> float:
+    """What the planner said of an arm's requests: of computing, or of fetching everything."""
+    gates = [report["gate"] for report in arm.reports]
+    name = "predicted_compute_ms" if is_computed else "predicted_all_fetch_ms"
+    return median(gate[name] for gate in gates) / 1e3
+
+
+def rest_seconds(arm: Arm) -> float:
+    """What the planner said of computing what follows the prefix, of an arm that fetches it all."""
+    gates = [report["gate"] for report in arm.reports]
+    return median(g["predicted_with_fetch_ms"] - g["predicted_fetch_ms"] for g in gates) / 1e3
+
+
+def sweep(
+    arms: list[Arm], prompts: Prompts, link, shapes: list[LinkShape], pair: str, *, rounds: int
+) -> dict[str, object]:
+    """Where two arms cross, measured and predicted."""
+    by_name = {arm.name: arm for arm in arms}
+    slow, quick = (by_name[name] for name in pair.split("/"))
+    ours, coded = by_name["ours"], by_name["coded"]
+    turn = list({arm.name: arm for arm in (slow, quick, coded, ours)}.values())
+    points = []
+    for shape in shapes:
+        for arm in arms:
+            arm.seconds, arm.reports = [], []
+        link.reshape(shape)
+        learn(arms, prompts)
+        for number in range(rounds):
+            prompt = prompts.another()
+            for arm in turn[number % len(turn) :] + turn[: number % len(turn)]:
+                arm.ask(prompt, counts=True)
+        if slow.name == "compute":
+            said = predicted_seconds(ours, is_computed=True), predicted_seconds(ours)
+            said = said[0], said[1] + rest_seconds(coded)
+        else:
+            said = predicted_seconds(slow), predicted_seconds(quick)
+        points.append(
+            {
+                "gbit_per_second": shape.gbit_per_second,
+                "measured_seconds": [round(median(arm.seconds), 4) for arm in (slow, quick)],
+                "predicted_seconds": [round(seconds, 4) for seconds in said],
+                "runs": {arm.name: [round(s, 4) for s in arm.seconds] for arm in turn},
+                "ours_fetched": sum(r["chunks_hit"] > 0 for r in ours.reports),
+                "gates": [report.get("gate") for report in ours.reports],
+            }
+        )
+        talk(f"  {pair} {shape.gbit_per_second:g} Gbit/s: {points[-1]}"[:200])
+    rates = [shape.gbit_per_second for shape in shapes]
+    found: dict[str, object] = {"pair": pair, "rates": rates}
+    for kind in ("measured", "predicted"):
+        curves = zip(*(point[f"{kind}_seconds"] for point in points), strict=True)
+        rate = crossing(rates, *map(list, curves))
+        found[f"{kind}_gbit_per_second"] = None if rate is None else round(rate, 4)
+    measured, predicted = (found[f"{k}_gbit_per_second"] for k in ("measured", "predicted"))
+    ratio = predicted / measured if measured and predicted else None
+    found["predicted_over_measured"] = None if ratio is None else round(ratio, 3)
+    found["points"] = points
+    talk(f"{pair}: measured {measured}, predicted {predicted} Gbit/s, ratio {ratio}")
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -123,10 +211,29 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=1536, help="of the shared prefix")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rates", default="0.02,0.05,0.1,0.5,1,5", help="Gbit/s, by commas")
+    parser.add_argument(
+        "--crossovers",
+        nargs="*",
+        default=[],
+        metavar="PAIR=RATES",
+        help="compute/coded=0.025,0.035,0.05,0.07,0.1 coded/raw=0.3,0.5,0.8,1.3,2",
+    )
+    parser.add_argument("--crossover-rounds", type=int, default=3)
     parser.add_argument("--rtt-ms", type=float, default=2.0)
     parser.add_argument("--profile", default="exact")
     parser.add_argument("--calibration", default="", help="for near, balanced, compact, tiny")
     args = parser.parse_args()
+    for pair, _, _ in (text.partition("=") for text in args.crossovers):
+        if pair not in ("compute/coded", "coded/raw"):
+            parser.error(f"--crossovers knows compute/coded and coded/raw, got {pair!r}")
+
+    def shapes(rates: str) -> list[LinkShape]:
+        return [
+            LinkShape(gbit_per_second=float(rate), rtt_seconds=args.rtt_ms / 1e3)
+            for rate in rates.split(",")
+            if rate
+        ]
+
     codec = {"profile": args.profile, "calibration": args.calibration}
     # Without these, a slow fetch is given up for reasons other than the gate's.
     patient = {"fetch": {"deadline_seconds": 120.0}}
@@ -150,16 +257,15 @@ def main() -> int:
                 talk(f"prefix saved for {arm.name}")
         rows = [
             measure(
-                arms,
-                prompts,
-                link,
-                LinkShape(gbit_per_second=float(rate), rtt_seconds=args.rtt_ms / 1e3),
-                rounds=args.rounds,
-                is_exact=args.profile == "exact",
+                arms, prompts, link, shape, rounds=args.rounds, is_exact=args.profile == "exact"
             )
-            for rate in args.rates.split(",")
+            for shape in shapes(args.rates)
         ]
-    worst = max(row["ours_over_best_other"] for row in rows)
+        crossovers = [
+            sweep(arms, prompts, link, shapes(rates), pair, rounds=args.crossover_rounds)
+            for pair, _, rates in (text.partition("=") for text in args.crossovers)
+        ]
+    worst = max((row["ours_over_best_other"] for row in rows), default=0.0)
     report = {
         "benchmark": "fetch",
         "profile": args.profile,
@@ -169,8 +275,17 @@ def main() -> int:
         "machine": machine(),
         "worst_ours_over_best_other": worst,
         "rows": rows,
+        "crossover_bound": CROSSOVER_BOUND,
+        "crossovers": crossovers,
     }
     write(args.output, report)
+    for found in crossovers:
+        ratio = found["predicted_over_measured"]
+        if ratio is None or not 1 / CROSSOVER_BOUND < ratio < CROSSOVER_BOUND:
+            talk(
+                f"{found['pair']}: the crossover is not where the planner said, or beyond the rates"
+            )
+            return 1
     if worst > 1 + MARGIN:
         talk(f"ours is up to {worst - 1:.1%} slower than the best of the others")
         return 1

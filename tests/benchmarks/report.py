@@ -97,6 +97,15 @@ def fetch_table(report: dict) -> str:
             f"| {row['gbit_per_second']:g} | {' | '.join(cells)}"
             f" | {row['ours_over_best_other']:.2f} | {did or 'computed'} |"
         )
+    for found in report.get("crossovers", ()):
+        lines += [
+            "",
+            (
+                f"Crossover {found['pair']}: measured at {found['measured_gbit_per_second']} Gbit/s,"
+                f" predicted at {found['predicted_gbit_per_second']} (ratio"
+                f" {found['predicted_over_measured']})."
+            ),
+        ]
     return "\n".join(lines)
 
 
@@ -104,7 +113,9 @@ def mixed_table(report: dict) -> str:
     """Misses with and without hits beside them."""
     return (
         f"Misses of {report['miss_tokens']} tokens beside hits of {report['hit_tokens']} tokens over"
-        f" {report['gbit_per_second']:g} Gbit/s, a request every {report['interval_seconds']:g} s:"
+        f" {report['gbit_per_second']:g} Gbit/s, a miss every {report['interval_seconds']:g} s and a"
+        f" hit every {report['hit_interval_seconds']:g} s on average ({report['arrivals']}), up to"
+        f" {report['most_hits_in_flight']} hits in flight:"
         f" median time to first token of the misses"
         f" {report['misses_mixed']['median_seconds']:.2f} s,"
         f" {report['misses_alone']['median_seconds']:.2f} s without the hits"
