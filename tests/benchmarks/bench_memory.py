@@ -124,11 +124,13 @@ def main():
         rows[name] = {
             "encode": peak_bytes(functools.partial(encode, bits, spec=spec, profile=profile)),
             "decode_and_restore": peak_bytes(functools.partial(decode, chunk, decoder)),
-            "matrices": sum(sum(a.nbytes for a in m) for m in calibration._inverses.values())
-            + sum(sum(a.nbytes for a in m) for m in calibration._cache.values()),
+            "matrices": sum(
+                sum(array.nbytes for array in kept)
+                for kept in (*calibration._forwards.values(), *calibration._inverses.values())
+            ),
         }
+        calibration._forwards.clear()
         calibration._inverses.clear()
-        calibration._cache.clear()
     document = 1792
     rows["calibrate, one document"] = {"count": peak_bytes(count_document(calibration, document))}
     for name, row in rows.items():
