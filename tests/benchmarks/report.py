@@ -111,12 +111,16 @@ def fetch_table(report: dict) -> str:
 
 def mixed_table(report: dict) -> str:
     """Misses with and without hits beside them."""
+    load = f"a request every {report['interval_seconds']:g} s"
+    if "arrivals" in report:
+        load = (
+            f"a miss every {report['interval_seconds']:g} s and a hit every"
+            f" {report['hit_interval_seconds']:g} s on average ({report['arrivals']}), up to"
+            f" {report['most_hits_in_flight']} hits in flight"
+        )
     return (
         f"Misses of {report['miss_tokens']} tokens beside hits of {report['hit_tokens']} tokens over"
-        f" {report['gbit_per_second']:g} Gbit/s, a miss every {report['interval_seconds']:g} s and a"
-        f" hit every {report['hit_interval_seconds']:g} s on average ({report['arrivals']}), up to"
-        f" {report['most_hits_in_flight']} hits in flight:"
-        f" median time to first token of the misses"
+        f" {report['gbit_per_second']:g} Gbit/s, {load}: median time to first token of the misses"
         f" {report['misses_mixed']['median_seconds']:.2f} s,"
         f" {report['misses_alone']['median_seconds']:.2f} s without the hits"
         f" ({100 * (report['misses_mixed_over_alone'] - 1):+.0f} %);"
