@@ -275,8 +275,8 @@ async def test_at_the_deadline_nothing_live_is_promised_and_blocks_come_back_lat
     free = world.free_blocks
     world.units.gate.clear()
     started = time.monotonic()
-    fetched = await world.fetch(world.fetcher(deadline_seconds=0.5))
-    assert time.monotonic() - started < 0.5 * 1.2
+    fetched = await world.fetch(world.fetcher(deadline_seconds=2.0))
+    assert time.monotonic() - started < 2.0 * 1.2
     assert (fetched.claim, fetched.report.reason) == (None, "deadline")
     assert world.free_blocks < free, "a decoder may still write to them"
     world.units.gate.set()
@@ -471,7 +471,7 @@ async def test_many_requests_for_one_prefix_are_one_transfer_one_decode_and_one_
 
 async def test_prefixes_of_different_length_share_the_transfers_of_what_they_share(world):
     await world.save(0, 1, 2, 3)
-    store = RecordingStore(world.store, unit_seconds=0.1)
+    store = RecordingStore(world.store, unit_seconds=0.4)  # a busy machine starts the second late
     fetcher = world.fetcher(store=store, max_read_bytes=1)
     longer, shorter = await asyncio.gather(
         world.fetch(fetcher), world.fetch(fetcher, tokens=TOKENS[: 2 * CHUNK_TOKENS + 1])

@@ -281,7 +281,7 @@ async def test_a_stopped_server_is_a_timeout_a_dead_one_an_error(tmp_path):
             started = time.monotonic()
             with pytest.raises(StoreTimeoutError, match=r"store\.timeout_seconds"):
                 await store.get(NAME)
-            assert time.monotonic() - started < 1.5
+            assert time.monotonic() - started < 5.0
         assert await store.get(NAME) == b"data"
         server.kill()
         for call in CALLS.values():
