@@ -1,4 +1,4 @@
-"""Benchmark results (results/*.json) -> Markdown tables, as README and python_backends/FETCHING.md show them.
+"""Benchmark results (results/*.json) -> Markdown tables, as README, CODEC.md and FETCHING.md show them.
 
     python tests/benchmarks/report.py
 
@@ -53,6 +53,20 @@ def _table(report: dict, rows: list[dict], texts: str) -> str:
             f" chunks of {report['chunk_tokens']} tokens. Commit {report['machine']['commit']}."
         ),
     ]
+    return "\n".join(lines)
+
+
+def summary(report: dict) -> str:
+    """One model's coders in short: size, and divergence on both text sets."""
+    rows = {(row["text_set"], row["name"]): row for row in report["rows"]}
+    lines = ["| coder | smaller than bf16 | KL (nats) | other kinds of text |", "|---|---|---|---|"]
+    for text_set, name in rows:
+        if text_set == "certificate":
+            held_out, other = rows[text_set, name], rows["given", name]
+            lines.append(
+                f"| {name} | {held_out['ratio']:.2f}x | {held_out['kl']:.1e}"
+                f" | {other['ratio']:.2f}x, {other['kl']:.1e} |"
+            )
     return "\n".join(lines)
 
 
@@ -130,7 +144,7 @@ def mixed_table(report: dict) -> str:
 
 if __name__ == "__main__":
     reports = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("codec_*.json"))]
-    texts = [*map(table, reports)]
+    texts = [make(report) for report in reports for make in (summary, table)]
     for name, make in (("fetch_*.json", fetch_table), ("mixed_*.json", mixed_table)):
         texts += [make(json.loads(path.read_text())) for path in sorted(RESULTS.glob(name))]
     sys.stdout.write("\n\n".join(texts) + "\n")

@@ -43,20 +43,26 @@ def test_every_profile_is_there():
     assert not {profile for profile in PROFILES if f"`{profile}`" not in README}
 
 
-def test_its_tables_come_from_the_results():
+@pytest.fixture(scope="module")
+def report():
+    """tests/benchmarks/report.py."""
     spec = importlib.util.spec_from_file_location("report", ROOT / "tests/benchmarks/report.py")
-    report = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(report)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_its_table_and_the_page_on_the_codec_show_the_results(report):
+    page = (ROOT / "python_backends" / "CODEC.md").read_text()
     results = sorted((ROOT / "tests/benchmarks/results").glob("codec_*.json"))
     assert results
     for path in results:
-        assert report.table(json.loads(path.read_text())) in README, path.name
+        assert report.table(json.loads(path.read_text())) in page, path.name
+    default = ROOT / "tests/benchmarks/results/codec_smollm2-135m.json"
+    assert report.summary(json.loads(default.read_text())) in README
 
 
-def test_the_page_on_fetching_shows_the_results():
-    spec = importlib.util.spec_from_file_location("report", ROOT / "tests/benchmarks/report.py")
-    report = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(report)
+def test_the_page_on_fetching_shows_the_results(report):
     page = (ROOT / "python_backends" / "FETCHING.md").read_text()
     results = ROOT / "tests" / "benchmarks" / "results"
     for pattern, make in (("fetch_*", report.fetch_table), ("mixed_*", report.mixed_table)):
