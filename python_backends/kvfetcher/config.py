@@ -252,7 +252,9 @@ class StoreConfig(_Section):
     endpoint: str = _option("", "URL of the S3-compatible server; empty = AWS")
     region: str = _option("us-east-1", "region of the S3 bucket")
     ca_file: str = _option("", "PEM file of certificates to trust for TLS besides the system's")
-    timeout_seconds: float = _option(10.0, "longest wait for one store call", low=0.01, high=3600)
+    timeout_seconds: float = _option(
+        10.0, "longest wait for one store call, and 1 s more for each MB of it", low=0.01, high=3600
+    )
     connect_timeout_seconds: float = _option(
         2.0, "longest wait for a connection to redis or s3", low=0.01, high=3600
     )
@@ -289,7 +291,9 @@ class StoreConfig(_Section):
     )
     tier_path: str = _option("", "folder of those copies; empty = <cache>/kvfetcher/tier")
     tier_max_age_seconds: float = _option(
-        86400.0, "older copies are fetched again: the delay of a purge on other hosts", low=1
+        86400.0,
+        "older copies are fetched again: the delay of a purge on other hosts and in running servers",
+        low=1,
     )
 
     def __post_init__(self) -> None:
