@@ -60,9 +60,9 @@ def summary(report: dict) -> str:
     """One model's coders in short: size, and divergence on both text sets."""
     rows = {(row["text_set"], row["name"]): row for row in report["rows"]}
     lines = ["| coder | smaller than bf16 | KL (nats) | other kinds of text |", "|---|---|---|---|"]
-    for text_set, name in rows:
+    for (text_set, name), held_out in rows.items():
         if text_set == "certificate":
-            held_out, other = rows[text_set, name], rows["given", name]
+            other = rows["given", name]
             lines.append(
                 f"| {name} | {held_out['ratio']:.2f}x | {held_out['kl']:.1e}"
                 f" | {other['ratio']:.2f}x, {other['kl']:.1e} |"
