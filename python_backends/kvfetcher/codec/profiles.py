@@ -211,7 +211,15 @@ def decode_unit(data: bytes | memoryview, decoder: Decoder) -> Integers:
         FormatError: `data` is not a unit.
         CodecError: the video does not decode to the pictures that the unit promises.
     """
-    unit = parse_unit(data)
+    return decode_parsed(parse_unit(data), decoder)
+
+
+def decode_parsed(unit: Unit, decoder: Decoder) -> Integers:
+    """`decode_unit` of a unit that was parsed.
+
+    Raises:
+        CodecError: as `decode_unit`.
+    """
     if not unit.geometry.num_frames:
         return np.empty(unit.geometry.shape, np.uint8)
     return decoder.decode(unit.packets(), unit.geometry)

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from kvfetcher.codec.base import Decoder, Integers
     from kvfetcher.codec.unit import Unit
     from kvfetcher.config import CodecConfig, Config
     from kvfetcher.serving.gpu_coding import GpuJob, KeptPlanes
@@ -142,13 +141,13 @@ class UnitDecoder:
         planes = None
         if self._nvdec is not None:
             try:
-                planes = _planes_of(unit, self._nvdec)
+                planes = profiles.decode_parsed(unit, self._nvdec)
             except (CodecError, GpuError) as exc:
                 fallback = str(exc)
                 _log.warning("a unit is decoded by the CPU: %s", exc)
                 self._is_lost = self._nvdec.is_lost()
         if planes is None:
-            planes = _planes_of(unit, self._cpu)
+            planes = profiles.decode_parsed(unit, self._cpu)
             status["decoder"] = "cpu"
         status["decode_ms"] = _ms_since(started)
         status["stamps"] = _stamps(decode=started, decoded=time.monotonic())
@@ -171,12 +170,6 @@ class UnitDecoder:
         self._gpu_output.close()
         if self._nvdec is not None:
             self._nvdec.close()
-
-
-def _planes_of(unit: Unit, decoder: Decoder) -> Integers:
-    if not unit.geometry.num_frames:
-        return np.empty(unit.geometry.shape, np.uint8)
-    return decoder.decode(unit.packets(), unit.geometry)
 
 
 def _kept_unit(kept: KeptPlanes, rest: bytes, started: float) -> DecodedUnit:
@@ -247,7 +240,7 @@ class UnitRestorer:
         try:
             for data in warm_up_units(config):
                 unit = parse_unit(data)
-                self._gpu.warm_up(gpu, unit, _planes_of(unit, decoder))
+                self._gpu.warm_up(gpu, unit, profiles.decode_parsed(unit, decoder))
         except Exception as exc:  # noqa: BLE001 - nothing here may keep the server from starting
             _log.warning("GPU %d is not warmed up: %s: %s", gpu, type(exc).__name__, exc)
         else:
