@@ -163,7 +163,7 @@ class NvdecDecoder:
             CodecError, DecoderUnavailableError: as `decode`.
             GpuError: a copy failed.
         """
-        num_bytes = geometry.num_bytes // geometry.num_frames
+        num_bytes = _picture_bytes(geometry)
         address: int | None = None
         planes: Integers | None = None
         for index, frame in self._frames(packets, geometry):
