@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from kvfetcher.fetch.decode_times import DecodeTable
     from kvfetcher.fetch.report import FetchReport
     from kvfetcher.fetch.run import RunFacts, _Group
-    from kvfetcher.fetch.stages import Stages
     from kvfetcher.fetch.variants import ChunkOptions, UnitWalk
     from kvfetcher.storage.base import Store
 
@@ -348,17 +347,15 @@ Rewalk = Callable[[list["ChunkOptions"]], "Walk"]
 class _Run(ChunkRun):
     """A run whose units have no digests, and may be walked through in another order."""
 
-    def __init__(
-        self, stages: Stages, chunks: list[StoredChunk], target: BlockTarget, **options: Any
-    ) -> None:
-        rewalk: Rewalk | None = options.pop("rewalk")
-        super().__init__(stages, chunks, target, **options)
-        self._other: Walk | None = None
-        if rewalk is not None:
-            self._other = rewalk(
-                [chunk_options(chunk.header, stages.table, self._factors) for chunk in chunks]
-            )
-            self._walk = cast("UnitWalk", self._other)
+    _other: Walk | None = None
+
+    def walk_by(self, rewalk: Rewalk) -> None:
+        """Take another order of units, before the run begins."""
+        table = self._stages.table
+        self._other = rewalk(
+            [chunk_options(chunk.header, table, self._factors) for chunk in self._chunks]
+        )
+        self._walk = cast("UnitWalk", self._other)
 
     async def _check(self, group: _Group, data: bytes) -> None: ...
 
@@ -374,21 +371,14 @@ class _Run(ChunkRun):
 class _Work(FetchWork):
     """Carries fetches out with `_Run`."""
 
+    run_type = _Run
     rewalk: Rewalk | None = None
 
     def _run(self, order: FetchOrder, facts: RunFacts, target: BlockTarget) -> ChunkRun:
-        return _Run(
-            self._stages,
-            order.chunks,
-            target,
-            tokens_per_block=order.facts.tokens_per_block,
-            facts=facts,
-            on_failure=self._on_failure,
-            hysteresis=self._config.variant_hysteresis,
-            prompt=order.prompt,
-            margin=self._config.gate_margin,
-            rewalk=self.rewalk,
-        )
+        run = super()._run(order, facts, target)
+        if self.rewalk is not None:
+            cast("_Run", run).walk_by(self.rewalk)
+        return run
 
 
 class SimFetcher(Fetcher):
@@ -401,6 +391,8 @@ class SimFetcher(Fetcher):
         config: section `fetch`.
         rewalk: another order of units; None = the fetcher's own.
     """
+
+    work_type = _Work
 
     def __init__(
         self,
@@ -418,26 +410,16 @@ class SimFetcher(Fetcher):
         self._prompts: dict[int, SimPrompt] = {}
         self._prompt_of_name: dict[str, SimPrompt] = {}
         store = cast("Store", _Store(self._sim_link))
-        leases = _Leases()
         super().__init__(
             store=store,
-            leases=leases,
+            leases=_Leases(),
             run_unit=self._decoders,
             config=config,
             table=table,
             num_decoders=table.num_decoders,
             clock=self._loop.time,
         )
-        self._work = _Work(
-            stages=self._stages,
-            line=self._line,
-            leases=leases,
-            fetches=self._fetches,
-            store=store,
-            config=config,
-            clock=self._loop.time,
-        )
-        self._work.rewalk = rewalk
+        cast("_Work", self._work).rewalk = rewalk
 
     async def serve(self, prompts: Sequence[SimPrompt], *, at: float, policy: str) -> list[Outcome]:
         """Fetch for prompts that come together, `at` so many seconds of the trace."""

@@ -17,7 +17,7 @@ import logging
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from kvfetcher.errors import (
     EngineError,
@@ -146,6 +146,8 @@ class Fetcher:
         clock: seconds, monotonic.
     """
 
+    work_type: ClassVar[type[FetchWork]] = FetchWork
+
     def __init__(
         self,
         *,
@@ -191,7 +193,7 @@ class Fetcher:
         )
         self._warmer = Warmer(self._stages)
         self._fetches = SharedFetches(leases)
-        self._work = FetchWork(
+        self._work = self.work_type(
             stages=self._stages,
             line=self._line,
             leases=leases,

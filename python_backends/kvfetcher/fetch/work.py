@@ -10,7 +10,7 @@ import asyncio
 import logging
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from kvfetcher.errors import ArenaError, ArenaFullError, EngineError
 from kvfetcher.fetch.failures import Failures
@@ -82,6 +82,8 @@ class FetchWork:
     Attributes:
         failures: where the store's are told.
     """
+
+    run_type: ClassVar[type[ChunkRun]] = ChunkRun
 
     def __init__(
         self,
@@ -192,7 +194,7 @@ class FetchWork:
         return Outcome(claim, num_chunks, facts)
 
     def _run(self, order: FetchOrder, facts: RunFacts, target: BlockTarget) -> ChunkRun:
-        return ChunkRun(
+        return self.run_type(
             self._stages,
             order.chunks,
             target,
