@@ -24,7 +24,7 @@ import numpy as np
 from kvfetcher import __version__
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.paper import PaperProfile
-from kvfetcher.codec.profiles import encode_chunk, restore_unit
+from kvfetcher.codec.profiles import encode_unnamed, restore_unit
 from kvfetcher.codec.transform import TransformProfile
 from kvfetcher.codec.unit import BITSTREAM, parse_unit
 from kvfetcher.codec.video import VideoDecoder
@@ -50,15 +50,8 @@ REPEATS = 3
 
 def measure(profile, bits: np.ndarray, spec: KVSpec, first_position: int) -> dict[str, dict]:
     """One chunk in every variant of a profile."""
-    data = encode_chunk(
-        bits,
-        spec=spec,
-        profile=profile,
-        identity=bytes(32),
-        chunk_key=bytes(32),
-        token_ids=[0] * bits.shape[3],
-        first_position=first_position,
-        num_threads=1,
+    data = encode_unnamed(
+        bits, spec=spec, profile=profile, first_position=first_position, num_threads=1
     )
     header = parse_header(data)
     decoder = VideoDecoder()

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from kvfetcher.codec.exact import ExactProfile
-from kvfetcher.codec.profiles import encode_chunk, restore_unit
+from kvfetcher.codec.profiles import encode_unnamed, restore_unit
 from kvfetcher.codec.transform import TransformProfile
 from kvfetcher.codec.unit import parse_unit
 from kvfetcher.codec.video import VideoDecoder
@@ -72,16 +72,7 @@ def likely_values(calibration, num_tokens):
 
 
 def encode(bits, *, spec, profile):
-    return encode_chunk(
-        bits,
-        spec=spec,
-        profile=profile,
-        identity=bytes(32),
-        chunk_key=bytes(32),
-        token_ids=[0] * bits.shape[3],
-        first_position=4096,
-        num_threads=1,
-    )
+    return encode_unnamed(bits, spec=spec, profile=profile, first_position=4096, num_threads=1)
 
 
 def decode(chunk, decoder):

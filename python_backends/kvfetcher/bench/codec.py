@@ -30,7 +30,7 @@ from kvfetcher.bench.plot import rate_quality_svg
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.low_bits import LOW_BITS
 from kvfetcher.codec.paper import PaperProfile, search_tiling
-from kvfetcher.codec.profiles import encode_chunk, restore_unit
+from kvfetcher.codec.profiles import encode_unnamed, restore_unit
 from kvfetcher.codec.transform import TransformProfile, plan_restore
 from kvfetcher.codec.uncalibrated import UncalibratedProfile
 from kvfetcher.codec.unit import BITSTREAM, PAPER, TRANSFORM, parse_unit
@@ -174,7 +174,9 @@ class ProfileCoder:
 
     def _encode(self, bits: NDArray[Any], start: int) -> bytes:
         began = time.process_time()
-        chunk = _encode(bits, self._spec, self._profile, start, num_threads=1)
+        chunk = encode_unnamed(
+            bits, spec=self._spec, profile=self._profile, first_position=start, num_threads=1
+        )
         self._rates["encode"].append(bits.size / (time.process_time() - began))
         return chunk
 
@@ -325,7 +327,7 @@ def parallel_encode(calibration: Calibration, document: Document) -> dict[str, A
         took = []
         for _ in range(_PARALLEL_ROUNDS):
             began = time.perf_counter()
-            _encode(bits, spec, profile, 0, num_threads=threads)
+            encode_unnamed(bits, spec=spec, profile=profile, first_position=0, num_threads=threads)
             took.append(time.perf_counter() - began)
         seconds[str(threads)] = statistics.median(took)
     return {
@@ -341,21 +343,6 @@ def _first_chunk(document: Document, spec: KVSpec) -> Integers:
     """Bit patterns [L, K, H, T, D]."""
     part = np.ascontiguousarray(document.values[:, :, :, :CHUNK_TOKENS])
     return float32_to_bits(part, spec.dtype)
-
-
-def _encode(
-    bits: Integers, spec: KVSpec, profile: Profile, first_position: int, *, num_threads: int
-) -> bytes:
-    return encode_chunk(
-        bits,
-        spec=spec,
-        profile=profile,
-        identity=bytes(32),
-        chunk_key=bytes(32),
-        token_ids=[0] * bits.shape[3],
-        first_position=first_position,
-        num_threads=num_threads,
-    )
 
 
 def _candidates(

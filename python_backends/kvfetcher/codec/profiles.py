@@ -201,6 +201,26 @@ def encode_chunk(
     )
 
 
+def encode_unnamed(
+    values: Integers, *, spec: KVSpec, profile: Profile, first_position: int, num_threads: int
+) -> bytes:
+    """`encode_chunk` of values whose model and tokens nobody names: to be measured, not stored.
+
+    Raises:
+        LayoutError, CodecError, FormatError: as `encode_chunk`.
+    """
+    return encode_chunk(
+        values,
+        spec=spec,
+        profile=profile,
+        identity=bytes(32),
+        chunk_key=bytes(32),
+        token_ids=[0] * values.shape[3],
+        first_position=first_position,
+        num_threads=num_threads,
+    )
+
+
 def decode_unit(data: bytes | memoryview, decoder: Decoder) -> Integers:
     """Decode the video of one unit.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvfetcher import __version__
-from kvfetcher.codec.profiles import encode_chunk, restore_unit
+from kvfetcher.codec.profiles import encode_unnamed, restore_unit
 from kvfetcher.codec.transform import TransformProfile
 from kvfetcher.codec.unit import parse_unit
 from kvfetcher.codec.video import VideoDecoder
@@ -73,15 +73,8 @@ def code_cache(
         bits = float32_to_bits(
             np.ascontiguousarray(values[:, :, :, start : start + chunk_tokens]), spec.dtype
         )
-        chunk = encode_chunk(
-            bits,
-            spec=spec,
-            profile=profile,
-            identity=bytes(32),
-            chunk_key=bytes(32),
-            token_ids=[0] * bits.shape[3],
-            first_position=start,
-            num_threads=1,
+        chunk = encode_unnamed(
+            bits, spec=spec, profile=profile, first_position=start, num_threads=1
         )
         header = parse_header(chunk)
         num_bytes += len(chunk)
