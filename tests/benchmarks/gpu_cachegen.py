@@ -38,7 +38,7 @@ def decode_cachegen_in_a_loop(pipe) -> None:
     kernels.encode_fast_new(tables, symbols, room, lengths)
     used = torch.arange(room.shape[-1], device="cuda") < lengths[..., None]
     stream = room[used]
-    ends = lengths.flatten().cumsum(0).reshape(lengths.shape).int()
+    ends = lengths.flatten().cumsum(0).reshape(lengths.shape)
     out = torch.zeros(_SHAPE, dtype=torch.uint8, device="cuda")
 
     def once() -> None:

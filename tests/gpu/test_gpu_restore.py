@@ -15,9 +15,10 @@ import torch
 from kvfetcher.codec.base import PlaneGeometry
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.profiles import decode_unit, encode_chunk, restore_parsed
-from kvfetcher.codec.transform import TransformProfile
+from kvfetcher.codec.symbols import ESCAPE_INDICES, ESCAPE_VALUES, escapes
+from kvfetcher.codec.transform import TransformProfile, plan_restore
 from kvfetcher.codec.uncalibrated import UncalibratedProfile
-from kvfetcher.codec.unit import HAS_LOW_BITS, parse_unit
+from kvfetcher.codec.unit import HAS_LOW_BITS, packed_section, parse_unit, write_unit
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.container import parse_header
 from kvfetcher.errors import ChecksumError, LayoutError
@@ -259,14 +260,53 @@ def test_what_does_not_fit_is_refused(restorer):
     assert not restorer.can_restore(huge)
 
 
-def test_units_with_low_bits_are_restored_up_to_a_size(restorer):
+@pytest.mark.parametrize("outlier", [1, 40, 3000])
+def test_integers_of_wide_rows_and_escapes_are_exact(restorer, outlier):
+    spec = spec_of()
+    calibration = make_calibration(spec, layers=2)
+    register_calibration(calibration)
+    values = correlated_values(spec, TOKENS)
+    values[:, :, :, 17] *= outlier
+    values = float32_to_bits(values, spec.dtype)
+    num_escapes = 0
+    for data in units_of(TransformProfile("near", calibration), spec, values):
+        unit, planes = parse_unit(data), decode_unit(data, VideoDecoder())
+        assert unit.flags == HAS_LOW_BITS
+        plan = plan_restore(unit)
+        grid = plan.layout.grid
+        expected = grid.gather(planes).astype(np.int64) - (1 << (unit.geometry.bit_depth - 1))
+        places, escaped = escapes(unit, plan.num_escapes, expected.size)
+        expected.reshape(-1)[places] = escaped
+        num_escapes += len(places)
+        got = restorer._integers(unit, plan, on_gpu(planes, high_bits=True))
+        for place, low_bits, num_high in zip(plan.places, plan.low_bits, got.num_high, strict=True):
+            rows = plan.layout.rows_of(place)
+            low = low_bits.unpack(unit.num_tokens)
+            expected[rows][: len(low.low)] <<= low.shifts[:, None]
+            expected[rows][: len(low.low)] |= low.low
+            integers = got.samples[rows].cpu().numpy().astype(np.int64)
+            integers[:num_high] += got.high[rows][:num_high].cpu().numpy().astype(np.int64) << 10
+            np.testing.assert_array_equal(integers, expected[rows])
+    assert (num_escapes > 0) == (outlier > 1)
+
+
+def test_integers_beyond_two_halves_are_left_to_the_cpu(restorer):
+    from kvfetcher.codec.gpu_restore import Destination, LeftToCpuError
+
     spec = spec_of()
     calibration = make_calibration(spec, layers=2)
     register_calibration(calibration)
     values = float32_to_bits(correlated_values(spec, TOKENS), spec.dtype)
-    for data in units_of(TransformProfile("near", calibration), spec, values):
-        unit = parse_unit(data)
-        assert unit.flags == HAS_LOW_BITS
-        assert restorer.can_restore(unit)
-        # Its values in float32 would break the bound on memory.
-        assert not restorer.can_restore(replace(unit, num_tokens=1 << 20))
+    data = units_of(TransformProfile("near", calibration), spec, values)[0]
+    unit, planes = parse_unit(data), decode_unit(data, VideoDecoder())
+    params = bytearray(unit.params)
+    params[52:56] = (1).to_bytes(4, "little")  # the number of escapes
+    sections = {s.kind: s for s in unit.sections}
+    sections[ESCAPE_INDICES] = packed_section(ESCAPE_INDICES, bytes(4))
+    huge = (1 << 26).to_bytes(4, "little")
+    sections[ESCAPE_VALUES] = packed_section(ESCAPE_VALUES, huge)
+    unit = parse_unit(
+        write_unit(replace(unit, params=bytes(params), sections=tuple(sections.values())))
+    )
+    with pytest.raises(LeftToCpuError, match="beyond"):
+        restorer.begin(unit, on_gpu(planes, high_bits=True), Destination.fresh(unit, DEVICE))

@@ -1,8 +1,10 @@
 """Kernels that turn decoded planes into KV values on a GPU, in the Triton language.
 
-Three of them: samples out of pictures with their digest, coefficients into values (matrix product,
-dequantisation, rotation, rounding, scatter into blocks in one), and profile `exact`. Which element
-goes where is in tables that `gpu_restore` makes once per geometry; nothing here knows a model.
+Samples out of pictures with their low bits and digest, escapes, coefficients into values (matrix
+product, dequantisation, rotation, rounding, scatter into blocks in one), and profile `exact`. Which
+element goes where is in tables that `gpu_restore` makes once per geometry; nothing here knows a model.
+
+An integer is a float16, or two where it may pass 2048: ``high * 2**HIGH_BITS + low``.
 
 A 64-bit sum with wrap-around is the integer digest of `codec.digest`, term by term.
 """
@@ -13,7 +15,19 @@ import triton
 import triton.language as tl
 
 from kvfetcher.codec.digest import BLOCK_WORDS
+from kvfetcher.codec.low_bits import MAX_SHIFT
 
+HIGH_BITS = 10
+"""The high part of an integer counts in 2**10: up to 2**21 float16 holds it and the rest exactly, and up
+to 2**25 both have 11 bits, as the inverse transform has."""
+EXACT_HALF = 2048
+"""Integers up to this are exact in float16."""
+
+_HIGH_BITS = tl.constexpr(HIGH_BITS)
+_HIGH_STEP = tl.constexpr(1 << HIGH_BITS)
+_HIGH_HALF = tl.constexpr(1 << (HIGH_BITS - 1))
+_EXACT_HALF = tl.constexpr(EXACT_HALF)
+_MAX_SHIFT = tl.constexpr(MAX_SHIFT)
 _WORD_MASK = tl.constexpr(BLOCK_WORDS - 1)
 _WORD_BITS = tl.constexpr(BLOCK_WORDS.bit_length() - 1)
 
@@ -28,16 +42,50 @@ def _digest_terms(value, byte, weights, block_weights, mask):  # type: ignore[no
     return tl.where(mask, shifted * weight * block, 0)
 
 
+@triton.jit
+def _whole(value, row, token, shift, mask, low_rows, low_planes, low_stride):  # type: ignore[no-untyped-def]
+    """Integers with their low bits (`low_bits.PackedLowBits`)."""
+    low = tl.zeros_like(shift)
+    for bit in tl.static_range(_MAX_SHIFT):
+        has = mask & (shift > bit)
+        at = tl.load(low_rows + row * _MAX_SHIFT + bit, mask=has, other=0)
+        byte = tl.load(low_planes + at * low_stride + token // 8, mask=has, other=0).to(tl.int32)
+        low |= ((byte >> (token % 8)) & 1) << bit
+    return (value << shift) + low
+
+
+@triton.jit
+def _store(value, index, is_wide, mask, out, high):  # type: ignore[no-untyped-def]
+    """Integers as one float16, or two where they may pass 2048."""
+    top = ((value + _HIGH_HALF) >> _HIGH_BITS).to(tl.float16)
+    rest = value - (top.to(tl.int32) << _HIGH_BITS)
+    tl.store(high + index, top, mask=mask & is_wide)
+    tl.store(out + index, tl.where(is_wide, rest, value).to(tl.float16), mask=mask)
+
+
 # Arguments that say nothing about alignment, so that new values need no new compilation.
 @triton.jit(
-    do_not_specialize=["num_samples", "frame_rows", "num_blocks", "height", "half", "shift"]
+    do_not_specialize=[
+        "num_samples",
+        "frame_rows",
+        "num_blocks",
+        "height",
+        "half",
+        "shift",
+        "low_stride",
+    ]
 )
 def unpack_rows(  # type: ignore[no-untyped-def]
     planes,
     out,
+    high,
     digest,
     weights,
     block_weights,
+    row_shifts,
+    low_rows,
+    low_planes,
+    low_stride,
     num_samples,
     num_tokens,
     frame_rows,
@@ -50,7 +98,12 @@ def unpack_rows(  # type: ignore[no-untyped-def]
     ITEM_BYTES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Samples of a `RowGrid` -> centred float16 [rows, T]; adds their digest to ``digest[0]``."""
+    """Samples of a `RowGrid` -> centred integers [rows, T]; adds the samples' digest to ``digest[0]``.
+
+    Rows that have low bits, ``row_shifts`` [rows] of them, go to ``out`` and ``high``, others to
+    ``out`` alone. ``low_rows`` [rows, MAX_SHIFT] is the line of each bit in ``low_planes``, whose lines
+    are ``low_stride`` bytes long.
+    """
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = index < num_samples
     row = index // num_tokens
@@ -61,17 +114,48 @@ def unpack_rows(  # type: ignore[no-untyped-def]
     sample = tl.load(planes + at, mask=mask, other=0).to(tl.int32)
     if ITEM_BYTES == 2:
         sample = (sample & 0xFFFF) >> shift
-    tl.store(out + index, (sample - half).to(tl.float16), mask=mask)
+    low_bits = tl.load(row_shifts + row, mask=mask, other=0).to(tl.int32)
+    if tl.max(low_bits, axis=0) > 0:
+        value = _whole(sample - half, row, token, low_bits, mask, low_rows, low_planes, low_stride)
+        _store(value, index, low_bits > 0, mask, out, high)
+    else:
+        tl.store(out + index, (sample - half).to(tl.float16), mask=mask)
     terms = _digest_terms(sample, index * ITEM_BYTES, weights, block_weights, mask)
     tl.atomic_add(digest, tl.sum(terms, axis=0))
 
 
-@triton.jit(do_not_specialize=["num_columns", "rank"])
+@triton.jit(do_not_specialize=["count", "num_tokens", "low_stride"])
+def put_escapes(  # type: ignore[no-untyped-def]
+    places,
+    values,
+    count,
+    out,
+    high,
+    row_shifts,
+    low_rows,
+    low_planes,
+    low_stride,
+    num_tokens,
+    BLOCK: tl.constexpr,
+):
+    """Escaped integers to their places in ``out`` and ``high``, as `unpack_rows` puts the others."""
+    escape = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = escape < count
+    index = tl.load(places + escape, mask=mask, other=0)
+    value = tl.load(values + escape, mask=mask, other=0)
+    row = index // num_tokens
+    low_bits = tl.load(row_shifts + row, mask=mask, other=0).to(tl.int32)
+    token = index % num_tokens
+    value = _whole(value, row, token, low_bits, mask, low_rows, low_planes, low_stride)
+    _store(value, index, (low_bits > 0) | (tl.abs(value) > _EXACT_HALF), mask, out, high)
+
+
+@triton.jit(do_not_specialize=["num_columns", "rank", "num_high"])
 def restore_columns(  # type: ignore[no-untyped-def]
     samples,
+    high,
     matrix,
     means,
-    bias,
     pair_tables,
     cosines,
     sines,
@@ -82,13 +166,13 @@ def restore_columns(  # type: ignore[no-untyped-def]
     num_tokens,
     num_columns,
     rank,
+    num_high,
     matrix_stride,
     num_pairs,
     base_offset,
     block_stride,
     tokens_per_block,
     head_dim,
-    HAS_BIAS: tl.constexpr,
     CLAMP: tl.constexpr,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -96,28 +180,32 @@ def restore_columns(  # type: ignore[no-untyped-def]
 ):
     """Coefficients [rank, T] x matrix [columns, rank] -> values in blocks.
 
-    Columns come in pairs that are rotated together, `num_pairs` of them for each head:
-    ``pair_tables`` says which table of ``cosines`` and ``sines`` [tables, T, num_pairs] a pair
-    uses, or -1 = not rotated; ``column_offsets`` the place of a column within a block.
+    The first `num_high` coefficients have a part in ``high``, too. Columns come in pairs that are
+    rotated together, `num_pairs` of them for each head: ``pair_tables`` says which table of ``cosines``
+    and ``sines`` [tables, T, num_pairs] a pair uses, or -1 = not rotated; ``column_offsets`` the
+    place of a column within a block.
     """
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     steps = tl.arange(0, RANK)
     token_mask = tokens < num_tokens
     column_mask = columns < num_columns
-    sample_at = samples + steps[:, None] * num_tokens + tokens[None, :]
+    within = steps[:, None] * num_tokens + tokens[None, :]
     matrix_at = matrix + columns[None, :].to(tl.int64) * matrix_stride + steps[:, None]
     total = tl.zeros((TOKENS, COLUMNS), dtype=tl.float32)
+    for start in range(0, num_high, RANK):
+        left = steps < num_high - start
+        at = high + start * num_tokens + within
+        a = tl.load(at, mask=left[:, None] & token_mask[None, :], other=0.0)
+        b = tl.load(matrix_at + start, mask=left[:, None] & column_mask[None, :], other=0.0)
+        total = tl.dot(tl.trans(a), b, total)
+    total *= _HIGH_STEP
     for start in range(0, rank, RANK):
         left = steps < rank - start
-        a = tl.load(sample_at, mask=left[:, None] & token_mask[None, :], other=0.0)
-        b = tl.load(matrix_at, mask=left[:, None] & column_mask[None, :], other=0.0)
+        at = samples + start * num_tokens + within
+        a = tl.load(at, mask=left[:, None] & token_mask[None, :], other=0.0)
+        b = tl.load(matrix_at + start, mask=left[:, None] & column_mask[None, :], other=0.0)
         total = tl.dot(tl.trans(a), b, total)
-        sample_at += RANK * num_tokens
-        matrix_at += RANK
-    if HAS_BIAS:
-        bias_at = bias + tokens[:, None].to(tl.int64) * num_columns + columns[None, :]
-        total += tl.load(bias_at, mask=token_mask[:, None] & column_mask[None, :], other=0.0)
     mean = tl.load(means + columns, mask=column_mask, other=0.0)
     values = total * scale + mean[None, :]
 

@@ -1,13 +1,14 @@
 """Decoded planes -> KV values in arena blocks, on the GPU that both lie on.
 
 What the CPU restore does in passes over arrays is here one kernel per layer group (`gpu_kernels`), on
-float16 operands: samples are small integers, which float16 holds exactly, and the inverse transform
-is rounded to its 11 bits, eight times finer than bfloat16's result; sums are float32. Values so differ
-from the CPU's by at most one step of the KV dtype but for sums that cancel (H200, 8B shape: 0.02 % of
-the values differ); `exact` and `uncalibrated` give the CPU's bits.
+float16 operands: integers are exact in one of them, or in two where a row has low bits, and the inverse
+transform is rounded to 11 bits, eight times finer than bfloat16's result; sums are float32. Values so
+differ from the CPU's by at most one step of the KV dtype but for sums that cancel; `exact` and
+`uncalibrated` give the CPU's bits. A unit's side data goes to the GPU in one copy, and it is the number
+of calls per unit that bounds the rate, so there are as few as can be.
 
-Memory beside the arena: two bytes per sample of the unit at hand (at most 2 * MAX_SAMPLES), four per
-value of one transform where it has low bits (at most 4 * MAX_SAMPLES), with `restore` the unit's values, and per calibration the inverse transforms, which stay (two bytes per entry).
+Memory beside the arena: up to four bytes per sample of the unit at hand (at most 4 * MAX_SAMPLES), with
+`restore` the unit's values, and per calibration the inverse transforms, which stay (two bytes per entry).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ import torch
 
 from kvfetcher.codec import digest, gpu_kernels
 from kvfetcher.codec.exact import check_exact, plan_exact
-from kvfetcher.codec.gpu_low_bits import take_wide_rows
+from kvfetcher.codec.low_bits import MAX_SHIFT
 from kvfetcher.codec.raw_tokens import exact_tokens
 from kvfetcher.codec.symbols import check_digest, escapes
 from kvfetcher.codec.transform import plan_restore
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from kvfetcher.codec.low_bits import PackedLowBits
     from kvfetcher.codec.transform import Place, RestorePlan
     from kvfetcher.codec.unit import Unit
     from kvfetcher.layout import RowGrid
@@ -51,12 +51,21 @@ MAX_MATRICES = 1024
 """Inverse transforms kept; one calibration has one for each layer group and head group."""
 
 _MASK = (1 << 64) - 1
-# Integers up to this are exact in float16.
-_EXACT_HALF = 2048
+# Larger integers are left to the CPU: encoders keep such tokens exact.
+_MAX_INTEGER = 1 << 25
 # Largest entry of an inverse transform after scaling: far from float16's ends on both sides.
 _MATRIX_TOP = 2.0**12
-_ESCAPES_AT_ONCE = 1024
+_ESCAPES_BLOCK = 256
+# Tile of the matrix product.
+_TOKENS, _COLUMNS = 128, 128
+_TILE = {"TOKENS": _TOKENS, "COLUMNS": _COLUMNS, "RANK": 64, "num_warps": 8, "num_stages": 3}
 _UNPACK_BLOCK = 1024
+# Of the parts of one copy.
+_ALIGNMENT = 16
+
+
+class LeftToCpuError(RuntimeError):
+    """A unit that `can_restore`, but whose contents are not for the GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +114,6 @@ class PendingRestore:
     """int64 [1]: the digest but for the length."""
     num_bytes: int
     check: Callable[[Unit, int], None]
-    keeps: tuple[Any, ...] = field(default=(), repr=False)
-    """What must live until the GPU is done."""
 
 
 class _Inverse(NamedTuple):
@@ -126,8 +133,34 @@ class _Inverse(NamedTuple):
     """[n]."""
 
 
+class _RowTables(NamedTuple):
+    """Low bits of a unit's rows, as `gpu_kernels.unpack_rows` takes them."""
+
+    shifts: torch.Tensor
+    """uint8 [rows]."""
+    lines: torch.Tensor
+    """int32 [rows, MAX_SHIFT]."""
+
+
+class _Integers(NamedTuple):
+    """A unit's integers, being unpacked: ``high * 2**HIGH_BITS + samples``."""
+
+    samples: torch.Tensor
+    """float16 [rows, T]."""
+    high: torch.Tensor
+    """Of the same shape, valid for the first `num_high` rows of each transform."""
+    num_high: list[int]
+    """Of each transform."""
+    sums: torch.Tensor
+    """int64 [1]: the samples' digest but for the length."""
+
+
 class GpuRestorer:
-    """Restores units on one GPU. Not thread-safe; one stream, the current one."""
+    """Restores units on one GPU. Not thread-safe; one stream, the current one.
+
+    What a unit needs is freed when its kernels are given to the stream: torch gives such memory only to
+    what comes later on that stream.
+    """
 
     def __init__(self, device: torch.device | str) -> None:
         self._device = torch.device(device)
@@ -135,13 +168,12 @@ class GpuRestorer:
         self._block_weights = self._upload(digest.block_weights().view(np.int64))
         self._inverses: OrderedDict[Any, _Inverse] = OrderedDict()
         self._offsets: OrderedDict[Any, torch.Tensor] = OrderedDict()
+        self._row_tables: OrderedDict[Any, _RowTables] = OrderedDict()
         self._angles: OrderedDict[Any, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
 
     def can_restore(self, unit: Unit) -> bool:
         """Whether a unit is of a kind and size for the GPU; others are for the CPU."""
         if unit.geometry.num_bytes // unit.geometry.dtype.itemsize > MAX_SAMPLES:
-            return False
-        if unit.flags and unit.num_elements > MAX_SAMPLES:
             return False
         return unit.profile in (EXACT, UNCALIBRATED) or (
             unit.profile == TRANSFORM and unit.spec.head_dim % 2 == 0
@@ -159,6 +191,7 @@ class GpuRestorer:
             FormatError: the unit breaks its profile's rules.
             LayoutError: planes or destination do not fit the unit.
             UnsupportedVersionError: its calibration is not on this machine.
+            LeftToCpuError: only the CPU can.
         """
         if tuple(planes.data.shape) != unit.geometry.shape:
             raise LayoutError(
@@ -210,17 +243,16 @@ class GpuRestorer:
 
     def _begin_transform(self, unit: Unit, planes: GpuPlanes, to: Destination) -> PendingRestore:
         plan = plan_restore(unit)
-        samples, sums = self._unpack(unit, planes, plan.layout.grid)
-        large = self._put_escapes(unit, plan.num_escapes, samples)
+        integers = self._integers(unit, plan, planes)
         is_fp8 = unit.spec.item_bytes == 1
         out = Destination.fresh(unit, self._device, torch.float32) if is_fp8 else to
-        for place, low_bits in zip(plan.places, plan.low_bits, strict=True):
-            self._multiply(unit, plan, place, samples, large, low_bits, out)
+        for place, num_high in zip(plan.places, integers.num_high, strict=True):
+            self._multiply(unit, plan, place, integers, num_high, out)
         if is_fp8:
             self._scatter(to, _to_bits(out.blocks[0], unit.spec.dtype))
         self._put_exact_tokens(unit, plan.num_raw_tokens, to)
-        num_bytes = samples.numel() * unit.geometry.dtype.itemsize
-        return PendingRestore(unit, sums, num_bytes, check_digest, (samples, out.blocks))
+        num_bytes = integers.samples.numel() * unit.geometry.dtype.itemsize
+        return PendingRestore(unit, integers.sums, num_bytes, check_digest)
 
     def _begin_exact(self, unit: Unit, planes: GpuPlanes, to: Destination) -> PendingRestore:
         plan = plan_exact(unit)
@@ -229,14 +261,19 @@ class GpuRestorer:
         line = plan.row_of_channel // 3
         lines = (line // grid.frame_rows * 3 + plan.row_of_channel % 3) * geometry.height
         lines += line % grid.frame_rows
-        sums = torch.zeros(1, dtype=torch.int64, device=self._device)
+        sums, channel_lines, medians, remainders = self._upload_all(
+            np.zeros(1, np.int64),
+            lines.astype(np.int32),
+            plan.medians,
+            np.frombuffer(plan.remainders, np.uint8),
+        )
         groups = layers * factor * heads
         step = 32
         gpu_kernels.restore_bits[groups, -(-tokens // step)](
             planes.data,
-            self._upload(lines.astype(np.int32)),
-            self._upload(plan.medians),
-            self._upload(np.frombuffer(plan.remainders, np.uint8)),
+            channel_lines,
+            medians,
+            remainders,
             to.blocks,
             sums,
             self._weights,
@@ -264,37 +301,102 @@ class GpuRestorer:
     def _begin_uncalibrated(self, unit: Unit, planes: GpuPlanes, to: Destination) -> PendingRestore:
         """Torch's own kernels: each step is rounded apart, so the bits are the CPU's."""
         plan = plan_uncalibrated(unit)
-        samples, sums = self._unpack(unit, planes, plan.grid)
+        grid = plan.grid
+        samples = torch.empty(
+            (grid.num_rows, grid.num_columns), dtype=torch.float16, device=self._device
+        )
+        places, values = escapes(unit, plan.num_escapes, samples.numel())
+        sums, at, escaped, order, steps, means = self._upload_all(
+            np.zeros(1, np.int64),
+            places,
+            values.astype(np.float32),
+            plan.order,
+            plan.steps,
+            plan.means,
+        )
+        tables = self._tables_of(("none", grid.num_rows), grid.num_rows, [], [])
+        self._unpack(unit, planes, grid, samples, samples, sums, tables, sums)
         num_bytes = samples.numel() * unit.geometry.dtype.itemsize
         integers = samples.float()
-        places, values = escapes(unit, plan.num_escapes, samples.numel())
-        integers.view(-1)[self._upload(places)] = self._upload(values.astype(np.float32))
+        integers.view(-1)[at] = escaped
         rows = torch.empty_like(integers)
-        rows[self._upload(plan.order)] = integers
+        rows[order] = integers
         layers, factor, heads, tokens, dim = unit.shape
-        restored = rows.view(layers, factor, heads, dim, tokens).mT * self._upload(plan.steps)
-        restored += self._upload(plan.means)
+        restored = rows.view(layers, factor, heads, dim, tokens).mT * steps
+        restored += means
         self._scatter(to, _to_bits(restored, unit.spec.dtype))
         self._put_exact_tokens(unit, plan.num_raw_tokens, to)
         return PendingRestore(unit, sums, num_bytes, check_digest)
 
     # Parts
 
+    def _integers(self, unit: Unit, plan: RestorePlan, planes: GpuPlanes) -> _Integers:
+        """Samples, low bits and escapes of a unit, put together on the GPU."""
+        grid = plan.layout.grid
+        rows_of = [plan.layout.rows_of(place) for place in plan.places]
+        shifts = [np.empty(0, np.uint8) if p is None else p.shifts for p in plan.low_bits]
+        first = plan.places[0].layer_group
+        key = (plan.calibration.digest, first, plan.layout.ranks, plan.step, unit.flags)
+        tables = self._tables_of(key, grid.num_rows, rows_of, shifts)
+        places, values = escapes(unit, plan.num_escapes, grid.num_rows * grid.num_columns)
+        large = _large_rows(places // grid.num_columns, values, rows_of, shifts)
+        low_planes = [p.planes.reshape(-1) for p in plan.low_bits if p is not None]
+        sums, low, at, escaped = self._upload_all(
+            np.zeros(1, np.int64),
+            np.concatenate(low_planes) if low_planes else np.zeros(1, np.uint8),
+            places.astype(np.int32),
+            np.asarray(values, np.int32),
+        )
+        samples = torch.empty(
+            (grid.num_rows, grid.num_columns), dtype=torch.float16, device=self._device
+        )
+        num_high = [max(len(s), n) for s, n in zip(shifts, large, strict=True)]
+        high = torch.empty_like(samples) if any(num_high) else samples
+        self._unpack(unit, planes, grid, samples, high, sums, tables, low)
+        for rows, wide, count in zip(rows_of, shifts, large, strict=True):
+            if count > len(wide):  # rows of which nothing but escapes is large
+                high[rows.start + len(wide) : rows.start + count] = 0
+        if len(places):
+            gpu_kernels.put_escapes[(-(-len(places) // _ESCAPES_BLOCK),)](
+                at,
+                escaped,
+                len(places),
+                samples,
+                high,
+                tables.shifts,
+                tables.lines,
+                low,
+                -(-grid.num_columns // 8),
+                grid.num_columns,
+                BLOCK=_ESCAPES_BLOCK,
+            )
+        return _Integers(samples, high, num_high, sums)
+
     def _unpack(
-        self, unit: Unit, planes: GpuPlanes, grid: RowGrid
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Centred samples float16 [rows, T], and the sums of their digest."""
-        shape = (grid.num_rows, grid.num_columns)
-        samples = torch.empty(shape, dtype=torch.float16, device=self._device)
-        sums = torch.zeros(1, dtype=torch.int64, device=self._device)
-        count, geometry = samples.numel(), unit.geometry
-        gpu_kernels.unpack_rows[(-(-count // _UNPACK_BLOCK),)](
+        self,
+        unit: Unit,
+        planes: GpuPlanes,
+        grid: RowGrid,
+        samples: torch.Tensor,
+        high: torch.Tensor,
+        sums: torch.Tensor,
+        tables: _RowTables,
+        low: torch.Tensor,
+    ) -> None:
+        """Centred integers of the pictures into float16 [rows, T]."""
+        geometry = unit.geometry
+        gpu_kernels.unpack_rows[(-(-samples.numel() // _UNPACK_BLOCK),)](
             planes.data,
             samples,
+            high,
             sums,
             self._weights,
             self._block_weights,
-            count,
+            tables.shifts,
+            tables.lines,
+            low,
+            -(-grid.num_columns // 8),
+            samples.numel(),
             grid.num_columns,
             grid.frame_rows,
             grid.frame_columns,
@@ -306,42 +408,27 @@ class GpuRestorer:
             ITEM_BYTES=geometry.dtype.itemsize,
             BLOCK=_UNPACK_BLOCK,
         )
-        return samples, sums
-
-    def _put_escapes(
-        self, unit: Unit, num_escapes: int, samples: torch.Tensor
-    ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        """Put escaped integers into the samples; those too large for float16 are returned."""
-        places, values = escapes(unit, num_escapes, samples.numel())
-        is_large = np.abs(values) > _EXACT_HALF
-        if num_escapes:
-            small = np.where(is_large, 0, values).astype(np.float16)
-            samples.view(-1).index_copy_(0, self._upload(places), self._upload(small))
-        return places[is_large], values[is_large]
 
     def _multiply(
         self,
         unit: Unit,
         plan: RestorePlan,
         place: Place,
-        samples: torch.Tensor,
-        large: tuple[NDArray[np.int64], NDArray[np.int32]],
-        low_bits: PackedLowBits | None,
+        integers: _Integers,
+        num_high: int,
         to: Destination,
     ) -> None:
         """One inverse transform into its part of the destination."""
         rows = plan.layout.rows_of(place)
-        rank = rows.stop - rows.start
         inverse = self._inverse(plan.calibration, place)
-        bias = self._bias(samples[rows], rows.start, large, low_bits, inverse)
         cosines, sines = self._angle_tables(plan.calibration, unit)
         n = len(inverse.means)
         kinds = {torch.int16: getattr(torch, unit.spec.dtype)}
-        gpu_kernels.restore_columns[-(-unit.num_tokens // 128), -(-n // 128)](
-            samples[rows],
+        gpu_kernels.restore_columns[-(-unit.num_tokens // _TOKENS), -(-n // _COLUMNS)](
+            integers.samples[rows],
+            integers.high[rows],
             inverse.matrix,
             inverse.means,
-            inverse.means if bias is None else bias,
             inverse.tables,
             cosines,
             sines,
@@ -351,78 +438,41 @@ class GpuRestorer:
             inverse.scale * plan.step,
             unit.num_tokens,
             n,
-            rank,
+            rows.stop - rows.start,
+            num_high,
             inverse.matrix.stride(0),
             unit.spec.head_dim // 2,
             (to.first_layer + place.layers.start) * to.layer_stride,
             to.blocks.stride(0),
             to.tokens_per_block,
             unit.spec.head_dim,
-            HAS_BIAS=bias is not None,
             CLAMP=unit.spec.dtype == "float16",
-            TOKENS=128,
-            COLUMNS=128,
-            RANK=64,
-            num_warps=8,
-            num_stages=3,
+            **_TILE,
         )
-
-    def _bias(
-        self,
-        samples: torch.Tensor,
-        first_row: int,
-        large: tuple[NDArray[np.int64], NDArray[np.int32]],
-        low_bits: PackedLowBits | None,
-        inverse: _Inverse,
-    ) -> torch.Tensor | None:
-        """What integers too large for float16 add: float32 [T, n]; None = there are none.
-
-        Args:
-            samples: of one transform; those with low bits become 0.
-            first_row: of these among all of the unit.
-            large: as `_put_escapes` gives them.
-            low_bits: of the transform.
-            inverse: of the transform.
-        """
-        num_rows, num_tokens = samples.shape
-        places, values = large
-        row = places // num_tokens - first_row
-        ours = (row >= 0) & (row < num_rows)
-        is_wide = low_bits is not None and len(low_bits.shifts) > 0
-        if not is_wide and not ours.any():
-            return None
-        bias = torch.zeros((num_tokens, len(inverse.means)), device=self._device)
-        row, token, value = row[ours], (places % num_tokens)[ours], values[ours].astype(np.float32)
-        if low_bits is not None and is_wide:
-            take_wide_rows(samples, low_bits, inverse.matrix, bias)
-            shifts = np.zeros(num_rows, np.int64)
-            shifts[: len(low_bits.shifts)] = low_bits.shifts
-            value = np.ldexp(value, shifts[row])
-        for first in range(0, len(row), _ESCAPES_AT_ONCE):
-            part = slice(first, first + _ESCAPES_AT_ONCE)
-            columns = inverse.matrix[:, self._upload(row[part])].T.float()
-            columns *= self._upload(value[part])[:, None]
-            bias.index_add_(0, self._upload(token[part]), columns)
-        return bias
 
     def _put_exact_tokens(self, unit: Unit, num_raw: int, to: Destination) -> None:
         tokens, raw = exact_tokens(unit, num_raw)
         if not num_raw:
             return
-        # [Lg, K, H, R, D] -> [R, Lg, K, H, D]
-        values = self._upload(np.moveaxis(raw.view(_signed(raw.dtype)), 3, 0))
-        block = to.block_ids[self._upload(tokens // to.tokens_per_block)].long()
+        values, index, slot = self._upload_all(
+            # [Lg, K, H, R, D] -> [R, Lg, K, H, D]
+            np.moveaxis(raw.view(_signed(raw.dtype)), 3, 0),
+            tokens // to.tokens_per_block,
+            tokens % to.tokens_per_block,
+        )
         layers = slice(to.first_layer, to.first_layer + unit.num_layers)
-        slot = self._upload(tokens % to.tokens_per_block)
-        to.blocks[block, layers, :, :, slot] = values
+        to.blocks[to.block_ids[index].long(), layers, :, :, slot] = values
 
     def _scatter(self, to: Destination, bits: torch.Tensor) -> None:
         """Bit patterns [Lg, K, H, T, D] into the destination's blocks."""
-        step, ids = to.tokens_per_block, to.block_ids.tolist()
+        step, ids = to.tokens_per_block, to.block_ids.long()
         layers = slice(to.first_layer, to.first_layer + bits.shape[0])
-        for index, block in enumerate(ids):
-            part = bits[:, :, :, index * step : (index + 1) * step]
-            to.blocks[block, layers, :, :, : part.shape[3]] = part
+        whole, rest = divmod(bits.shape[3], step)
+        if whole:
+            blocks = bits[:, :, :, : whole * step].unflatten(3, (whole, step))
+            to.blocks[ids[:whole], layers] = blocks.movedim(3, 0)
+        if rest:
+            to.blocks[ids[whole : whole + 1], layers, :, :, :rest] = bits[:, :, :, -rest:][None]
 
     # What is kept from unit to unit
 
@@ -472,6 +522,29 @@ class GpuRestorer:
             np.concatenate(dims),
         )
 
+    def _tables_of(
+        self,
+        key: Any,
+        num_rows: int,
+        rows_of: Sequence[slice],
+        shifts: Sequence[NDArray[np.uint8]],
+    ) -> _RowTables:
+        """Tables of a unit's low bits, which lie transform after transform and bit after bit."""
+
+        def make() -> _RowTables:
+            of_rows = np.zeros(num_rows, np.uint8)
+            lines = np.zeros((num_rows, MAX_SHIFT), np.int32)
+            line = 0
+            for rows, of_transform in zip(rows_of, shifts, strict=True):
+                of_rows[rows.start : rows.start + len(of_transform)] = of_transform
+                for bit in range(int(of_transform.max(initial=0))):
+                    count = int(np.count_nonzero(of_transform > bit))
+                    lines[rows.start : rows.start + count, bit] = np.arange(line, line + count)
+                    line += count
+            return _RowTables(self._upload(of_rows), self._upload(lines))
+
+        return _kept(self._row_tables, key, MAX_MATRICES, make)
+
     def _column_offsets(
         self, calibration: Calibration, place: Place, inverse: _Inverse, to: Destination
     ) -> torch.Tensor:
@@ -515,10 +588,28 @@ class GpuRestorer:
         return torch.cuda.device(self._device) if on_gpu else contextlib.nullcontext()
 
     def _upload(self, array: NDArray[Any]) -> torch.Tensor:
-        # Not blocking: the driver takes its own copy of pageable memory, and waiting for the GPU
-        # here, where other processes share it, would cost a turn of each of them.
-        host = torch.from_numpy(np.array(array, order="C"))
-        return host.to(self._device, non_blocking=True)
+        (tensor,) = self._upload_all(array)
+        return tensor
+
+    def _upload_all(self, *arrays: NDArray[Any]) -> list[torch.Tensor]:
+        """Arrays on the GPU, in one copy that nobody waits for.
+
+        Where other processes share the GPU, waiting would cost a turn of each of them.
+        """
+        stops = np.cumsum([-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays])
+        is_gpu = self._device.type == "cuda"
+        # torch reuses page-locked memory when the copies out of it are over.
+        host = torch.empty(max(1, int(stops[-1])), dtype=torch.uint8, pin_memory=is_gpu)
+        view = host.numpy()
+        starts = (0, *stops[:-1].tolist())
+        for array, start in zip(arrays, starts, strict=True):
+            part = view[start : start + array.nbytes].view(array.dtype)
+            part.reshape(array.shape)[...] = array
+        gpu = host.to(self._device, non_blocking=True)
+        return [
+            gpu[start : start + array.nbytes].view(_torch_dtype(array.dtype)).view(array.shape)
+            for array, start in zip(arrays, starts, strict=True)
+        ]
 
 
 def _kept(cache: OrderedDict[Any, Any], key: Any, limit: int, make: Callable[[], Any]) -> Any:
@@ -549,6 +640,44 @@ def _paired_dims(rope: LayerRope | None, head_dim: int) -> NDArray[np.int64]:
     if rope.style == "half":
         rotated = rotated.reshape(2, -1).T.reshape(-1)
     return np.concatenate([rotated, np.setdiff1d(np.arange(head_dim), rotated)])
+
+
+def _large_rows(
+    rows: NDArray[np.int64],
+    values: NDArray[np.int32],
+    rows_of: Sequence[slice],
+    shifts: Sequence[NDArray[np.uint8]],
+) -> list[int]:
+    """How many first rows of each transform hold the escapes that one float16 does not.
+
+    Args:
+        rows: of the escapes, among all of the unit.
+        values: of the escapes, without low bits.
+        rows_of: rows of each transform.
+        shifts: low bits of its first rows.
+
+    Raises:
+        LeftToCpuError: an integer is beyond two float16.
+    """
+    found = [0] * len(rows_of)
+    size = np.abs(values.astype(np.int64))
+    if not np.any(size > gpu_kernels.EXACT_HALF >> MAX_SHIFT):
+        return found
+    for index, (part, wide) in enumerate(zip(rows_of, shifts, strict=True)):
+        ours = (rows >= part.start) & (rows < part.stop)
+        row = rows[ours] - part.start
+        of_rows = np.zeros(part.stop - part.start, np.int64)
+        of_rows[: len(wide)] = wide
+        whole = (size[ours] + 1) << of_rows[row]
+        if np.any(whole > _MAX_INTEGER):
+            raise LeftToCpuError(f"an integer of the unit is beyond {_MAX_INTEGER}")
+        is_large = whole > gpu_kernels.EXACT_HALF
+        found[index] = 1 + int(row[is_large].max(initial=-1))
+    return found
+
+
+def _torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, dtype)).dtype
 
 
 def _to_bits(values: torch.Tensor, dtype: str) -> torch.Tensor:

@@ -209,10 +209,13 @@ class GpuJob(NamedTuple):
     keeps: tuple[Any, ...] = ()
 
 
-def _out_of_memory() -> type[RuntimeError]:
+def _left_to_cpu() -> tuple[type[RuntimeError], ...]:
+    """What a restorer raises where the CPU can do the work."""
     import torch
 
-    return torch.OutOfMemoryError
+    from kvfetcher.codec.gpu_restore import LeftToCpuError
+
+    return torch.OutOfMemoryError, LeftToCpuError
 
 
 class GpuInput:
@@ -268,7 +271,7 @@ class GpuInput:
                     return GpuJob("gpu", gpu, ticket)
                 destination = self._destination(unit, arena, target)
                 pending = restorer.begin(unit, on_gpu, destination)
-            except _out_of_memory() as exc:
+            except _left_to_cpu() as exc:
                 _log.warning("a unit is restored by the CPU: %s", exc)
                 self._settle(gpu)
                 return self._start_on_cpu(unit, planes, ticket, gpu, arena, target)

@@ -9,7 +9,6 @@ from kvfetcher.codec import transform
 from kvfetcher.codec.base import UnitSource
 from kvfetcher.codec.low_bits import (
     LOW_BITS,
-    PackedLowBits,
     cut,
     packed_bytes,
     row_shifts,
@@ -123,32 +122,3 @@ def test_low_bits_of_another_length_are_refused(unit, change):
     data = write_unit(replace(parsed, sections=(*others, wrong)))
     with pytest.raises(FormatError, match=f"section 24 of the unit must be {low.raw_bytes} bytes"):
         restore_unit(data, decode_unit(data, VideoDecoder()))
-
-
-@pytest.mark.parametrize("wide", [0, 3, 700])
-def test_torch_part_of_the_gpu_restore_takes_wide_rows(wide):
-    torch = pytest.importorskip("torch")
-    from kvfetcher.codec.gpu_low_bits import take_wide_rows, unpack
-
-    rng = np.random.default_rng(0)
-    rows, tokens, columns = wide + 5, 33, 48
-    high = rng.integers(-2047, 2048, (rows, tokens)).astype(np.float16)
-    shifts = np.sort(rng.integers(1, 9, wide).astype(np.uint8))[::-1].copy()
-    low = (rng.integers(0, 256, (wide, tokens)) % (1 << shifts[:, None].astype(int))).astype("u1")
-    matrix = rng.normal(size=(columns, rows + 3)).astype(np.float16)
-    bias = rng.normal(size=(tokens, columns)).astype(np.float32)
-    samples, total = torch.from_numpy(high.copy()), torch.from_numpy(bias.copy())
-    packed = PackedLowBits(shifts, np.zeros((0, 5), np.uint8))
-    planes = [
-        np.packbits(low[:n] >> bit & 1, axis=1, bitorder="little")
-        for bit, n in enumerate(packed.counts)
-    ]
-    packed = PackedLowBits(shifts, np.concatenate([packed.planes, *planes]))
-    np.testing.assert_array_equal(packed.unpack(tokens).low, low)
-    np.testing.assert_array_equal(unpack(packed, tokens, torch.device("cpu")).numpy(), low)
-    take_wide_rows(samples, packed, torch.from_numpy(matrix), total)
-    integers = high[:wide].astype(np.float64) * 2.0 ** shifts[:, None] + low
-    expected = integers.T @ matrix[:, :wide].T.astype(np.float64) + bias
-    np.testing.assert_allclose(total.numpy(), expected, rtol=1e-4, atol=2.0)
-    assert not samples[:wide].any()
-    np.testing.assert_array_equal(samples[wide:].numpy(), high[wide:])
