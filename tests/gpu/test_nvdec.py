@@ -83,7 +83,11 @@ def assert_same_on_both(chunk, decoder):
     units = parse_header(chunk).units
     for entry in units:
         unit = chunk[entry.offset : entry.stop]
-        if parse_unit(unit).geometry.width < nvdec.MIN_WIDTH:
+        geometry = parse_unit(unit).geometry
+        if not geometry.num_frames:  # a raw copy: no pictures, whatever decodes them
+            assert decode_unit(unit, decoder).size == 0
+            continue
+        if geometry.width < nvdec.MIN_WIDTH:
             with pytest.raises(DecoderUnavailableError, match="150x144 to"):
                 decode_unit(unit, decoder)
             continue
