@@ -30,7 +30,7 @@ from kvfetcher import wire
 from kvfetcher.errors import ServerError
 from kvfetcher.server.probe import probe_pipeline
 from kvfetcher.server.process import status_text
-from kvfetcher.server.rundir import SHARED_MEMORY
+from kvfetcher.server.rundir import SHARED_MEMORY, shared_memory_prefix
 from kvfetcher.server.stubs import Stub, is_running
 
 if TYPE_CHECKING:
@@ -302,12 +302,18 @@ class Supervisor:
             if is_running(stub.process_id):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(stub.process_id, signal.SIGKILL)
+            self._remove_plane_table(stub)
             lost = _remove_region(stub.region, now)
             known.lost += (lost,) if lost else ()
         quiet = [lost for lost in known.lost if now >= lost.time_seconds + _RECLAIM_SECONDS]
         known.lost = tuple(lost for lost in known.lost if lost not in quiet)
         for lost in quiet:
             _give_back(lost)
+
+    def _remove_plane_table(self, stub: Stub) -> None:
+        """What a decoder that was killed leaves; the name is `gpu_coding.GpuOutput`'s."""
+        prefix = shared_memory_prefix(self._server.run_dir)
+        (SHARED_MEMORY / f"{prefix}planes-{stub.process_id}").unlink(missing_ok=True)
 
 
 def _remove_region(name: str, now: float) -> _Lost | None:
