@@ -24,6 +24,7 @@ from kvfetcher.container import parse_header
 from kvfetcher.errors import ChecksumError, LayoutError
 from kvfetcher.quant import bits_to_float32, float32_to_bits
 from kvfetcher.spec import KVSpec
+from kvfetcher.transform import artifact
 from kvfetcher.transform.artifact import LADDER, Calibration
 from kvfetcher.transform.library import register_calibration
 from support.calibrations import correlated_values, make_calibration
@@ -37,6 +38,13 @@ GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 DTYPES = ("bfloat16", "float16", "float8_e4m3fn")
 TOKENS = 48 if IS_INTERPRETED else 256
 BLOCK = 16
+
+
+@pytest.fixture(autouse=True)
+def _float32_on_the_cpu(monkeypatch):
+    # With VNNI the CPU rounds most rows of an inverse transform to 8 bits (transform/inverse.py): up to a
+    # tenth of the quantiser's own error, which near and balanced units show.
+    monkeypatch.setattr(artifact, "has_int8_product", lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -177,13 +185,16 @@ def test_ladder_gives_the_same_values_within_rounding(restorer, name, dtype):
             assert_same_rounding(got, expected, dtype)
 
 
+@pytest.mark.parametrize("name", ["near", "compact"])  # all of the calibration's rows, or some
 @pytest.mark.parametrize("heads", [0, 1])
-def test_joined_layer_groups_head_groups_and_partial_blocks(restorer, heads):
+def test_joined_layer_groups_head_groups_and_partial_blocks(restorer, heads, name):
     spec = spec_of()
     calibration = make_calibration(spec, layers=1, heads=heads)
     register_calibration(calibration)
     values = float32_to_bits(correlated_values(spec, TOKENS - 3), spec.dtype)
-    profile = TransformProfile("near", calibration, frame_sizes=("160x144", "1024x1040"))
+    profile = TransformProfile(name, calibration, frame_sizes=("160x144", "1024x1040"))
+    if name != "near" and not heads:
+        assert calibration.unit_rank(0, name) < calibration.unit_rank(0, "near")
     units = units_of(profile, spec, values)
     for unit in units:
         expected, got, errors = restore_both(restorer, unit)
@@ -260,8 +271,10 @@ def test_what_does_not_fit_is_refused(restorer):
     assert not restorer.can_restore(huge)
 
 
-@pytest.mark.parametrize("outlier", [1, 40, 3000])
+@pytest.mark.parametrize("outlier", [1, 40, 400])
 def test_integers_of_wide_rows_and_escapes_are_exact(restorer, outlier):
+    from kvfetcher.codec.gpu_kernels import HIGH_BITS
+
     spec = spec_of()
     calibration = make_calibration(spec, layers=2)
     register_calibration(calibration)
@@ -285,7 +298,8 @@ def test_integers_of_wide_rows_and_escapes_are_exact(restorer, outlier):
             expected[rows][: len(low.low)] <<= low.shifts[:, None]
             expected[rows][: len(low.low)] |= low.low
             integers = got.samples[rows].cpu().numpy().astype(np.int64)
-            integers[:num_high] += got.high[rows][:num_high].cpu().numpy().astype(np.int64) << 10
+            high = got.high[rows][:num_high].cpu().numpy().astype(np.int64)
+            integers[:num_high] += high << HIGH_BITS
             np.testing.assert_array_equal(integers, expected[rows])
     assert (num_escapes > 0) == (outlier > 1)
 

@@ -20,6 +20,8 @@ from kvfetcher.codec.low_bits import MAX_SHIFT
 HIGH_BITS = 10
 """The high part of an integer counts in 2**10: up to 2**21 float16 holds it and the rest exactly, and up
 to 2**25 both have 11 bits, as the inverse transform has."""
+RANK = 64
+"""Coefficients that `restore_columns` multiplies at one time."""
 EXACT_HALF = 2048
 """Integers up to this are exact in float16."""
 
@@ -28,6 +30,7 @@ _HIGH_STEP = tl.constexpr(1 << HIGH_BITS)
 _HIGH_HALF = tl.constexpr(1 << (HIGH_BITS - 1))
 _EXACT_HALF = tl.constexpr(EXACT_HALF)
 _MAX_SHIFT = tl.constexpr(MAX_SHIFT)
+_RANK = tl.constexpr(RANK)
 _WORD_MASK = tl.constexpr(BLOCK_WORDS - 1)
 _WORD_BITS = tl.constexpr(BLOCK_WORDS.bit_length() - 1)
 
@@ -176,36 +179,40 @@ def restore_columns(  # type: ignore[no-untyped-def]
     CLAMP: tl.constexpr,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    RANK: tl.constexpr,
 ):
     """Coefficients [rank, T] x matrix [columns, rank] -> values in blocks.
 
-    The first `num_high` coefficients have a part in ``high``, too. Columns come in pairs that are
-    rotated together, `num_pairs` of them for each head: ``pair_tables`` says which table of ``cosines``
-    and ``sines`` [tables, T, num_pairs] a pair uses, or -1 = not rotated; ``column_offsets`` the
-    place of a column within a block.
+    The first `num_high` coefficients have a part in ``high``, too. ``matrix`` goes on, with any finite
+    numbers, to the next multiple of RANK: a mask along what is contiguous would make loads narrow.
+    Columns come in pairs that are rotated together, `num_pairs` of them for each head: ``pair_tables``
+    says which table of ``cosines`` and ``sines`` [tables, T, num_pairs] a pair uses, or -1 = not
+    rotated; ``column_offsets`` the place of a column within a block.
     """
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    steps = tl.arange(0, RANK)
+    steps = tl.arange(0, _RANK)
     token_mask = tokens < num_tokens
     column_mask = columns < num_columns
     within = steps[:, None] * num_tokens + tokens[None, :]
-    matrix_at = matrix + columns[None, :].to(tl.int64) * matrix_stride + steps[:, None]
+    columns_at = matrix + columns[None, :].to(tl.int64) * matrix_stride + steps[:, None]
     total = tl.zeros((TOKENS, COLUMNS), dtype=tl.float32)
-    for start in range(0, num_high, RANK):
+    sample_at, matrix_at = high + within, columns_at
+    for start in range(0, num_high, _RANK):
         left = steps < num_high - start
-        at = high + start * num_tokens + within
-        a = tl.load(at, mask=left[:, None] & token_mask[None, :], other=0.0)
-        b = tl.load(matrix_at + start, mask=left[:, None] & column_mask[None, :], other=0.0)
+        a = tl.load(sample_at, mask=left[:, None] & token_mask[None, :], other=0.0)
+        b = tl.load(matrix_at, mask=column_mask[None, :], other=0.0)
         total = tl.dot(tl.trans(a), b, total)
+        sample_at += _RANK * num_tokens
+        matrix_at += _RANK
     total *= _HIGH_STEP
-    for start in range(0, rank, RANK):
+    sample_at, matrix_at = samples + within, columns_at
+    for start in range(0, rank, _RANK):
         left = steps < rank - start
-        at = samples + start * num_tokens + within
-        a = tl.load(at, mask=left[:, None] & token_mask[None, :], other=0.0)
-        b = tl.load(matrix_at + start, mask=left[:, None] & column_mask[None, :], other=0.0)
+        a = tl.load(sample_at, mask=left[:, None] & token_mask[None, :], other=0.0)
+        b = tl.load(matrix_at, mask=column_mask[None, :], other=0.0)
         total = tl.dot(tl.trans(a), b, total)
+        sample_at += _RANK * num_tokens
+        matrix_at += _RANK
     mean = tl.load(means + columns, mask=column_mask, other=0.0)
     values = total * scale + mean[None, :]
 

@@ -58,7 +58,7 @@ _MATRIX_TOP = 2.0**12
 _ESCAPES_BLOCK = 256
 # Tile of the matrix product.
 _TOKENS, _COLUMNS = 128, 128
-_TILE = {"TOKENS": _TOKENS, "COLUMNS": _COLUMNS, "RANK": 64, "num_warps": 8, "num_stages": 3}
+_TILE = {"TOKENS": _TOKENS, "COLUMNS": _COLUMNS, "num_warps": 8, "num_stages": 3}
 _UNPACK_BLOCK = 1024
 # Of the parts of one copy.
 _ALIGNMENT = 16
@@ -120,7 +120,7 @@ class _Inverse(NamedTuple):
     """One inverse transform on the GPU, its columns in pairs (see `restore_columns`)."""
 
     matrix: torch.Tensor
-    """float16 [n, m], rows of 128 bytes."""
+    """float16 [n, m], m padded with 0 to a multiple of RANK."""
     means: torch.Tensor
     """float32 [n]."""
     scale: float
@@ -148,7 +148,7 @@ class _Integers(NamedTuple):
     samples: torch.Tensor
     """float16 [rows, T]."""
     high: torch.Tensor
-    """Of the same shape, valid for the first `num_high` rows of each transform."""
+    """Of the same shape, defined for the first `num_high` rows of each transform."""
     num_high: list[int]
     """Of each transform."""
     sums: torch.Tensor
@@ -251,8 +251,7 @@ class GpuRestorer:
         if is_fp8:
             self._scatter(to, _to_bits(out.blocks[0], unit.spec.dtype))
         self._put_exact_tokens(unit, plan.num_raw_tokens, to)
-        num_bytes = integers.samples.numel() * unit.geometry.dtype.itemsize
-        return PendingRestore(unit, integers.sums, num_bytes, check_digest)
+        return PendingRestore(unit, integers.sums, _num_bytes(unit, plan.layout.grid), check_digest)
 
     def _begin_exact(self, unit: Unit, planes: GpuPlanes, to: Destination) -> PendingRestore:
         plan = plan_exact(unit)
@@ -302,10 +301,7 @@ class GpuRestorer:
         """Torch's own kernels: each step is rounded apart, so the bits are the CPU's."""
         plan = plan_uncalibrated(unit)
         grid = plan.grid
-        samples = torch.empty(
-            (grid.num_rows, grid.num_columns), dtype=torch.float16, device=self._device
-        )
-        places, values = escapes(unit, plan.num_escapes, samples.numel())
+        places, values = escapes(unit, plan.num_escapes, grid.num_rows * grid.num_columns)
         sums, at, escaped, order, steps, means = self._upload_all(
             np.zeros(1, np.int64),
             places,
@@ -315,8 +311,8 @@ class GpuRestorer:
             plan.means,
         )
         tables = self._tables_of(("none", grid.num_rows), grid.num_rows, [], [])
+        samples = self._rows(grid)
         self._unpack(unit, planes, grid, samples, samples, sums, tables, sums)
-        num_bytes = samples.numel() * unit.geometry.dtype.itemsize
         integers = samples.float()
         integers.view(-1)[at] = escaped
         rows = torch.empty_like(integers)
@@ -326,7 +322,7 @@ class GpuRestorer:
         restored += means
         self._scatter(to, _to_bits(restored, unit.spec.dtype))
         self._put_exact_tokens(unit, plan.num_raw_tokens, to)
-        return PendingRestore(unit, sums, num_bytes, check_digest)
+        return PendingRestore(unit, sums, _num_bytes(unit, grid), check_digest)
 
     # Parts
 
@@ -347,15 +343,13 @@ class GpuRestorer:
             places.astype(np.int32),
             np.asarray(values, np.int32),
         )
-        samples = torch.empty(
-            (grid.num_rows, grid.num_columns), dtype=torch.float16, device=self._device
-        )
+        samples = high = self._rows(grid)
         num_high = [max(len(s), n) for s, n in zip(shifts, large, strict=True)]
-        high = torch.empty_like(samples) if any(num_high) else samples
+        if any(n > len(s) for s, n in zip(shifts, large, strict=True)):
+            high = torch.zeros_like(samples)  # for rows of which nothing but escapes is large
+        elif any(num_high):
+            high = torch.empty_like(samples)
         self._unpack(unit, planes, grid, samples, high, sums, tables, low)
-        for rows, wide, count in zip(rows_of, shifts, large, strict=True):
-            if count > len(wide):  # rows of which nothing but escapes is large
-                high[rows.start + len(wide) : rows.start + count] = 0
         if len(places):
             gpu_kernels.put_escapes[(-(-len(places) // _ESCAPES_BLOCK),)](
                 at,
@@ -371,6 +365,10 @@ class GpuRestorer:
                 BLOCK=_ESCAPES_BLOCK,
             )
         return _Integers(samples, high, num_high, sums)
+
+    def _rows(self, grid: RowGrid) -> torch.Tensor:
+        shape = (grid.num_rows, grid.num_columns)
+        return torch.empty(shape, dtype=torch.float16, device=self._device)
 
     def _unpack(
         self,
@@ -425,8 +423,8 @@ class GpuRestorer:
         n = len(inverse.means)
         kinds = {torch.int16: getattr(torch, unit.spec.dtype)}
         gpu_kernels.restore_columns[-(-unit.num_tokens // _TOKENS), -(-n // _COLUMNS)](
-            integers.samples[rows],
-            integers.high[rows],
+            integers.samples[rows.start],
+            integers.high[rows.start],
             inverse.matrix,
             inverse.means,
             inverse.tables,
@@ -507,9 +505,8 @@ class GpuRestorer:
         top = float(np.abs(matrices.inverse).max()) or 1.0
         scale = 2.0 ** np.floor(np.log2(_MATRIX_TOP / top))
         columns, rank = len(order), len(basis.rows)
-        matrix = torch.zeros(
-            (columns, -(-rank // 64) * 64), dtype=torch.float16, device=self._device
-        )
+        padded = -(-rank // gpu_kernels.RANK) * gpu_kernels.RANK
+        matrix = torch.zeros((columns, padded), dtype=torch.float16, device=self._device)
         matrix[:, :rank] = self._upload(
             np.ascontiguousarray((matrices.inverse * np.float32(scale)).T[order], np.float16)
         )
@@ -674,6 +671,11 @@ def _large_rows(
         is_large = whole > gpu_kernels.EXACT_HALF
         found[index] = 1 + int(row[is_large].max(initial=-1))
     return found
+
+
+def _num_bytes(unit: Unit, grid: RowGrid) -> int:
+    """Of the samples that the digest is of."""
+    return grid.num_rows * grid.num_columns * unit.geometry.dtype.itemsize
 
 
 def _torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
