@@ -38,6 +38,8 @@ _TABLE_BYTES = 4096
 # Picture rows and tensor cores want aligned starts; CUDA's own allocations have as much.
 _ALIGNMENT = 512
 _POLL_SECONDS = 0.0002
+# How often a reader looks for owners that died: each holds GPU memory until then.
+_LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +227,7 @@ class PlaneReader:
     def __init__(self, context_of: Callable[[int], CudaContext]) -> None:
         self._context_of = context_of
         self._rings: dict[str, _OpenRing] = {}
+        self._looked_at = 0.0
 
     def address(self, ticket: PlaneTicket) -> int:
         """Where the planes of a ticket lie in this process.
@@ -253,6 +256,10 @@ class PlaneReader:
         ring = self._rings.get(ticket.table)
         if ring is None or not ring.table.clear(ticket):
             raise GpuError("decoded planes were overwritten while they were restored; try again")
+        # An owner that is replaced may die long after its successor's ring was opened.
+        if (now := time.monotonic()) - self._looked_at > _LOOK_SECONDS:
+            self._looked_at = now
+            self._drop_dead()
 
     def drop(self, ticket: PlaneTicket) -> None:
         """Give planes back that are not wanted after all, read or not."""
