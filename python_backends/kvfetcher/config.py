@@ -441,7 +441,7 @@ class FetchConfig(_Section):
         high=86400,
     )
     nice: int = _option(
-        10,
+        19,
         "niceness of kv_decode and kv_restore where they work on the CPU: prefill and generation go"
         " first",
         low=0,

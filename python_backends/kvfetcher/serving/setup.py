@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,5 +73,15 @@ def end_if_lost(is_lost: bool) -> None:
 
 
 def lower_priority(nice: int) -> None:
-    """Make this process yield the CPU to the engine, whose requests it must not delay."""
-    os.nice(nice)
+    """Make this process yield the CPU to the engine, whose requests it must not delay.
+
+    All its threads, and those to come, get nicer by `nice`, and do not take a core from a running
+    thread when they wake up (`SCHED_BATCH`): a thread of the engine that loses its core holds up
+    all others, which wait for it at the end of every matrix product.
+    """
+    for thread in (int(folder.name) for folder in Path("/proc/self/task").iterdir()):
+        with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+            if os.sched_getscheduler(thread) == os.SCHED_OTHER:
+                os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
+            now = os.getpriority(os.PRIO_PROCESS, thread)
+            os.setpriority(os.PRIO_PROCESS, thread, min(19, now + nice))
