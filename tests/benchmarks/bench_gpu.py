@@ -16,7 +16,7 @@ memory        GPU memory, from before the server's start to prefixes of 128k tok
 interference  a matrix product and a running generation beside it (and beside CacheGen's decoder)
 more          other profiles, chunk lengths and picture sizes, with the best number of kv_restore
 instances     1 to 14 decoders
-mps           the first rate again under NVIDIA's MPS, where its daemon is installed
+mps           the rates and the interference again under NVIDIA's MPS, where its daemon is installed
 """
 
 from __future__ import annotations
@@ -479,11 +479,14 @@ def run_rates(plan: Plan, works: list[Workload], parts: tuple[str, ...]) -> None
             continue
         with plan.step(key), open_rig(plan, count, restorers, plane_bytes=plane_bytes) as rig:
             if "memory" in parts and "memory" not in plan.report:
-                run_memory(rig, works[-1], plan.report)  # first: nothing is decoded yet
+                with plan.step("memory"):  # first: nothing is decoded yet
+                    run_memory(rig, works[-1], plan.report)
             for work in works if "rates" in parts else ():
-                run_rate(plan, rig, work, key, seconds=plan.args.seconds)
+                with plan.step(f"{key}, {work.name}"):
+                    run_rate(plan, rig, work, key, seconds=plan.args.seconds)
             if "interference" in parts and "interference" not in plan.report:
-                run_interference(rig, works[-1], plan.report)
+                with plan.step("interference"):
+                    run_interference(rig, works[-1], plan.report)
 
 
 def best_restorers(plan: Plan) -> int:
@@ -543,7 +546,7 @@ def run_mps(plan: Plan) -> None:
     if shutil.which(MPS_DAEMON) is None:
         plan.report["mps"] = f"{MPS_DAEMON} is not installed: not measured"
         return
-    if not plan.has_time("mps", 90):
+    if not plan.has_time("mps", 120):
         return
     with plan.step("mps"), tempfile.TemporaryDirectory(prefix="kvfetcher-mps-") as folder:
         environ = {
@@ -552,18 +555,26 @@ def run_mps(plan: Plan) -> None:
             "CUDA_MPS_LOG_DIRECTORY": folder,
         }
         output = Path(folder) / "rates.json"
-        command = [sys.executable, __file__, "--output", str(output), "--parts", "rates"]
+        command = [
+            sys.executable,
+            __file__,
+            "--output",
+            str(output),
+            "--parts",
+            "rates,interference",
+        ]
         command += ["--restorers", str(best_restorers(plan)), "--large-plane-bytes", "0"]
         command += [f"--decoders={plan.args.decoders}", f"--seconds={plan.args.seconds}"]
         subprocess.run([MPS_DAEMON, "-d"], env=environ, check=True, timeout=WAIT_SECONDS)
         try:
-            done = subprocess.run(command, env=environ, check=False, timeout=WAIT_SECONDS)
+            done = subprocess.run(command, env=environ, check=False, timeout=2 * WAIT_SECONDS)
         finally:
             subprocess.run(
                 [MPS_DAEMON], input=b"quit\n", env=environ, check=False, timeout=WAIT_SECONDS
             )
         found = json.loads(output.read_text()) if output.is_file() else {}
-        plan.report["mps"] = {"status": done.returncode, "rates": found.get("rates", {})}
+        parts = {name: found.get(name, {}) for name in ("rates", "interference", "errors")}
+        plan.report["mps"] = {"status": done.returncode, **parts}
 
 
 def run_memory(rig: Rig, work: Workload, report: dict) -> None:
@@ -573,9 +584,22 @@ def run_memory(rig: Rig, work: Workload, report: dict) -> None:
     row["arena_mib"] = (free["before"] - free["arena"]) >> 20
     # Contexts, warm sessions and kernels of all processes, before the first unit.
     row["server_start_mib"] = (free["arena"] - free["server"]) >> 20
-    for tokens in LENGTHS:
+
+    def fetch(tokens: int) -> float:
         targets = rig.targets(work.num_tokens, tokens // work.num_tokens)
-        lowest, stop = [free["server"]], threading.Event()
+        shares = [targets[i::FRONTS] for i in range(FRONTS)]
+        plan = {"units": rig.paths(work), "in_flight": 6, "once": True}
+        began = time.perf_counter()
+        rig.call([{**plan, "targets": share} for share in shares if share])
+        return time.perf_counter() - began
+
+    row["first_seconds"] = fetch(LENGTHS[0])
+    fetch(LENGTHS[-1])  # every decoder has worked
+    warm = _free_bytes()
+    # What stays: planes, sessions of this picture size, inverse transforms.
+    row["resident_mib"] = (free["server"] - warm) >> 20
+    for tokens in LENGTHS:
+        lowest, stop = [warm], threading.Event()
 
         def watch(lowest: list[int] = lowest, stop: threading.Event = stop) -> None:
             while not stop.is_set():
@@ -584,15 +608,10 @@ def run_memory(rig: Rig, work: Workload, report: dict) -> None:
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        shares = [targets[i::FRONTS] for i in range(FRONTS)]
-        plan = {"units": rig.paths(work), "in_flight": 6, "once": True}
-        began = time.perf_counter()
-        rig.call([{**plan, "targets": share} for share in shares if share])
-        row["seconds"][tokens] = time.perf_counter() - began
+        row["seconds"][tokens] = fetch(tokens)
         stop.set()
         watcher.join()
-        # Over what the server had when it started: rings, sessions, inverse transforms and all.
-        row["extra_mib"][tokens] = (free["server"] - lowest[0]) >> 20
+        row["extra_mib"][tokens] = (warm - lowest[0]) >> 20
     print("memory", row, flush=True)
 
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from kvfetcher.codec.transform import Place, RestorePlan
     from kvfetcher.codec.unit import Unit
     from kvfetcher.layout import RowGrid
-    from kvfetcher.transform.artifact import Calibration
+    from kvfetcher.transform.artifact import Calibration, InverseFactors
     from kvfetcher.transform.rope import LayerRope
 
 MAX_SAMPLES = 32 << 20
@@ -131,6 +131,8 @@ class _Inverse(NamedTuple):
     """[n] (layer, K/V, head) of each column, flat, relative to the layer group; on the host."""
     dims: NDArray[np.int64]
     """[n]."""
+    num_bytes: int
+    """Of the matrix, without padding."""
 
 
 class _RowTables(NamedTuple):
@@ -418,7 +420,7 @@ class GpuRestorer:
     ) -> None:
         """One inverse transform into its part of the destination."""
         rows = plan.layout.rows_of(place)
-        inverse = self._inverse(plan.calibration, place)
+        inverse = self._inverse(plan.calibration, place, rows.stop - rows.start)
         cosines, sines = self._angle_tables(plan.calibration, unit)
         n = len(inverse.means)
         kinds = {torch.int16: getattr(torch, unit.spec.dtype)}
@@ -474,15 +476,25 @@ class GpuRestorer:
 
     # What is kept from unit to unit
 
-    def _inverse(self, calibration: Calibration, place: Place) -> _Inverse:
-        key = (calibration.digest, place.layer_group, place.head_group)
-        return _kept(
-            self._inverses, key, MAX_MATRICES, lambda: self._make_inverse(calibration, place)
-        )
+    def _inverse(self, calibration: Calibration, place: Place, rank: int) -> _Inverse:
+        key = (calibration.digest, place.layer_group, place.head_group, rank)
+        found = self._inverses.get(key)
+        if found is None:
+            # Units may name any rank: what is kept is never more than all components of every
+            # transform take, in two bytes each.
+            ours = [k for k in self._inverses if k[0] == calibration.digest]
+            room = calibration.inverse_bytes // 2 - rank * 2 * len(
+                calibration.bases[place.layer_group, place.head_group].mean
+            )
+            kept = sum(self._inverses[k].num_bytes for k in ours)
+            while ours and (kept > room or len(self._inverses) >= MAX_MATRICES):
+                kept -= self._inverses.pop(ours.pop(0)).num_bytes
+            found = self._make_inverse(calibration, place, rank)
+        self._inverses[key] = found
+        self._inverses.move_to_end(key)
+        return found
 
-    def _make_inverse(self, calibration: Calibration, place: Place) -> _Inverse:
-        basis = calibration.bases[place.layer_group, place.head_group]
-        matrices = calibration.matrices((place.layer_group, place.head_group), len(basis.rows))
+    def _make_inverse(self, calibration: Calibration, place: Place, rank: int) -> _Inverse:
         spec = calibration.spec
         first = calibration.grouping.layer_starts[place.layer_group]
         ropes = calibration.rope.layers[first : first + place.layers.stop - place.layers.start]
@@ -502,22 +514,32 @@ class GpuRestorer:
         order = np.concatenate(
             [index * spec.head_dim + paired for index, paired in enumerate(dims)]
         )
-        top = float(np.abs(matrices.inverse).max()) or 1.0
+        transform = (place.layer_group, place.head_group)
+        inverse = self._multiplied_out(calibration.inverse_factors(transform, rank))
+        top = float(inverse.abs().max()) or 1.0
         scale = 2.0 ** np.floor(np.log2(_MATRIX_TOP / top))
-        columns, rank = len(order), len(basis.rows)
-        padded = -(-rank // gpu_kernels.RANK) * gpu_kernels.RANK
+        columns, padded = len(order), -(-rank // gpu_kernels.RANK) * gpu_kernels.RANK
         matrix = torch.zeros((columns, padded), dtype=torch.float16, device=self._device)
-        matrix[:, :rank] = self._upload(
-            np.ascontiguousarray((matrices.inverse * np.float32(scale)).T[order], np.float16)
-        )
+        matrix[:, :rank] = inverse[self._upload(order)].mul_(scale)
         return _Inverse(
             matrix,
-            self._upload(matrices.mean[order]),
+            self._upload(calibration.bases[transform].mean[order]),
             float(1 / scale),
             self._upload(np.concatenate(tables)),
             np.concatenate(groups),
             np.concatenate(dims),
+            2 * columns * rank,
         )
+
+    def _multiplied_out(self, factors: InverseFactors) -> torch.Tensor:
+        """float32 [n, m]; on the GPU, for on a CPU it takes a second for each layer group of an 8B model."""
+        count, dim, _ = factors.blocks.shape
+        blocks, rows = self._upload_all(factors.blocks, factors.rows)
+        parts = rows.T.reshape(count, dim, -1)
+        inverse = torch.empty(parts.shape, dtype=torch.float32, device=self._device)
+        for block in range(count):  # float64: torch may be told to round float32 products
+            inverse[block] = blocks[block].double() @ parts[block].double()
+        return inverse.view(count * dim, -1)
 
     def _tables_of(
         self,

@@ -78,6 +78,15 @@ class Matrices(NamedTuple):
     """[n]."""
 
 
+class InverseFactors(NamedTuple):
+    """The inverse of a transform is ``(blockdiag(blocks) @ rows.T).T``."""
+
+    blocks: F32
+    """[n / D, D, D]."""
+    rows: NDArray[np.float16]
+    """[m, n]."""
+
+
 @dataclass(frozen=True)
 class Calibration:
     """What `kvfetcher calibrate` makes. Thread-safe."""
@@ -143,6 +152,14 @@ class Calibration:
             self.bases[key].mean,
         )
 
+    def inverse_factors(self, key: tuple[int, int], rank: int) -> InverseFactors:
+        """`Matrices.inverse` before it is multiplied out, for those who have something faster.
+
+        Raises:
+            FormatError: the transform has fewer components.
+        """
+        return InverseFactors(_inverses(self._roots(key)), self._rows(key, rank))
+
     def forward(self, key: tuple[int, int], rank: int) -> Forward:
         """The encoder's half of `matrices`, kept for the next call: 4 m n bytes.
 
@@ -195,14 +212,17 @@ class Calibration:
 
     def _times(self, blocks: F32, key: tuple[int, int], rank: int) -> F32:
         """[m, n]: the first rows of a basis times a block-diagonal matrix."""
+        columns = np.ascontiguousarray(self._rows(key, rank).astype(np.float32).T)
+        return np.ascontiguousarray(block_multiply(blocks, columns).T)
+
+    def _rows(self, key: tuple[int, int], rank: int) -> NDArray[np.float16]:
         rows = self.bases[key].rows
         if not 1 <= rank <= len(rows):
             raise FormatError(
                 f"transform {key} of the calibration has {len(rows)} components, {rank} are"
                 " asked for"
             )
-        columns = np.ascontiguousarray(rows[:rank].astype(np.float32).T)
-        return np.ascontiguousarray(block_multiply(blocks, columns).T)
+        return rows[:rank]
 
     @cached_property
     def digest(self) -> str:
