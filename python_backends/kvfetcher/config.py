@@ -73,10 +73,11 @@ class ServerConfig(_Section):
         high=64,
     )
     restore_instances: int = _option(
-        1,
-        "kv_restore processes; each that works on a GPU has its own CUDA context and copy of the"
-        " calibration's inverse transforms (8B shape, balanced: 330 MB) there",
-        low=1,
+        0,
+        "kv_restore processes; 0 = one, or two where NVDEC's planes stay on a GPU; each that works on a"
+        " GPU has its own CUDA context and copy of the calibration's inverse transforms (8B shape,"
+        " balanced: 330 MB) there",
+        low=0,
         high=16,
     )
     plane_bytes: int = _option(

@@ -189,9 +189,9 @@ class Site:
 
     def expect_nothing_left(self, before):
         """What is used is what was used `before`; no ticket and no lease is out."""
-        self.used()
         deadline = time.monotonic() + HEAL_SECONDS
         while True:
+            self.used()  # kv_restore lets go of a dead decoder's planes when it restores the next unit
             assert self.supervisor.look() is None
             self.running.settle()
             gpu, files, file_bytes = used_gpu_bytes(), *shared_memory(self.running)

@@ -62,6 +62,18 @@ def decode_instances(config: Config) -> int:
     return engines or min(_MAX_CPU_DECODERS, len(os.sched_getaffinity(0)))
 
 
+def restore_instances(config: Config) -> int:
+    """How many kv_restore processes to run.
+
+    ``server.restore_instances``; 0 = two where NVDEC leaves planes on the GPU, else one. One of them
+    prepares units while the other one's are on the GPU: with two of 14 decoders' pictures of
+    1024x1634 all are restored in time, with one 60 % (H100, bench_gpu.py).
+    """
+    if config.server.restore_instances:
+        return config.server.restore_instances
+    return 2 if config.engine.arena != "host" and _engines(config) else 1
+
+
 def parallel_decoders(config: Config) -> int:
     """How many units decode side by side, each as fast as the table of decode times says.
 
@@ -100,7 +112,7 @@ def served_repository(repository: Path, config: Config, private: Path) -> Path:
                 (private / model.name / part.name).symlink_to(part)
     counts = {
         wire.KV_DECODE: ("server.decode_instances", decode_instances(config)),
-        wire.KV_RESTORE: ("server.restore_instances", config.server.restore_instances),
+        wire.KV_RESTORE: ("server.restore_instances", restore_instances(config)),
     }
     for name, (setting, count) in counts.items():
         changed = private / name / "config.pbtxt"

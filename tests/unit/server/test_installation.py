@@ -112,7 +112,9 @@ def test_environment_puts_this_python_and_the_libraries_first():
         "PATH": f"{Path(sys.executable).parent}:/usr/bin",
         "LD_LIBRARY_PATH": "/one:/two:/old",
         "A": "b",
+        "OPENBLAS_NUM_THREADS": "1",
     }
+    assert found.environment({"OPENBLAS_NUM_THREADS": "3"})["OPENBLAS_NUM_THREADS"] == "3"
 
 
 @pytest.mark.parametrize("version", ["2.0.0", "2.4.1", None])

@@ -12,6 +12,7 @@ from kvfetcher.server.repository import (
     is_decoupled,
     mark_changed,
     parallel_decoders,
+    restore_instances,
     served_repository,
 )
 
@@ -77,6 +78,20 @@ def test_config_without_one_count_is_refused(repository, tmp_path, text):
 def test_default_is_one_decoder_per_core_at_most_four():
     assert 1 <= decode_instances(_config(0)) <= 4
     assert decode_instances(_config(9)) == 9
+
+
+@pytest.mark.parametrize(
+    ("arena", "engines", "setting", "processes"),
+    [("host", 7, 0, 1), ("gpu", 7, 0, 2), ("auto", 7, 0, 2), ("gpu", 0, 0, 1), ("host", 0, 3, 3)],
+)
+def test_two_restorers_take_turns_where_planes_stay_on_the_gpu(
+    monkeypatch, arena, engines, setting, processes
+):
+    monkeypatch.setattr("kvfetcher.codec.nvdec.count_engines", lambda: engines)
+    config = load_config(environ={})
+    server = replace(config.server, restore_instances=setting)
+    config = replace(config, server=server, engine=replace(config.engine, arena=arena))
+    assert restore_instances(config) == processes
 
 
 @pytest.mark.parametrize(
