@@ -7,11 +7,14 @@ in both arms, which take turns:
 
     mixed    requests that hit one of several prefixes, fetched over a slow link (kv_policy=fetch),
              several in flight at one time, beside the misses
+    short    the same, but instead of each hit a prompt that is as long as what a hit leaves to
+             compute, and that fetches nothing (kv_policy=no_store): what hits cost that need no
+             fetching
     alone    the same misses at the same times, without the hits
 
 A miss is longer than a chunk and looks the store up (kv_policy=auto), but nothing is saved: the
 prefixes are stored by a server before, and the one that is measured saves nothing. What counts is
-the median time to first token of the misses: at most 10 % more in `mixed`.
+the median time to first token of the misses: at most 10 % more in `mixed` than in `alone`.
 """
 
 from __future__ import annotations
@@ -22,16 +25,30 @@ import random
 import sys
 import tempfile
 import time
+from collections import Counter
 from itertools import accumulate
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
-from fetch_rig import Prompts, Served, machine, serving, spread, store_behind_link, talk, write
+from fetch_rig import (
+    Prompts,
+    Served,
+    cpu_seconds,
+    machine,
+    servers_first,
+    serving,
+    spread,
+    store_behind_link,
+    talk,
+    write,
+)
 
 from kvfetcher_client import AsyncClient
 from support.shaping import LinkShape
 
 BOUND = 0.10
+ARMS = ("alone", "short", "mixed")
+CHUNK = 256
 
 
 async def one(client: AsyncClient, prompt: str, policy: str, at: float) -> tuple[float, dict]:
@@ -48,33 +65,17 @@ def arrivals(seed: str, *, num: int, interval: float) -> list[float]:
 
 
 async def load(
-    served: Served,
-    prompts: Prompts,
-    hits: Prompts,
-    *,
-    hit_times: list[float],
-    miss_times: list[float],
-    num_prefixes: int,
+    served: Served, misses: list[tuple[float, str]], others: list[tuple[float, str]], policy: str
 ) -> dict[str, list]:
-    """All requests of one arm."""
+    """All requests of one arm, as (seconds, prompt); `policy` is of the others."""
     async with AsyncClient(served.server.grpc_url) as client:
         start = asyncio.get_running_loop().time() + 0.2
         tasks = [
-            ("hit", one(client, hits.another(title_of(i % num_prefixes)), "fetch", start + at))
-            for i, at in enumerate(hit_times)
-        ]
-        # A beginning of its own: nothing of it is stored.
-        tasks += [
-            (
-                "miss",
-                one(
-                    client, prompts.another(f"Document {time.monotonic_ns()}. "), "auto", start + at
-                ),
-            )
-            for at in miss_times
+            *(("other", one(client, prompt, policy, start + at)) for at, prompt in others),
+            *(("miss", one(client, prompt, "auto", start + at)) for at, prompt in misses),
         ]
         results = await asyncio.gather(*(task for _, task in tasks))
-    found: dict[str, list] = {"hit": [], "miss": []}
+    found: dict[str, list] = {"other": [], "miss": []}
     for (kind, _), result in zip(tasks, results, strict=True):
         found[kind].append(result)
     return found
@@ -83,6 +84,11 @@ async def load(
 def title_of(prefix: int) -> str:
     """What one of the stored prefixes begins with."""
     return f"Collection {prefix}. "
+
+
+def computed(results: list[tuple[float, dict]]) -> float:
+    """Prompt tokens that these requests' engine computed, mean."""
+    return round(fmean(report["engine"]["computed_tokens"] for _, report in results), 1)
 
 
 def most_at_once(starts: list[float], seconds: list[float]) -> int:
@@ -110,15 +116,21 @@ def main() -> int:
     parser.add_argument("--seed", default="0", help="of the arrivals")
     parser.add_argument("--gbit-per-second", type=float, default=0.05)
     parser.add_argument("--rtt-ms", type=float, default=10.0)
+    parser.add_argument(
+        "--around-nice",
+        type=int,
+        default=10,
+        help="store, link and client yield the cores to the server, as other machines would"
+        " (niceness of their session above its); 0 = they compete with it",
+    )
     args = parser.parse_args()
-    arms: dict[str, dict[str, list]] = {
-        "mixed": {"hit": [], "miss": []},
-        "alone": {"hit": [], "miss": []},
-    }
+    arms: dict[str, dict[str, list]] = {name: {"other": [], "miss": []} for name in ARMS}
+    used: dict[str, Counter[str]] = {name: Counter() for name in ARMS}
     started = time.time()
     most = 0
     with (
         tempfile.TemporaryDirectory(prefix="bench-") as folder,
+        servers_first(args.around_nice),
         store_behind_link(Path(folder)) as (_, link),
     ):
         with serving(link) as saving:
@@ -130,6 +142,8 @@ def main() -> int:
         fetch = {"deadline_seconds": 120.0}
         with serving(link, fetch=fetch, save={"enabled": False}) as served:
             misses = Prompts(served.config, args.miss_tokens)
+            # What a hit leaves to compute is its question.
+            others = {"mixed": [hits], "short": [Prompts(served.config, 1)], "alone": []}
             link.reshape(LinkShape(args.gbit_per_second, args.rtt_ms / 1e3))
             # Engine and planner learn before anything counts.
             for prefix in range(args.prefixes):
@@ -144,32 +158,39 @@ def main() -> int:
                     num=int(miss_times[-1] / args.hit_interval),
                     interval=args.hit_interval,
                 )
-                for name in ("mixed", "alone") if number % 2 else ("alone", "mixed"):
-                    found = asyncio.run(
-                        load(
-                            served,
-                            misses,
-                            hits,
-                            hit_times=hit_times if name == "mixed" else [],
-                            miss_times=miss_times,
-                            num_prefixes=args.prefixes,
-                        )
-                    )
+                # Each arm comes first, second and last in turns.
+                for name in (*ARMS[number % 3 :], *ARMS[: number % 3]):
+                    # A miss begins as nothing else does: nothing of it is stored.
+                    arm_misses = [
+                        (at, misses.another(f"Document {number} {name} {at}. "))
+                        for at in miss_times
+                    ]
+                    arm_others = [
+                        (at, of.another(title_of(i % args.prefixes)))
+                        for of in others[name]
+                        for i, at in enumerate(hit_times)
+                    ]
+                    before = cpu_seconds(served.server)
+                    policy = "fetch" if name == "mixed" else "no_store"
+                    found = asyncio.run(load(served, arm_misses, arm_others, policy))
+                    served.settle()
+                    used[name].update(cpu_seconds(served.server))
+                    used[name].subtract(before)
                     for kind, results in found.items():
                         arms[name][kind] += results
                     if name == "mixed":
-                        most = max(most, most_at_once(hit_times, [s for s, _ in found["hit"]]))
-                    served.settle()
+                        most = max(most, most_at_once(hit_times, [s for s, _ in found["other"]]))
                 talk(f"round {number + 1} of {args.rounds}")
-    for _, report in arms["mixed"]["hit"]:
-        if report["hit_tokens"] < args.hit_tokens // 256 * 256:
+    for _, report in arms["mixed"]["other"]:
+        if report["hit_tokens"] < args.hit_tokens // CHUNK * CHUNK:
             raise SystemExit(f"a hit was none: {report}")
     for arm in arms.values():
         for _, report in arm["miss"]:
             if report["reason"] != "not_stored" or "lookup" not in report["stages_ms"]:
                 raise SystemExit(f"a miss did not look the store up, or found something: {report}")
     times = {name: [s for s, _ in arm["miss"]] for name, arm in arms.items()}
-    ratio = median(times["mixed"]) / median(times["alone"])
+    medians = {name: median(seconds) for name, seconds in times.items()}
+    ratio = medians["mixed"] / medians["alone"]
     report = {
         "benchmark": "mixed",
         "gbit_per_second": args.gbit_per_second,
@@ -180,17 +201,27 @@ def main() -> int:
         "hit_interval_seconds": args.hit_interval,
         "arrivals": f"Poisson, seed {args.seed}, the same in both arms",
         "prefixes": args.prefixes,
+        "around_nice": args.around_nice,
         "most_hits_in_flight": most,
         "seconds_in_all": round(time.time() - started),
         "machine": machine(),
         "misses_mixed_over_alone": round(ratio, 4),
-        "misses_mixed": spread(times["mixed"]),
-        "misses_alone": spread(times["alone"]),
-        "hits": spread([s for s, _ in arms["mixed"]["hit"]]),
+        "misses_short_over_alone": round(medians["short"] / medians["alone"], 4),
+        **{f"misses_{name}": spread(seconds) for name, seconds in times.items()},
+        "hits": spread([s for s, _ in arms["mixed"]["other"]]),
+        "short_prompts": spread([s for s, _ in arms["short"]["other"]]),
+        "computed_tokens": {
+            "hits": computed(arms["mixed"]["other"]),
+            "short_prompts": computed(arms["short"]["other"]),
+        },
+        "cpu_seconds": {
+            name: {of: round(seconds, 2) for of, seconds in sorted(each.items()) if seconds > 0}
+            for name, each in used.items()
+        },
     }
     talk(
-        f"misses: {median(times['mixed']):.3f} s with hits, {median(times['alone']):.3f} s without"
-        f" ({ratio - 1:+.1%}); hits {report['hits']['median_seconds']:.3f} s"
+        f"misses: {medians['mixed']:.3f} s with hits ({ratio - 1:+.1%}), {medians['short']:.3f} s"
+        f" with short prompts, {medians['alone']:.3f} s alone"
     )
     write(args.output, report)
     return 0 if ratio <= 1 + BOUND else 1

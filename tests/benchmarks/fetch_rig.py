@@ -124,6 +124,49 @@ def reads_of(store: RedisServer) -> Iterator[dict[str, list[tuple[int, int]]]]:
         client.delete("monitor:end")
 
 
+def cpu_seconds(server: TritonServer) -> dict[str, float]:
+    """CPU time so far: each model's processes, the rest of the server, and all that is around it.
+
+    Around it are the store, its link and this program (`benchmark`).
+    """
+    around = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    processes = {int(child): "benchmark" for child in (*around, os.getpid())}
+    processes[server.process_id] = "tritonserver"
+    processes |= {stub.process_id: stub.model for stub in server.stubs()}
+    used: dict[str, float] = {}
+    for process, name in processes.items():
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        ticks = int(fields[11]) + int(fields[12])  # user and system
+        used[name] = used.get(name, 0.0) + ticks / os.sysconf("SC_CLK_TCK")
+    return used
+
+
+@contextmanager
+def servers_first(nice: int) -> Iterator[None]:
+    """Let servers have the cores first, before store, link and this program.
+
+    These stand for other machines. Linux shares the cores between sessions first (`autogroup`,
+    where it has it), and a server has a session of its own: this one gets a smaller share.
+
+    Args:
+        nice: of this session above a server's; 0 = as much as the server.
+
+    Raises:
+        SystemExit: the kernel does not group processes so, and shares the cores among all.
+    """
+    setting = Path("/proc/self/autogroup")
+    if nice and not setting.exists():
+        raise SystemExit("no /proc/self/autogroup: this kernel cannot let the server go first")
+    if nice:
+        before = setting.read_text().split()[-1]
+        setting.write_text(str(nice))
+    try:
+        yield
+    finally:
+        if nice:
+            setting.write_text(before)
+
+
 def spread(seconds: list[float]) -> dict[str, object]:
     """Median and range of some times."""
     return {
