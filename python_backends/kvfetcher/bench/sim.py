@@ -12,8 +12,9 @@ ours         `UnitWalk`, unit by unit, from all five picture sizes; from two of 
              and an uncompressed copy
 gated        ours with kv_policy=auto: computing what is not worth fetching. All others fetch whatever
              it takes (kv_policy=fetch)
-ideal        no policy: the link is never idle with the fewest bytes of all sizes, the decoders
-             never with the quickest size, and nothing is waited for. No choice of sizes is faster
+ideal        no policy: the link is never idle with the fewest bytes of all sizes, all decoders work
+             on what has come at the quickest size's rate, and nothing else is waited for. No choice of
+             sizes is faster
 
 Picture sizes are whole layer groups of one chunk side by side in a picture. Their bits were measured
 with the project's codec, decode times on an H100 (`decode_times.H100_NVDEC`).
@@ -361,20 +362,38 @@ def run_policy(
 
 
 def ideal_seconds(
-    trace: Trace, library: Library, table: DecodeTable, request: Request, *, start: float
+    trace: Trace,
+    library: Library,
+    table: DecodeTable,
+    request: Request,
+    *,
+    start: float,
+    sizes: Sequence[str],
 ) -> float:
-    """Time to first token that no choice of picture sizes can undercut."""
-    prompt = library.prompt(request, library.pictures)
-    num_bytes: dict[str, int] = {}
-    decode: dict[str, float] = {}
+    """Time to first token that no choice of these picture sizes can undercut.
+
+    At every moment what has not come yet is still to be decoded, by all decoders at once.
+    """
+    prompt = library.prompt(request, sizes)
+    bytes_of: dict[str, int] = {}
+    seconds_of: dict[str, float] = {}
     for entry in prompt.header.units:
         load = prompt.works[entry.offset].load
         busy = table.picture_seconds(load, num_busy=table.num_decoders)
-        num_bytes[entry.variant] = num_bytes.get(entry.variant, 0) + entry.length
-        decode[entry.variant] = decode.get(entry.variant, 0.0) + busy / table.num_decoders
-    transfer = trace.seconds_for(request.num_chunks * min(num_bytes.values()), start=start)
-    work = request.num_chunks * min(decode.values())
-    return max(transfer, work) + request.prompt.compute_seconds(request.num_chunks)
+        bytes_of[entry.variant] = bytes_of.get(entry.variant, 0) + entry.length
+        seconds_of[entry.variant] = seconds_of.get(entry.variant, 0.0) + busy / table.num_decoders
+    num_bytes = request.num_chunks * min(bytes_of.values())
+    left = float(num_bytes)
+    work = request.num_chunks * min(seconds_of.values())
+    now, done = 0.0, work
+    while True:
+        rate, seconds = trace.at(start + now)
+        if rate * seconds >= left:
+            done = max(done, now + left / rate)
+            return done + request.prompt.compute_seconds(request.num_chunks)
+        left -= rate * seconds
+        now += seconds
+        done = max(done, now + work * left / num_bytes)
 
 
 def _start(burst: int) -> float:
@@ -481,24 +500,34 @@ def run(
     simulated = partial(run_trace, requests=requests, num_together=num_together)
     rows: list[dict[str, Any]] = []
     everywhere: list[tuple[Trace, dict[str, list[Run]]]] = []
-    ideals: list[float] = []
+    ideals: dict[tuple[str, ...], list[float]] = {
+        sizes: [] for sizes in (library.pictures, *((name,) for name in library.pictures))
+    }
     for trace, runs in zip(traces, _map(simulated, traces, num_jobs), strict=True):
         rows.append(trace_row(trace, runs))
         say(format_row(rows[-1]))
         everywhere.append((trace, runs))
         if trace.family == "jitter":
-            ideals += [
-                ideal_seconds(
-                    trace, library, H100_NVDEC, request, start=_start(index // num_together)
-                )
-                for index, request in enumerate(requests)
-            ]
+            for sizes, found in ideals.items():
+                found += [
+                    ideal_seconds(
+                        trace,
+                        library,
+                        H100_NVDEC,
+                        request,
+                        start=_start(index // num_together),
+                        sizes=sizes,
+                    )
+                    for index, request in enumerate(requests)
+                ]
     jitter = [runs for trace, runs in everywhere if trace.family == "jitter"]
     means = {name: _mean_ttft(r for runs in jitter for r in runs[name]) for name in jitter[0]}
     gains = {name: 1 - means["ours"] / mean for name, mean in means.items()}
     fixed = {name: gains[fixed_name(name)] for name in library.pictures}
-    possible = {
-        name: 1 - statistics.fmean(ideals) / means[fixed_name(name)] for name in library.pictures
+    ideal = statistics.fmean(ideals[library.pictures])
+    possible = {name: 1 - ideal / means[fixed_name(name)] for name in library.pictures}
+    possible_by_size = {
+        name: 1 - ideal / statistics.fmean(ideals[name,]) for name in library.pictures
     }
     best_of_all = min(means[fixed_name(name)] for name in library.names)
     bytes_of_one = PICTURE_SIZES[0].bits_per_element
@@ -511,10 +540,12 @@ def run(
             " against the smallest pictures, see jitter_gain_vs_each_fixed: sizes cost nearly the"
             " same bits, and NVDEC decodes larger pictures faster up to about 3000 lines, so that"
             " a large fixed size is nearly best. jitter_gain_possible_vs_each_fixed is what a"
-            " fetcher without any waiting would gain"
+            " fetcher that waits for nothing but bytes would gain over the fixed size as it is fetched,"
+            " jitter_gain_possible_by_size over the fixed size fetched without waiting either"
         ),
         "jitter_gain_vs_each_fixed": fixed,
         "jitter_gain_possible_vs_each_fixed": possible,
+        "jitter_gain_possible_by_size": possible_by_size,
         "jitter_gain_vs_best_fixed": min(fixed.values()),
         "jitter_gain_with_raw_vs_best_fixed": 1 - means[OURS_WITH_RAW] / best_of_all,
         "jitter_gain_vs_nominal_fixed": gains["nominal"],

@@ -12,8 +12,11 @@ from kvfetcher.bench.simulate import SimFetcher, SimLink, run_simulated
 from kvfetcher.bench.traces import GBIT, all_traces, make_trace, uniform_jitter
 from kvfetcher.config import FetchConfig
 from kvfetcher.container import HEADER_READ_BYTES
+from kvfetcher.fetch.bandwidth import LinkEstimate
 from kvfetcher.fetch.decode_times import H100_NVDEC
-from kvfetcher.fetch.variants import chunk_options
+from kvfetcher.fetch.pipeline import Machine
+from kvfetcher.fetch.variants import UnitWalk, chunk_options
+from kvfetcher.spec import RAW_VARIANT
 
 LIBRARY = sim.Library(H100_NVDEC, sim.PICTURE_SIZES)
 SHORT = sim.Request(sim.SHAPES[0], 2048)
@@ -182,6 +185,21 @@ def test_requests_that_come_together_share_the_link():
     assert slowest == pytest.approx(2 * alone[0].outcome.fetch_seconds, rel=0.15)
 
 
+def test_raw_units_wait_until_decoders_would_outlast_a_stall_but_on_a_link_with_room_to_spare():
+    header = LIBRARY.prompt(LONG, ("largest", sim.RAW)).header
+    chunks = [chunk_options(header, H100_NVDEC)] * LONG.num_chunks
+
+    def first(queue_seconds, gbit):
+        link = LinkEstimate(*[gbit * GBIT] * 4, sim.RTT_SECONDS)
+        machine = Machine(num_decoders=7, decode_queue_seconds=queue_seconds)
+        return UnitWalk(chunks, hysteresis=0.1).next(link=link, machine=machine)[1].variant
+
+    # Coded units come twice as fast as decoders take them at 16 Gbit/s, five times at 40.
+    assert first(0.03, 16) != RAW_VARIANT
+    assert first(0.06, 16) == RAW_VARIANT
+    assert first(0.03, 40) == RAW_VARIANT
+
+
 @pytest.fixture(scope="module")
 def report():
     traces = [
@@ -213,6 +231,28 @@ def test_promises_hold_on_a_few_traces(report):
     assert min(gains.values()) > -0.03
     for size, possible in report["jitter_gain_possible_vs_each_fixed"].items():
         assert gains[size] < possible < gains[size] + 0.3
+        # A fixed size that is fetched without waiting leaves less to gain.
+        assert 0 <= report["jitter_gain_possible_by_size"][size] < possible
+
+
+def test_ideal_decodes_nothing_that_has_not_come():
+    sizes = ("largest",)
+    computed = LONG.prompt.compute_seconds(LONG.num_chunks)
+    num_bytes = LONG.num_chunks * sum(e.length for e in LIBRARY.prompt(LONG, sizes).header.units)
+
+    def ideal(pieces):
+        trace = make_trace("steps", "steps", [*pieces, (100.0, 40)])
+        return (
+            sim.ideal_seconds(trace, LIBRARY, H100_NVDEC, LONG, start=0.0, sizes=sizes) - computed
+        )
+
+    decoding = ideal([(1.0, 1e6)])
+    assert decoding > num_bytes / (40 * GBIT)
+    # All of it comes after a second, and is decoded then; half of it is decoded meanwhile.
+    assert ideal([(1.0, 0)]) == pytest.approx(1.0 + decoding)
+    assert ideal([(1.0, num_bytes / 2 / GBIT)]) == pytest.approx(1.0 + decoding / 2)
+    # A link that is slower than the decoders is all that counts.
+    assert ideal([(100.0, 1)]) == pytest.approx(num_bytes / GBIT)
 
 
 def test_the_gate_computes_on_a_slow_link_and_fetches_on_a_fast_one(report):
