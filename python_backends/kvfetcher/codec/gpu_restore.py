@@ -60,6 +60,7 @@ _ESCAPES_BLOCK = 256
 _TOKENS, _COLUMNS = 128, 128
 _TILE = {"TOKENS": _TOKENS, "COLUMNS": _COLUMNS, "num_warps": 8, "num_stages": 3}
 _UNPACK_BLOCK = 1024
+_ZERO = np.zeros(1, np.int64)
 # Of the parts of one copy.
 _ALIGNMENT = 16
 
@@ -263,7 +264,7 @@ class GpuRestorer:
         lines = (line // grid.frame_rows * 3 + plan.row_of_channel % 3) * geometry.height
         lines += line % grid.frame_rows
         sums, channel_lines, medians, remainders = self._upload_all(
-            np.zeros(1, np.int64),
+            _ZERO,
             lines.astype(np.int32),
             plan.medians,
             np.frombuffer(plan.remainders, np.uint8),
@@ -305,7 +306,7 @@ class GpuRestorer:
         grid = plan.grid
         places, values = escapes(unit, plan.num_escapes, grid.num_rows * grid.num_columns)
         sums, at, escaped, order, steps, means = self._upload_all(
-            np.zeros(1, np.int64),
+            _ZERO,
             places,
             values.astype(np.float32),
             plan.order,
@@ -339,11 +340,11 @@ class GpuRestorer:
         places, values = escapes(unit, plan.num_escapes, grid.num_rows * grid.num_columns)
         large = _large_rows(places // grid.num_columns, values, rows_of, shifts)
         low_planes = [p.planes.reshape(-1) for p in plan.low_bits if p is not None]
-        sums, low, at, escaped = self._upload_all(
-            np.zeros(1, np.int64),
-            np.concatenate(low_planes) if low_planes else np.zeros(1, np.uint8),
-            places.astype(np.int32),
-            np.asarray(values, np.int32),
+        found = (places.astype(np.int32), values) if len(places) else ()
+        sums, low, *escaped = self._upload_all(
+            _ZERO,
+            np.concatenate(low_planes) if low_planes else _ZERO.view(np.uint8),
+            *found,
         )
         samples = high = self._rows(grid)
         num_high = [max(len(s), n) for s, n in zip(shifts, large, strict=True)]
@@ -352,10 +353,9 @@ class GpuRestorer:
         elif any(num_high):
             high = torch.empty_like(samples)
         self._unpack(unit, planes, grid, samples, high, sums, tables, low)
-        if len(places):
+        if escaped:
             gpu_kernels.put_escapes[(-(-len(places) // _ESCAPES_BLOCK),)](
-                at,
-                escaped,
+                *escaped,
                 len(places),
                 samples,
                 high,
@@ -615,12 +615,14 @@ class GpuRestorer:
 
         Where other processes share the GPU, waiting would cost a turn of each of them.
         """
-        stops = np.cumsum([-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays])
+        starts, size = [], 0
+        for array in arrays:
+            starts.append(size)
+            size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
         is_gpu = self._device.type == "cuda"
         # torch reuses page-locked memory when the copies out of it are over.
-        host = torch.empty(max(1, int(stops[-1])), dtype=torch.uint8, pin_memory=is_gpu)
+        host = torch.empty(max(1, size), dtype=torch.uint8, pin_memory=is_gpu)
         view = host.numpy()
-        starts = (0, *stops[:-1].tolist())
         for array, start in zip(arrays, starts, strict=True):
             part = view[start : start + array.nbytes].view(array.dtype)
             part.reshape(array.shape)[...] = array
@@ -679,6 +681,8 @@ def _large_rows(
         LeftToCpuError: an integer is beyond two float16.
     """
     found = [0] * len(rows_of)
+    if not len(values):
+        return found
     size = np.abs(values.astype(np.int64))
     if not np.any(size > gpu_kernels.EXACT_HALF >> MAX_SHIFT):
         return found
@@ -700,6 +704,7 @@ def _num_bytes(unit: Unit, grid: RowGrid) -> int:
     return grid.num_rows * grid.num_columns * unit.geometry.dtype.itemsize
 
 
+@functools.cache
 def _torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
     return torch.from_numpy(np.empty(0, dtype)).dtype
 

@@ -100,8 +100,9 @@ def split(
     planes = np.frombuffer(data, np.uint8).reshape(-1, -(-num_tokens // 8))
     if num_tokens % 8 and np.any(planes[:, -1] >> (num_tokens % 8)):
         raise FormatError("unused bits of the unit's low bits must be 0")
-    stops = np.cumsum([int(s.sum(dtype=np.int64)) for s in shifts])
-    return [
-        PackedLowBits(of_rows, part)
-        for of_rows, part in zip(shifts, np.split(planes, stops[:-1]), strict=True)
-    ]
+    found, at = [], 0
+    for of_rows in shifts:
+        stop = at + int(of_rows.sum(dtype=np.int64))
+        found.append(PackedLowBits(of_rows, planes[at:stop]))
+        at = stop
+    return found

@@ -9,6 +9,7 @@ The integers are exact on any machine and have the digest; the floats after them
 
 from __future__ import annotations
 
+import functools
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -73,6 +74,12 @@ _DEFAULT_SIZE = FrameSize(1024, 2048)
 # num_escapes, num_raw_tokens; then the rank of each further layer group
 _PARAMS = struct.Struct("<32sfIIIIII")
 _RANK = struct.Struct("<I")
+# Parts of it: what comes before the counts but the digest; the counts; the digest
+_KIND = struct.Struct("<fIIII")
+_COUNTS = struct.Struct("<II")
+_DIGEST_BYTES = 32
+_COUNTS_AT = _DIGEST_BYTES + _KIND.size
+_KINDS = 512
 # |z / step| beyond this is an outlier whose token is kept exact; far inside int32 and float32.
 _MAX_INTEGER = 1 << 23
 
@@ -214,36 +221,34 @@ def plan_restore(unit: Unit) -> RestorePlan:
         FormatError: the unit breaks the profile's rules.
         UnsupportedVersionError: its calibration is not on this machine.
     """
-    params = _parse_params(unit)
+    params = unit.params
+    if len(params) < _PARAMS.size or (len(params) - _PARAMS.size) % _RANK.size:
+        raise FormatError(
+            f"a transform unit has {_PARAMS.size} parameter bytes and {_RANK.size} for each further"
+            f" layer group, got {len(params)}"
+        )
     more = (LOW_BITS,) if unit.flags & HAS_LOW_BITS else ()
     unit.require_sections(ESCAPE_INDICES, ESCAPE_VALUES, RAW_TOKENS, RAW_VALUES, *more)
     try:
-        calibration = find_calibration(params.calibration)
+        calibration = find_calibration(params[:_DIGEST_BYTES].hex())
     except ConfigError as exc:
         raise UnsupportedVersionError(f"transform unit: {exc}") from exc
-    groups = _layer_groups(calibration, unit.spec, unit.layer_start, unit.num_layers)
-    if groups[0] != params.group or len(groups) != len(params.ranks):
-        raise FormatError(
-            f"unit says {len(params.ranks)} layer groups from {params.group} on, its layers are"
-            f" {len(groups)} from {groups[0]} on"
-        )
-    layout = Layout.of(
-        len(calibration.grouping.head_ranges),
-        params.ranks,
+    num_escapes, num_raw_tokens = _COUNTS.unpack_from(params, _COUNTS_AT)
+    kind = _kind_of(
+        calibration.digest,
+        params[:_COUNTS_AT] + params[_COUNTS_AT + _COUNTS.size :],
+        unit.spec,
+        unit.layer_start,
+        unit.num_layers,
         unit.num_tokens,
-        params.frame_rows,
-        params.frame_columns,
     )
-    check_pictures(unit, layout.grid)
-    places = tuple(_places(calibration, groups))
+    check_pictures(unit, kind.layout.grid)
+    low_bits: tuple[PackedLowBits | None, ...] = (None,) * len(kind.places)
+    if more:
+        data = unit.section(LOW_BITS, num_bytes=kind.low_bytes)
+        low_bits = tuple(split(data, kind.shifts, unit.num_tokens))
     return RestorePlan(
-        calibration,
-        params.step,
-        params.num_escapes,
-        params.num_raw_tokens,
-        layout,
-        places,
-        _read_low_bits(unit, calibration, places, params),
+        calibration, kind.step, num_escapes, num_raw_tokens, kind.layout, kind.places, low_bits
     )
 
 
@@ -283,38 +288,43 @@ def restore_transform(unit: Unit, planes: Integers) -> Integers:
     return result
 
 
-@dataclass(frozen=True, slots=True)
-class _Params:
-    """Parameters of a transform unit, as FORMAT.md has them."""
+class _Kind(NamedTuple):
+    """What units of one kind share: all of a plan but for their contents."""
 
-    calibration: str
     step: float
-    group: int
-    """The first layer group."""
-    ranks: tuple[int, ...]
-    """Of each layer group of the unit."""
-    frame_rows: int
-    frame_columns: int
-    num_escapes: int
-    num_raw_tokens: int
+    layout: Layout
+    places: tuple[Place, ...]
+    shifts: tuple[NDArray[np.uint8], ...]
+    """Low bits of each transform's rows, where the unit has any."""
+    low_bytes: int
+    """Of all low bits."""
 
 
-def _parse_params(unit: Unit) -> _Params:
-    size = len(unit.params)
-    if size < _PARAMS.size or (size - _PARAMS.size) % _RANK.size:
-        raise FormatError(
-            f"a transform unit has {_PARAMS.size} parameter bytes and {_RANK.size} for each further"
-            f" layer group, got {size}"
-        )
-    digest, step, group, rank, frame_rows, frame_columns, num_escapes, num_raw = (
-        _PARAMS.unpack_from(unit.params)
-    )
+@functools.lru_cache(maxsize=_KINDS)
+def _kind_of(
+    digest: str, params: bytes, spec: KVSpec, layer_start: int, num_layers: int, num_tokens: int
+) -> _Kind:
+    """Kept, for a chunk's units come again with every chunk, and making it takes 0.1 ms.
+
+    `digest` is of a calibration that is known, `params` a unit's without `_COUNTS`.
+    """
+    calibration = find_calibration(digest)
+    step, group, rank, frame_rows, frame_columns = _KIND.unpack_from(params, _DIGEST_BYTES)
     if not 1e-30 < step < 1e30:
         raise FormatError(f"step of the unit must be a positive number, got {step}")
-    more = (found for (found,) in _RANK.iter_unpack(unit.params[_PARAMS.size :]))
-    return _Params(
-        digest.hex(), step, group, (rank, *more), frame_rows, frame_columns, num_escapes, num_raw
-    )
+    more = params[_COUNTS_AT:]
+    ranks = (rank, *(found for (found,) in _RANK.iter_unpack(more)))
+    groups = _layer_groups(calibration, spec, layer_start, num_layers)
+    if groups[0] != group or len(groups) != len(ranks):
+        raise FormatError(
+            f"unit says {len(ranks)} layer groups from {group} on, its layers are"
+            f" {len(groups)} from {groups[0]} on"
+        )
+    num_head_groups = len(calibration.grouping.head_ranges)
+    layout = Layout.of(num_head_groups, ranks, num_tokens, frame_rows, frame_columns)
+    places = tuple(_places(calibration, groups))
+    shifts = tuple(_shifts(calibration, p, ranks[p.number], step) for p in places)
+    return _Kind(step, layout, places, shifts, packed_bytes(shifts, num_tokens))
 
 
 class Place(NamedTuple):
@@ -344,17 +354,6 @@ def _shifts(calibration: Calibration, place: Place, rank: int, step: float) -> N
     """Low bits of a transform's rows, those that have any."""
     sigma = calibration.bases[place.layer_group, place.head_group].sigma
     return row_shifts(sigma[:rank], step)
-
-
-def _read_low_bits(
-    unit: Unit, calibration: Calibration, places: tuple[Place, ...], params: _Params
-) -> tuple[PackedLowBits | None, ...]:
-    """The low bits of each transform of a unit."""
-    if not unit.flags & HAS_LOW_BITS:
-        return (None,) * len(places)
-    shifts = [_shifts(calibration, p, params.ranks[p.number], params.step) for p in places]
-    num_bytes = packed_bytes(shifts, unit.num_tokens)
-    return tuple(split(unit.section(LOW_BITS, num_bytes=num_bytes), shifts, unit.num_tokens))
 
 
 def _forward(
