@@ -679,34 +679,63 @@ def _gemm(pipe) -> None:
 
 
 def _generate(pipe) -> None:
+    """Tokens of an 8B model, one by one behind a prefix: a captured graph, as engines run it."""
     import torch
-    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-    from kvfetcher.engines.forward import forward
+    torch.set_grad_enabled(False)
+    step = _decoding_step(torch.device("cuda"), torch.bfloat16)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    _serve_rates(pipe, graph.replay, per_call=1.0, batch=4)
 
-    config = LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=32000,
-        max_position_embeddings=32768,
-    )
-    with torch.device("cuda"):
-        torch.set_default_dtype(torch.bfloat16)
-        model = LlamaForCausalLM(config).eval()
-    ids = torch.zeros((1, 1024), dtype=torch.long, device="cuda")
-    with torch.inference_mode():
-        cache = DynamicCache()
-        forward(model, ids, cache)
 
-        def step() -> None:
-            forward(model, ids[:, :1], cache)
-            if cache.get_seq_length() > 4096:
-                cache.crop(1024)
+def _decoding_step(device, dtype, *, layers=32, width=4096, heads=32, kv_heads=8, inner=14336):
+    """One token through a Llama of random weights, which attends to a KV cache of 4096 tokens."""
+    import torch
+    from torch.nn import functional
 
-        _serve_rates(pipe, step, per_call=1.0, batch=1)
+    dim = width // heads
+
+    def weight(rows: int, columns: int):
+        return torch.randn(rows, columns, device=device, dtype=dtype) / columns**0.5
+
+    stack = [
+        (
+            weight(width + 2 * kv_heads * dim, width),
+            weight(width, width),
+            weight(2 * inner, width),
+            weight(width, inner),
+            torch.randn(2, 1, kv_heads, 4096, dim, device=device, dtype=dtype),
+        )
+        for _ in range(layers)
+    ]
+    head = weight(32000, width)
+    hidden = torch.randn(1, width, device=device, dtype=dtype)
+    token = torch.zeros(1, dtype=torch.long, device=device)
+
+    def step():
+        x = hidden
+        for project, out, up, down, cache in stack:
+            parts = functional.rms_norm(x, (width,)) @ project.T
+            query, key, value = parts.split([width, kv_heads * dim, kv_heads * dim], dim=1)
+            cache[0, :, :, -1] = key.view(1, kv_heads, dim)
+            cache[1, :, :, -1] = value.view(1, kv_heads, dim)
+            seen = functional.scaled_dot_product_attention(
+                query.view(1, heads, 1, dim), cache[0], cache[1], enable_gqa=True
+            )
+            x = x + seen.reshape(1, width) @ out.T
+            gate, linear = (functional.rms_norm(x, (width,)) @ up.T).chunk(2, dim=1)
+            x = x + (functional.silu(gate) * linear) @ down.T
+        token.copy_((functional.rms_norm(x, (width,)) @ head.T).argmax(dim=1))
+        return token
+
+    return step
 
 
 def _serve_rates(pipe, call, *, per_call: float, batch: int) -> None:
