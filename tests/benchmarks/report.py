@@ -1,4 +1,4 @@
-"""Benchmark results (results/*.json) -> Markdown tables, as README, CODEC.md and FETCHING.md show them.
+"""Benchmark results (results/*.json) -> Markdown tables, as README and the pages beside it show them.
 
     python tests/benchmarks/report.py
 
@@ -8,6 +8,7 @@ Results are written by `kvfetcher bench codec --json > tests/benchmarks/results/
 import json
 import sys
 from pathlib import Path
+from statistics import median
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -142,9 +143,65 @@ def mixed_table(report: dict) -> str:
     )
 
 
+def gpu_table(report: dict) -> str:
+    """Rates through the server against bare decoders, and what else runs on the GPU beside it."""
+    lines = [
+        (
+            "| units | bits per element | kv_restore | G elements/s | of 7 bare | of 14 bare"
+            " | one alone, ms | under load, ms |"
+        ),
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in report["rates"].items():
+        for key, found in row.items():
+            if not key.startswith("triton_"):
+                continue
+            of_bare = [
+                f"{found['elements_g_per_s'] / row[bare]:.2f}" if bare in row else ""
+                for bare in ("bare_7", "bare_14")
+            ]
+            cells = [
+                name,
+                f"{row['bits_per_element']:.2f}",
+                key.split("_")[2],
+                f"{found['elements_g_per_s']:.2f}",
+                *of_bare,
+                f"{found['alone_ms_median']:.1f}",
+                f"{found['latency_ms_median']:.1f} (p95 {found['latency_ms_p95']:.1f})",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| beside it | alone | beside ours (at G elements/s) | beside CacheGen (at) |"]
+    lines.append("|---|---|---|---|")
+    names = {
+        "gemm_tflop_per_s": "bf16 product, TFLOP/s",
+        "generation_tokens_per_s": "8B generation, tokens/s",
+    }
+    for key, title in names.items():
+        row = report["interference"][key]
+        cells = [title, f"{median(row['alone']):.0f}"]
+        for load in ("path", "cachegen"):
+            found = row[load]
+            cells.append(
+                f"{median(found['beside']):.0f}, {-100 * found['lost']:+.0f} %"
+                f" ({median(found['elements_g_per_s']):.1f})"
+            )
+        lines.append(f"| {' | '.join(cells)} |")
+    machine = report["machine"]
+    lines += ["", f"{machine['gpu']}, {machine['cores']} cores, {machine['time'][:10]}."]
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     reports = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("codec_*.json"))]
-    texts = [make(report) for report in reports for make in (summary, table)]
-    for name, make in (("fetch_*.json", fetch_table), ("mixed_*.json", mixed_table)):
+    texts = [
+        make(report)
+        for report in reports
+        for make in ((summary, table) if isinstance(report["documents"], dict) else (table,))
+    ]
+    for name, make in (
+        ("fetch_*.json", fetch_table),
+        ("mixed_*.json", mixed_table),
+        ("gpu_path_*.json", gpu_table),
+    ):
         texts += [make(json.loads(path.read_text())) for path in sorted(RESULTS.glob(name))]
     sys.stdout.write("\n\n".join(texts) + "\n")

@@ -72,6 +72,14 @@ def test_the_page_on_fetching_shows_the_results(report):
             assert make(json.loads(path.read_text())) in page, path.name
 
 
+def test_the_page_on_gpus_shows_the_results(report):
+    page = (ROOT / "python_backends" / "GPU.md").read_text()
+    paths = sorted((ROOT / "tests" / "benchmarks" / "results").glob("gpu_path_*.json"))
+    assert paths
+    for path in paths:
+        assert report.gpu_table(json.loads(path.read_text())) in page, path.name
+
+
 def test_its_files_exist():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
