@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvfetcher.codec.base import PlaneGeometry
+from kvfetcher.codec.base import LeftToCpuError, PlaneGeometry
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.profiles import decode_unit, encode_chunk, restore_parsed
 from kvfetcher.codec.symbols import ESCAPE_INDICES, ESCAPE_VALUES, escapes
@@ -305,7 +305,7 @@ def test_integers_of_wide_rows_and_escapes_are_exact(restorer, outlier):
 
 
 def test_integers_beyond_two_halves_are_left_to_the_cpu(restorer):
-    from kvfetcher.codec.gpu_restore import Destination, LeftToCpuError
+    from kvfetcher.codec.gpu_restore import Destination
 
     spec = spec_of()
     calibration = make_calibration(spec, layers=2)

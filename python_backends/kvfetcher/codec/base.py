@@ -37,6 +37,10 @@ ONLY_VARIANT = "-"
 _PICTURE_CHANNELS = 1920
 
 
+class LeftToCpuError(RuntimeError):
+    """A unit of a kind that a GPU restores, but whose contents are not for it."""
+
+
 @dataclass(frozen=True, slots=True)
 class PlaneGeometry:
     """Shape of a unit's decoded pictures.

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from kvfetcher.codec import digest, gpu_kernels
+from kvfetcher.codec.base import LeftToCpuError
 from kvfetcher.codec.exact import check_exact, plan_exact
 from kvfetcher.codec.low_bits import MAX_SHIFT
 from kvfetcher.codec.raw_tokens import exact_tokens
@@ -63,10 +64,6 @@ _UNPACK_BLOCK = 1024
 _ZERO = np.zeros(1, np.int64)
 # Of the parts of one copy.
 _ALIGNMENT = 16
-
-
-class LeftToCpuError(RuntimeError):
-    """A unit that `can_restore`, but whose contents are not for the GPU."""
 
 
 @dataclass(frozen=True, slots=True)

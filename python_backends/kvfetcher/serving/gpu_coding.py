@@ -18,6 +18,7 @@ import numpy as np
 
 from kvfetcher.arena import BlockTarget, read_arena_header
 from kvfetcher.codec import profiles
+from kvfetcher.codec.base import LeftToCpuError
 from kvfetcher.codec.nvdec import sample_shift
 from kvfetcher.control import run_dir
 from kvfetcher.cuda import cuda_context
@@ -212,8 +213,6 @@ class GpuJob(NamedTuple):
 def _left_to_cpu() -> tuple[type[RuntimeError], ...]:
     """What a restorer raises where the CPU can do the work."""
     import torch
-
-    from kvfetcher.codec.gpu_restore import LeftToCpuError
 
     return torch.OutOfMemoryError, LeftToCpuError
 

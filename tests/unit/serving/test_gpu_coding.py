@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kvfetcher.arena import BlockTarget
+from kvfetcher.codec.base import LeftToCpuError
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.nvdec import NvdecDecoder
 from kvfetcher.codec.profiles import encode_chunk, restore_parsed
@@ -461,10 +462,13 @@ def test_all_planes_come_back_when_finishing_raises(restorer, decoder, kept, on_
     assert tickets_of(decoder) == 0
 
 
-def test_a_gpu_without_memory_leaves_its_unit_to_the_cpu(
-    restorer, decoder, kept, on_failing_gpu, probe_arena, probe, monkeypatch
+@pytest.mark.parametrize(
+    "refusal", [torch.OutOfMemoryError("out of memory"), LeftToCpuError("an integer is too large")]
+)
+def test_what_a_gpu_refuses_is_restored_by_the_cpu(
+    restorer, decoder, kept, on_failing_gpu, probe_arena, probe, monkeypatch, refusal
 ):
-    log = on_failing_gpu(begin=torch.OutOfMemoryError("out of memory"))
+    log = on_failing_gpu(begin=refusal)
     planes, _ = UnitDecoder("cpu").decode(probe_unit())
     on_gpu = torch.from_numpy(planes.copy())
     monkeypatch.setattr(restorer._gpu, "_tensor", lambda unit, ticket: on_gpu)
