@@ -475,21 +475,24 @@ class GpuRestorer:
 
     def _inverse(self, calibration: Calibration, place: Place, rank: int) -> _Inverse:
         key = (calibration.digest, place.layer_group, place.head_group, rank)
-        found = self._inverses.get(key)
-        if found is None:
-            # Units may name any rank: what is kept is never more than all components of every
-            # transform take, in two bytes each.
-            ours = [k for k in self._inverses if k[0] == calibration.digest]
-            room = calibration.inverse_bytes // 2 - rank * 2 * len(
-                calibration.bases[place.layer_group, place.head_group].mean
-            )
-            kept = sum(self._inverses[k].num_bytes for k in ours)
-            while ours and (kept > room or len(self._inverses) >= MAX_MATRICES):
-                kept -= self._inverses.pop(ours.pop(0)).num_bytes
-            found = self._make_inverse(calibration, place, rank)
-        self._inverses[key] = found
-        self._inverses.move_to_end(key)
-        return found
+        if key not in self._inverses:
+            self._make_room(calibration, 2 * rank * len(calibration.bases[key[1:3]].mean))
+        return _kept(
+            self._inverses, key, MAX_MATRICES, lambda: self._make_inverse(calibration, place, rank)
+        )
+
+    def _make_room(self, calibration: Calibration, num_bytes: int) -> None:
+        """Let go of a calibration's matrices until one more of that size may be kept.
+
+        Units may name any rank: what is kept is never more than all components of every transform
+        take, in two bytes each.
+        """
+        ours = [key for key in self._inverses if key[0] == calibration.digest]
+        kept = sum(self._inverses[key].num_bytes for key in ours)
+        for key in ours:  # the one unused for longest first
+            if kept + num_bytes <= calibration.inverse_bytes // 2:
+                break
+            kept -= self._inverses.pop(key).num_bytes
 
     def _make_inverse(self, calibration: Calibration, place: Place, rank: int) -> _Inverse:
         spec = calibration.spec

@@ -74,12 +74,7 @@ _DEFAULT_SIZE = FrameSize(1024, 2048)
 # num_escapes, num_raw_tokens; then the rank of each further layer group
 _PARAMS = struct.Struct("<32sfIIIIII")
 _RANK = struct.Struct("<I")
-# Parts of it: what comes before the counts but the digest; the counts; the digest
-_KIND = struct.Struct("<fIIII")
-_COUNTS = struct.Struct("<II")
-_DIGEST_BYTES = 32
-_COUNTS_AT = _DIGEST_BYTES + _KIND.size
-_KINDS = 512
+_MAX_KINDS = 512
 # |z / step| beyond this is an outlier whose token is kept exact; far inside int32 and float32.
 _MAX_INTEGER = 1 << 23
 
@@ -229,14 +224,13 @@ def plan_restore(unit: Unit) -> RestorePlan:
         )
     more = (LOW_BITS,) if unit.flags & HAS_LOW_BITS else ()
     unit.require_sections(ESCAPE_INDICES, ESCAPE_VALUES, RAW_TOKENS, RAW_VALUES, *more)
+    digest, *fixed, num_escapes, num_raw_tokens = _PARAMS.unpack_from(params)
     try:
-        calibration = find_calibration(params[:_DIGEST_BYTES].hex())
+        calibration = find_calibration(digest.hex())
     except ConfigError as exc:
         raise UnsupportedVersionError(f"transform unit: {exc}") from exc
-    num_escapes, num_raw_tokens = _COUNTS.unpack_from(params, _COUNTS_AT)
     kind = _kind_of(
-        calibration.digest,
-        params[:_COUNTS_AT] + params[_COUNTS_AT + _COUNTS.size :],
+        _PARAMS.pack(digest, *fixed, 0, 0) + params[_PARAMS.size :],
         unit.spec,
         unit.layer_start,
         unit.num_layers,
@@ -300,20 +294,19 @@ class _Kind(NamedTuple):
     """Of all low bits."""
 
 
-@functools.lru_cache(maxsize=_KINDS)
+@functools.lru_cache(maxsize=_MAX_KINDS)
 def _kind_of(
-    digest: str, params: bytes, spec: KVSpec, layer_start: int, num_layers: int, num_tokens: int
+    params: bytes, spec: KVSpec, layer_start: int, num_layers: int, num_tokens: int
 ) -> _Kind:
     """Kept, for a chunk's units come again with every chunk, and making it takes 0.1 ms.
 
-    `digest` is of a calibration that is known, `params` a unit's without `_COUNTS`.
+    `params` are a unit's with counts of 0; their calibration is known.
     """
-    calibration = find_calibration(digest)
-    step, group, rank, frame_rows, frame_columns = _KIND.unpack_from(params, _DIGEST_BYTES)
+    digest, step, group, rank, frame_rows, frame_columns, _, _ = _PARAMS.unpack_from(params)
+    calibration = find_calibration(digest.hex())
     if not 1e-30 < step < 1e30:
         raise FormatError(f"step of the unit must be a positive number, got {step}")
-    more = params[_COUNTS_AT:]
-    ranks = (rank, *(found for (found,) in _RANK.iter_unpack(more)))
+    ranks = (rank, *(found for (found,) in _RANK.iter_unpack(params[_PARAMS.size :])))
     groups = _layer_groups(calibration, spec, layer_start, num_layers)
     if groups[0] != group or len(groups) != len(ranks):
         raise FormatError(
