@@ -124,7 +124,7 @@ class EngineConfig(_Section):
         "size of the shared KV arena, over all ranks (fetched and to-be-saved KV)",
         low=1 << 20,
     )
-    # Not `auto` yet: no engine has read its KV from a GPU's arena on real hardware.
+    # Not `auto` yet: the torch engine has read its KV from an arena on a GPU, TensorRT-LLM has not.
     arena: Literal["auto", "host", "gpu"] = _option(
         "host",
         "where the arena lies; auto = on the GPU that the model runs on (of each tensor-parallel rank, its"
