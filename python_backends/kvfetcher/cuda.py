@@ -7,6 +7,7 @@ run on the legacy default stream, in the order in which they are called.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
 from typing import Any
@@ -151,6 +152,11 @@ class CudaContext:
     def synchronize(self) -> None:
         """Wait until all that this process gave to the GPU is over."""
         self._run("cuCtxSynchronize")
+
+    def settle(self) -> None:
+        """`synchronize`, also where the context is lost: then nothing runs any more."""
+        with contextlib.suppress(GpuError):
+            self.synchronize()
 
     def is_lost(self) -> bool:
         """Whether an error has made the context unusable: only a new process gets another one.

@@ -192,6 +192,7 @@ class GpuArena(Arena):
             return
         self._blocks = None
         context = cuda_context(self._memory_of.index)
+        context.settle()  # units in flight may be written to it
         if self.is_owner:
             del _own_memory[self._memory_of.handle]
             context.free(self._address)

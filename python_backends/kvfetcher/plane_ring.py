@@ -18,6 +18,7 @@ import json
 import mmap
 import os
 import secrets
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -218,7 +219,7 @@ class PlaneRing:
 
 
 class PlaneReader:
-    """The restoring side: rings stay open from call to call. Not thread-safe.
+    """The restoring side: rings stay open from call to call. Thread-safe.
 
     Args:
         context_of: GPU index -> context.
@@ -228,6 +229,7 @@ class PlaneReader:
         self._context_of = context_of
         self._rings: dict[str, _OpenRing] = {}
         self._looked_at = 0.0
+        self._lock = threading.Lock()
 
     def address(self, ticket: PlaneTicket) -> int:
         """Where the planes of a ticket lie in this process.
@@ -237,15 +239,18 @@ class PlaneReader:
         Raises:
             GpuError: they were overwritten, or their owner is gone.
         """
-        ring = self._rings.get(ticket.table)
-        if ring is None or ring.handle != ticket.handle:
-            self._drop(ticket.table)
-            self._drop_dead()
-            ring = self._rings[ticket.table] = self._open(ticket)
-        if int(ring.table.tickets[ticket.entry]) != ticket.ticket:
-            raise GpuError("decoded planes were overwritten before they were restored; try again")
-        ring.context.wait_on_gpu(ring.event)
-        return ring.address + ticket.offset
+        with self._lock:
+            ring = self._rings.get(ticket.table)
+            if ring is None or ring.handle != ticket.handle:
+                self._drop(ticket.table)
+                self._drop_dead()
+                ring = self._rings[ticket.table] = self._open(ticket)
+            if int(ring.table.tickets[ticket.entry]) != ticket.ticket:
+                raise GpuError(
+                    "decoded planes were overwritten before they were restored; try again"
+                )
+            ring.context.wait_on_gpu(ring.event)
+            return ring.address + ticket.offset
 
     def finish(self, ticket: PlaneTicket) -> None:
         """Give the planes back; they must not be read after this.
@@ -253,20 +258,24 @@ class PlaneReader:
         Raises:
             GpuError: they were overwritten while they were read.
         """
-        ring = self._rings.get(ticket.table)
-        if ring is None or not ring.table.clear(ticket):
-            raise GpuError("decoded planes were overwritten while they were restored; try again")
-        # An owner that is replaced may die long after its successor's ring was opened.
-        if (now := time.monotonic()) - self._looked_at > _LOOK_SECONDS:
-            self._looked_at = now
-            self._drop_dead()
+        with self._lock:
+            ring = self._rings.get(ticket.table)
+            if ring is None or not ring.table.clear(ticket):
+                raise GpuError(
+                    "decoded planes were overwritten while they were restored; try again"
+                )
+            # An owner that is replaced may die long after its successor's ring was opened.
+            if (now := time.monotonic()) - self._looked_at > _LOOK_SECONDS:
+                self._looked_at = now
+                self._drop_dead()
 
     def drop(self, ticket: PlaneTicket) -> None:
         """Give planes back that are not wanted after all, read or not."""
-        ring = self._rings.get(ticket.table)
-        if ring is not None:
-            ring.table.clear(ticket)
-            return
+        with self._lock:
+            ring = self._rings.get(ticket.table)
+            if ring is not None:
+                ring.table.clear(ticket)
+                return
         with contextlib.suppress(GpuError):  # their owner is gone, and they with it
             table = _Table.open(Path(ticket.table))
             table.clear(ticket)
@@ -274,8 +283,9 @@ class PlaneReader:
 
     def close(self) -> None:
         """Let go of all rings."""
-        for table in list(self._rings):
-            self._drop(table)
+        with self._lock:
+            for table in list(self._rings):
+                self._drop(table)
 
     def _open(self, ticket: PlaneTicket) -> _OpenRing:
         context = self._context_of(ticket.gpu)
@@ -302,6 +312,7 @@ class PlaneReader:
     def _drop(self, path: str) -> None:
         ring = self._rings.pop(path, None)
         if ring is not None:
+            ring.context.settle()  # units in flight may be read from it
             ring.context.free_event(ring.event)
             ring.context.close_shared(ring.address)
             ring.table.close()

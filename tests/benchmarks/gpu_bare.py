@@ -163,7 +163,8 @@ def restore_in_a_loop(pipe) -> None:
         once()
 
     def once() -> int:
-        found = restorer.finish([restorer.begin(*job) for job in state["jobs"]])
+        batch = restorer.close_batch([restorer.begin(*job) for job in state["jobs"]])
+        found = restorer.finish(batch)
         errors = [error for error in found if error is not None]
         if errors:
             raise errors[0]

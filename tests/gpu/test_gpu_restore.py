@@ -104,7 +104,7 @@ def restore_both(restorer, data, *, high_bits=True, planes=None):
     ids = np.random.default_rng(3).permutation(count + 3)[:count].astype(np.int32)
     to = Destination(blocks, torch.from_numpy(ids).to(DEVICE), unit.layer_start)
     pending = restorer.begin(unit, on_gpu(decoded, high_bits=high_bits), to)
-    errors = restorer.finish([pending])
+    errors = restorer.finish(restorer.close_batch([pending]))
     bits = blocks.cpu().numpy()
     layers = slice(unit.layer_start, unit.layer_start + unit.num_layers)
     parts = [bits[i, layers] for i in ids]
@@ -247,7 +247,7 @@ def test_one_wrong_sample_is_found(restorer, profile):
     good = restorer.begin(unit, on_gpu(planes, high_bits=False), Destination.fresh(unit, DEVICE))
     planes[0, 1, 3, 7] ^= 1
     bad = restorer.begin(unit, on_gpu(planes, high_bits=False), Destination.fresh(unit, DEVICE))
-    first, second = restorer.finish([good, bad])
+    first, second = restorer.finish(restorer.close_batch([good, bad]))
     assert first is None
     assert isinstance(second, ChecksumError)
     assert "damaged" in str(second)

@@ -85,6 +85,7 @@ class HostAsGpu:
         if self.is_broken:
             raise GpuError("CUDA call cuCtxSynchronize failed with 700 (illegal address)")
 
+    settle = CudaContext.settle
     is_lost = CudaContext.is_lost
 
     def memory_info(self):

@@ -5,6 +5,7 @@ Only what the package uses. What Triton does beyond that is tested with the real
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,10 +46,27 @@ class InferenceResponse:
         return get_output_tensor_by_name(self, name).as_numpy()
 
 
+class ResponseSender:
+    """Keeps what is sent."""
+
+    def __init__(self):
+        self.responses = []
+        self.is_final = threading.Event()
+
+    def send(self, response, flags=0):
+        self.responses.append(response)
+        if flags & TRITONSERVER_RESPONSE_COMPLETE_FINAL:
+            self.is_final.set()
+
+
 @dataclass
 class Request:
     tensors: dict[str, Any]
     cancelled: bool = False
+    sender: ResponseSender = field(default_factory=ResponseSender)
+
+    def get_response_sender(self):
+        return self.sender
 
     def is_cancelled(self):
         return self.cancelled

@@ -60,6 +60,9 @@ class FakeGpu:
         self.open.add(handle)
         return 1 << 30
 
+    def settle(self):
+        self.log.append(("settle",))
+
     def close_shared(self, address):
         self.open.clear()
 

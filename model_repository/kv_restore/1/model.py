@@ -17,7 +17,7 @@ from kvfetcher.codec.nvdec import has_driver
 from kvfetcher.config import load_config
 from kvfetcher.serving import setup
 from kvfetcher.serving.coding import UnitRestorer
-from kvfetcher.serving.respond import respond_together
+from kvfetcher.serving.overlapped import OverlappedResponses
 from kvfetcher.serving.tensors import bytes_tensor, read_array, read_text, read_view, text_tensor
 
 
@@ -31,10 +31,16 @@ class TritonPythonModel:
         else:
             setup.lower_priority(config.fetch.nice)
 
+        self.responses = OverlappedResponses(
+            self._start,
+            self.restorer.close_batch,
+            self._finish,
+            pb_utils,
+            after=lambda: setup.end_if_lost(self.restorer.is_lost()),
+        )
+
     def execute(self, requests):
-        responses = respond_together(requests, self._start, self._finish, pb_utils)
-        setup.end_if_lost(self.restorer.is_lost())
-        return responses
+        self.responses.execute(requests)
 
     def _start(self, request):
         return self.restorer.start(
@@ -45,10 +51,10 @@ class TritonPythonModel:
             decode_status=read_text(request, wire.DECODE_STATUS, pb_utils, default=""),
         )
 
-    def _finish(self, jobs):
+    def _finish(self, batch):
         return [
             found if isinstance(found, Exception) else self._tensors(*found)
-            for found in self.restorer.finish(jobs)
+            for found in self.restorer.finish(batch)
         ]
 
     def _tensors(self, values, status):
@@ -58,4 +64,5 @@ class TritonPythonModel:
         ]
 
     def finalize(self):
+        self.responses.close()
         self.restorer.close()

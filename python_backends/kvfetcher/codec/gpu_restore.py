@@ -114,6 +114,17 @@ class PendingRestore:
     check: Callable[[Unit, int], None]
 
 
+@dataclass(frozen=True, slots=True)
+class PendingBatch:
+    """Units given to the GPU together, on their way to be checked (`GpuRestorer.close_batch`)."""
+
+    units: Sequence[PendingRestore]
+    sums: torch.Tensor
+    """int64 [units], in host memory once `over` has happened."""
+    over: torch.cuda.Event | None
+    """None = it has."""
+
+
 class _Inverse(NamedTuple):
     """One inverse transform on the GPU, its columns in pairs (see `restore_columns`)."""
 
@@ -156,7 +167,7 @@ class _Integers(NamedTuple):
 
 
 class GpuRestorer:
-    """Restores units on one GPU. Not thread-safe; one stream, the current one.
+    """Restores units on one GPU. Not thread-safe but for `finish`; one stream, the current one.
 
     What a unit needs is freed when its kernels are given to the stream: torch gives such memory only to
     what comes later on that stream.
@@ -212,13 +223,28 @@ class GpuRestorer:
         with self._current_device():
             return begin.get(unit.profile, self._begin_transform)(unit, planes, to)
 
-    def finish(self, pending: Sequence[PendingRestore]) -> list[ChecksumError | None]:
-        """Wait for the GPU and compare digests; one result per unit, None = it is right."""
-        if not pending:
-            return []
-        sums = torch.cat([one.sums for one in pending]).tolist()  # waits
+    def close_batch(self, pending: Sequence[PendingRestore]) -> PendingBatch:
+        """Units that `finish` is to wait for at one time; nothing waits here. At least one."""
+        with self._current_device():
+            sums = torch.cat([one.sums for one in pending])
+            if self._device.type != "cuda":
+                return PendingBatch(pending, sums, None)
+            host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
+            host.copy_(sums, non_blocking=True)
+            over = torch.cuda.Event(blocking=True)  # it sleeps: another thread has work to launch
+            over.record()
+            return PendingBatch(pending, host, over)
+
+    @staticmethod
+    def finish(batch: PendingBatch) -> list[ChecksumError | None]:
+        """Wait for the GPU and compare digests; one result per unit, None = it is right.
+
+        May run in another thread than the other methods.
+        """
+        if batch.over is not None:
+            batch.over.synchronize()
         found: list[ChecksumError | None] = []
-        for one, total in zip(pending, sums, strict=True):
+        for one, total in zip(batch.units, batch.sums.tolist(), strict=True):
             try:
                 one.check(one.unit, (total + one.num_bytes) & _MASK)
                 found.append(None)
@@ -234,7 +260,7 @@ class GpuRestorer:
             FormatError, LayoutError, UnsupportedVersionError: as `begin`.
         """
         to = Destination.fresh(unit, self._device)
-        (error,) = self.finish([self.begin(unit, planes, to)])
+        (error,) = self.finish(self.close_batch([self.begin(unit, planes, to)]))
         if error is not None:
             raise error
         return to.blocks[0]

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from kvfetcher.codec.unit import Unit
     from kvfetcher.config import CodecConfig, Config
-    from kvfetcher.serving.gpu_coding import GpuJob, KeptPlanes
+    from kvfetcher.serving.gpu_coding import GpuBatch, GpuJob, KeptPlanes
 
 DecoderChoice = Literal["auto", "cpu", "nvdec"]
 
@@ -209,7 +209,7 @@ def _proven_nvdec() -> nvdec.NvdecDecoder:
 
 @dataclass(frozen=True, slots=True)
 class RestoreJob:
-    """One unit between `UnitRestorer.start` and `finish`."""
+    """One unit between `UnitRestorer.start` and `close_batch`."""
 
     unit: Unit
     decode_status: str
@@ -220,8 +220,18 @@ class RestoreJob:
     """None = it is done."""
 
 
+class RestoreBatch(NamedTuple):
+    """Units between `UnitRestorer.close_batch` and `finish`."""
+
+    jobs: Sequence[RestoreJob]
+    on_gpu: GpuBatch
+
+
 class UnitRestorer:
-    """Restores units into arenas, which stay attached between calls. Not thread-safe."""
+    """Restores units into arenas, which stay attached between calls.
+
+    One thread starts units and closes batches, another may `finish` batches meanwhile.
+    """
 
     def __init__(self) -> None:
         self._arenas = Arenas()
@@ -302,15 +312,19 @@ class UnitRestorer:
             return job
         return replace(job, on_gpu=self._gpu.start(unit, planes, planes_at, arena, target))
 
-    def finish(self, jobs: Sequence[RestoreJob]) -> list[tuple[bytes, str] | Exception]:
+    def close_batch(self, jobs: Sequence[RestoreJob]) -> RestoreBatch:
+        """Started units that `finish` is to wait for at one time; nothing waits here."""
+        on_gpu = [job.on_gpu for job in jobs if job.on_gpu is not None]
+        return RestoreBatch(jobs, self._gpu.close_batch(on_gpu))
+
+    def finish(self, batch: RestoreBatch) -> list[tuple[bytes, str] | Exception]:
         """Values (empty where a target was given) and status JSON of each job, or its error."""
-        found = self._gpu.finish([job.on_gpu for job in jobs if job.on_gpu is not None])
-        synced = time.monotonic()
-        errors = iter(found)
+        errors = iter(self._gpu.finish(batch.on_gpu))
+        synced, count = time.monotonic(), len(batch.jobs)
         results: list[tuple[bytes, str] | Exception] = []
-        for job in jobs:
+        for job in batch.jobs:
             error = None if job.on_gpu is None else next(errors)
-            results.append(error or (job.values, _restore_status(job, synced, len(jobs))))
+            results.append(error or (job.values, _restore_status(job, synced, count)))
         return results
 
     def restore(
@@ -322,7 +336,7 @@ class UnitRestorer:
         decode_status: str,
         planes_at: str = "",
     ) -> tuple[bytes, str]:
-        """`start` and `finish` of one unit; raises what they give."""
+        """One unit from `start` to `finish`; raises what they give."""
         job = self.start(
             unit,
             planes,
@@ -330,7 +344,7 @@ class UnitRestorer:
             target_json=target_json,
             decode_status=decode_status,
         )
-        result = self.finish([job])[0]
+        (result,) = self.finish(self.close_batch([job]))
         if isinstance(result, Exception):
             raise result
         return result

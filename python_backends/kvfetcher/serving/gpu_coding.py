@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from kvfetcher.arena import Arena
     from kvfetcher.codec.base import Integers, PlaneGeometry
+    from kvfetcher.codec.gpu_restore import PendingBatch
     from kvfetcher.codec.nvdec import NvdecDecoder
     from kvfetcher.codec.unit import Unit
     from kvfetcher.cuda import CudaContext
@@ -217,8 +218,21 @@ def _left_to_cpu() -> tuple[type[RuntimeError], ...]:
     return torch.OutOfMemoryError, LeftToCpuError
 
 
+class GpuBatch(NamedTuple):
+    """Jobs that are waited for together."""
+
+    jobs: Sequence[GpuJob]
+    pending: list[tuple[int, list[int], Any]]
+    """GPU, which of `jobs`, their `PendingBatch`."""
+    errors: dict[int, KVFetcherError]
+    """Of jobs that are known to have failed."""
+
+
 class GpuInput:
-    """The restoring side: planes from anywhere into arenas on GPUs. Not thread-safe."""
+    """The restoring side: planes from anywhere into arenas on GPUs.
+
+    One thread begins units and closes batches, another may `finish` batches meanwhile.
+    """
 
     def __init__(self) -> None:
         self._reader = PlaneReader(cuda_context)
@@ -282,23 +296,33 @@ class GpuInput:
             raise
         return GpuJob("gpu", gpu, ticket, pending, (on_gpu, destination))
 
-    def finish(self, jobs: Sequence[GpuJob]) -> list[KVFetcherError | None]:
+    def close_batch(self, jobs: Sequence[GpuJob]) -> GpuBatch:
+        """What `finish` is to wait for at one time; nothing waits here."""
+        batch = GpuBatch(jobs, [], {})
+        for gpu in {job.gpu for job in jobs}:
+            begun = [j for j, job in enumerate(jobs) if job.gpu == gpu and job.pending is not None]
+            if not begun:
+                continue
+            try:
+                pending = self._restorers[gpu].close_batch([jobs[j].pending for j in begun])
+                batch.pending.append((gpu, begun, pending))
+            except Exception as exc:  # noqa: BLE001 - `finish` must give the planes back
+                self._settle(gpu)
+                batch.errors.update(dict.fromkeys(begun, self._failure(gpu, exc)))
+        return batch
+
+    def finish(self, batch: GpuBatch) -> list[KVFetcherError | None]:
         """Wait for all; what is wrong with each, or None."""
-        errors: dict[int, KVFetcherError | None] = {}
+        errors: dict[int, KVFetcherError | None] = dict(batch.errors)
         try:
-            for gpu in {job.gpu for job in jobs}:
-                begun = [
-                    j for j, job in enumerate(jobs) if job.gpu == gpu and job.pending is not None
-                ]
-                if begun:
-                    found = self._finish_on(gpu, [jobs[j].pending for j in begun])
-                    errors.update(zip(begun, found, strict=True))
+            for gpu, begun, pending in batch.pending:
+                errors.update(zip(begun, self._finish_on(gpu, pending), strict=True))
         finally:
-            for index, job in enumerate(jobs):
+            for index, job in enumerate(batch.jobs):
                 if job.ticket is not None:
                     lost = self._give_back(job.ticket)
                     errors[index] = errors.get(index) or lost
-        return [errors.get(index) for index in range(len(jobs))]
+        return [errors.get(index) for index in range(len(batch.jobs))]
 
     def drop(self, planes_at: str) -> None:
         """Give planes back whose unit cannot be restored."""
@@ -326,12 +350,12 @@ class GpuInput:
         arena.write(target, unit.layer_start, profiles.restore_parsed(unit, host))
         return GpuJob("cpu", gpu, ticket)
 
-    def _finish_on(self, gpu: int, pending: list[Any]) -> list[KVFetcherError | None]:
+    def _finish_on(self, gpu: int, pending: PendingBatch) -> list[KVFetcherError | None]:
         try:
             found: list[KVFetcherError | None] = self._restorers[gpu].finish(pending)
         except RuntimeError as exc:
             self._settle(gpu)
-            return [self._failure(gpu, exc)] * len(pending)
+            return [self._failure(gpu, exc)] * len(pending.units)
         except BaseException:
             self._settle(gpu)
             raise
@@ -341,7 +365,7 @@ class GpuInput:
         """Wait until nothing of this process runs on a GPU, and see whether it still works."""
         self._is_lost |= cuda_context(gpu).is_lost()
 
-    def _failure(self, gpu: int, exc: RuntimeError) -> GpuError:
+    def _failure(self, gpu: int, exc: Exception) -> GpuError:
         """What torch and the driver raise, as an error of ours."""
         _log.error("GPU %d failed at restoring", gpu, exc_info=exc)
         return GpuError(f"GPU {gpu} failed at restoring ({type(exc).__name__}); see the server log")

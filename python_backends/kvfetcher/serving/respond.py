@@ -64,44 +64,6 @@ def respond_each(
     return responses
 
 
-def respond_together(
-    requests: Sequence[Any],
-    start: Callable[[Any], Any],
-    finish: Callable[[list[Any]], list[list[Any] | Exception]],
-    pb_utils: Any,
-) -> list[Any]:
-    """`respond_each` for work that is started one by one and waited for once.
-
-    Whether a request is cancelled is not asked: the work is over sooner than the answer.
-
-    Args:
-        requests: what Triton gave to `execute`.
-        start: request -> what `finish` takes; may raise.
-        finish: what was started -> output tensors of each, or why it failed.
-        pb_utils: the module `triton_python_backend_utils`.
-    """
-    outcomes: list[Any] = []
-    started = []
-    for request in requests:
-        try:
-            started.append(start(request))
-            outcomes.append(None)
-        except Exception as exc:  # noqa: BLE001 - the boundary: every failure is answered
-            outcomes.append(exc)
-    try:
-        results = iter(finish(started))
-    except Exception as exc:  # noqa: BLE001
-        results = iter([exc] * len(started))
-    responses = []
-    for outcome in outcomes:
-        result = next(results) if outcome is None else outcome
-        if isinstance(result, Exception):
-            responses.append(pb_utils.InferenceResponse(error=triton_error(result, pb_utils)))
-        else:
-            responses.append(pb_utils.InferenceResponse(output_tensors=result))
-    return responses
-
-
 async def respond_each_async(
     requests: Sequence[Any], handle: Callable[[Any], Awaitable[list[Any]]], pb_utils: Any
 ) -> list[Any]:
@@ -116,7 +78,7 @@ async def respond_each_async(
 
 
 def send(sender: Any, response: Any, pb_utils: Any, *, is_last: bool) -> None:
-    """Send one response of a decoupled request; None with `is_last` ends it without one."""
+    """Send one response through a sender; None with `is_last` ends a decoupled request without one."""
     flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if is_last else 0
     if response is None:
         sender.send(flags=flags)
@@ -125,7 +87,7 @@ def send(sender: Any, response: Any, pb_utils: Any, *, is_last: bool) -> None:
 
 
 def send_error(sender: Any, exc: BaseException, pb_utils: Any) -> None:
-    """Close a decoupled request's stream with an error, in one message.
+    """Answer with an error that ends the request, in one message.
 
     Nothing may follow it: tritonserver 2.51 crashes at a response after an error.
     """

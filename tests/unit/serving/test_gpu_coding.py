@@ -1,6 +1,7 @@
 """Units into an arena in parts, with host memory in the GPUs' place (the kernels are in tests/gpu)."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -359,8 +360,8 @@ def test_a_gpu_without_memory_for_planes_is_not_asked_for_each_unit(
 class OnFailingGpu:
     """`GpuRestorer` that fails where a test says so; `log` is its GPU's."""
 
-    def __init__(self, log, *, begin=None, finish=None):
-        self.log, self.errors = log, {"begin": begin, "finish": finish}
+    def __init__(self, log, *, begin=None, close=None, finish=None):
+        self.log, self.errors = log, {"begin": begin, "close": close, "finish": finish}
 
     def can_restore(self, unit):
         return True
@@ -371,10 +372,15 @@ class OnFailingGpu:
             raise self.errors["begin"]
         return unit
 
-    def finish(self, pending):
+    def close_batch(self, pending):
+        if self.errors["close"]:
+            raise self.errors["close"]
+        return SimpleNamespace(units=pending)
+
+    def finish(self, batch):
         if self.errors["finish"]:
             raise self.errors["finish"]
-        return [None] * len(pending)
+        return [None] * len(batch.units)
 
 
 @pytest.fixture
@@ -428,7 +434,7 @@ def test_nothing_runs_on_a_units_planes_when_they_are_given_back(
     assert not restorer.is_lost()
 
 
-@pytest.mark.parametrize("at", ["begin", "finish"])
+@pytest.mark.parametrize("at", ["begin", "close", "finish"])
 @pytest.mark.parametrize("is_broken", [False, True])
 def test_a_gpus_failure_is_answered_and_a_lost_context_told(
     restorer, decoder, kept, on_failing_gpu, at, is_broken
