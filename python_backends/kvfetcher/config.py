@@ -87,6 +87,12 @@ class ServerConfig(_Section):
         low=0,
         high=1 << 34,
     )
+    mps_restore_percent: int = _option(
+        100,
+        "part of a GPU's multiprocessors that one kv_restore process may use under NVIDIA's MPS",
+        low=1,
+        high=100,
+    )
     log_verbose: int = _option(0, "tritonserver --log-verbose", low=0, high=4)
     max_repairs: int = _option(
         8,

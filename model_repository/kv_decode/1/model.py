@@ -22,6 +22,7 @@ from kvfetcher.serving.tensors import bytes_tensor, read_text, read_view, text_t
 class TritonPythonModel:
     def initialize(self, args):
         setup.check_stub(args, pb_utils)
+        setup.yield_gpu()
         config = load_config()
         self.decoder = UnitDecoder(
             config.codec.decoder,

@@ -25,6 +25,7 @@ class TritonPythonModel:
     def initialize(self, args):
         setup.check_stub(args, pb_utils)
         config = load_config()
+        setup.yield_gpu(percent=config.server.mps_restore_percent)
         self.restorer = UnitRestorer()
         if has_driver():
             self.restorer.warm_up(config)

@@ -16,6 +16,12 @@ from kvfetcher.errors import ConfigError
 
 _LAST_ANSWER_SECONDS = 0.2
 
+# NVIDIA's Multi-Process Service reads these from a process's environment when CUDA starts in it.
+_MPS_PIPE_VARIABLE = "CUDA_MPS_PIPE_DIRECTORY"
+_MPS_PRIORITY_VARIABLE = "CUDA_MPS_CLIENT_PRIORITY"
+_MPS_PERCENT_VARIABLE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
+_MPS_BELOW_NORMAL = "1"
+
 _log = logging.getLogger(__name__)
 
 
@@ -85,3 +91,17 @@ def lower_priority(nice: int) -> None:
                 os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
             now = os.getpriority(os.PRIO_PROCESS, thread)
             os.setpriority(os.PRIO_PROCESS, thread, min(19, now + nice))
+
+
+def yield_gpu(*, percent: int = 100) -> None:
+    """Under NVIDIA's MPS, make this process's work on the GPU yield to the engine's.
+
+    Its kernels get the priority below normal (a hint to the GPU's scheduler) and at most `percent`
+    of the multiprocessors. To be called before anything starts CUDA in this process. Without
+    $CUDA_MPS_PIPE_DIRECTORY nothing happens; what the user's environment says already, stays.
+    """
+    if _MPS_PIPE_VARIABLE not in os.environ:
+        return
+    os.environ.setdefault(_MPS_PRIORITY_VARIABLE, _MPS_BELOW_NORMAL)
+    if percent < 100:
+        os.environ.setdefault(_MPS_PERCENT_VARIABLE, str(percent))

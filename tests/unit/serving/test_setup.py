@@ -4,6 +4,10 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+from kvfetcher.serving import setup
+
 ENDS = """
 import threading
 from kvfetcher.serving import setup
@@ -50,3 +54,37 @@ def test_a_process_without_its_gpu_answers_and_ends():
     done = ended(is_lost=True, seconds=50)
     assert (done.returncode, done.stdout) == (1, "answered\n")
     assert ended(is_lost=False, seconds=0.3).returncode == 0
+
+
+MPS_VARIABLES = (
+    "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_CLIENT_PRIORITY", "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "percent", "expected"),
+    [
+        ({}, 50, (None, None, None)),
+        ({"CUDA_MPS_PIPE_DIRECTORY": "/x"}, 100, ("/x", "1", None)),
+        ({"CUDA_MPS_PIPE_DIRECTORY": "/x"}, 30, ("/x", "1", "30")),
+        (
+            {
+                "CUDA_MPS_PIPE_DIRECTORY": "/x",
+                "CUDA_MPS_CLIENT_PRIORITY": "0",
+                "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "70",
+            },
+            30,
+            ("/x", "0", "70"),
+        ),
+    ],
+    ids=["without MPS", "priority alone", "both", "the user's"],
+)
+def test_under_mps_a_process_yields_the_gpu(monkeypatch, given, percent, expected):
+    # Set and deleted here first, so that what the call sets goes with this test.
+    for name in MPS_VARIABLES:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    setup.yield_gpu(percent=percent)
+    assert tuple(map(os.environ.get, MPS_VARIABLES)) == expected
