@@ -25,6 +25,8 @@ if typing.TYPE_CHECKING:
 
 CONFIG_VARIABLE = "KVFETCHER_CONFIG"
 RUN_DIR_VARIABLE = "KVFETCHER_RUN_DIR"
+MPS_PIPE_VARIABLE = "CUDA_MPS_PIPE_DIRECTORY"
+"""NVIDIA's: the folder of the Multi-Process Service's control daemon that CUDA is to use."""
 _PREFIX = "KVFETCHER_"
 
 
@@ -86,6 +88,12 @@ class ServerConfig(_Section):
         " that do not fit a process's part go through host memory",
         low=0,
         high=1 << 34,
+    )
+    mps: Literal["off", "auto", "on"] = _option(
+        "off",
+        "NVIDIA's Multi-Process Service, under which work of several processes runs on the GPU at one"
+        " time: on = `serve` starts a daemon of its own, or uses the one that $CUDA_MPS_PIPE_DIRECTORY"
+        " names; auto = where that works; off = the environment is left alone",
     )
     mps_restore_percent: int = _option(
         100,

@@ -149,6 +149,7 @@ def _video_checks(config: Config, *, quick: bool) -> Iterator[Check]:
     choice = config.codec.decoder
     driver = video.check_driver(choice, loads=loads_library)
     yield driver
+    yield guarded("MPS", lambda: _check_mps(config))
     yield guarded("CPU decoder", lambda: video.check_cpu_golden(VideoDecoder()))
     yield guarded(
         "encoder",
@@ -163,6 +164,19 @@ def _video_checks(config: Config, *, quick: bool) -> Iterator[Check]:
         kind = "cpu" if capabilities.status == "fail" else "nvdec"
     size = count_engines() if kind == "nvdec" else decode_instances(config)
     yield from _decoder_checks(kind, max(1, size), quick=quick)
+
+
+def _check_mps(config: Config) -> Check:
+    from kvfetcher.codec.nvdec import has_driver
+    from kvfetcher.server.mps import find_control, find_daemon
+
+    return host.check_mps(
+        config,
+        has_driver=has_driver(),
+        control=find_control(os.environ),
+        in_use=find_daemon(os.environ),
+        compute_mode=_ask_gpu("compute_mode"),
+    )
 
 
 def _decoder_checks(kind: DecoderKind, size: int, *, quick: bool) -> Iterator[Check]:
@@ -203,14 +217,19 @@ def _cpu_name() -> str:
 
 
 def _gpu_name() -> str:
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "--id=0"]
+    return _ask_gpu("name") or "NVIDIA GPU"
+
+
+def _ask_gpu(fact: str) -> str:
+    """What nvidia-smi says of the first GPU; "" where it says nothing."""
+    command = ["nvidia-smi", f"--query-gpu={fact}", "--format=csv,noheader", "--id=0"]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_SMI_TIMEOUT_SECONDS, check=True
         )
     except (OSError, subprocess.SubprocessError):
-        return "NVIDIA GPU"
-    return done.stdout.strip() or "NVIDIA GPU"
+        return ""
+    return done.stdout.strip()
 
 
 def _talk(text: str) -> None:

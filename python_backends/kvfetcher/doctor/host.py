@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvfetcher.doctor.check import Check
+from kvfetcher.doctor.check import Check, Status
 from kvfetcher.errors import ConfigError, KVFetcherError
 
 if TYPE_CHECKING:
@@ -116,6 +116,38 @@ def check_free_ports(config: Config, *, check: Callable[[], None]) -> Check:
         remedy = "none, if that is the server of this configuration"
         return Check("ports", "warn", str(exc), remedy)
     return Check("ports", "ok", f"{numbers} are free")
+
+
+def check_mps(
+    config: Config, *, has_driver: bool, control: str | None, in_use: Path | None, compute_mode: str
+) -> Check:
+    """Whether NVIDIA's Multi-Process Service is used, or could be.
+
+    Args:
+        config: `server.mps`.
+        has_driver: an NVIDIA driver is here.
+        control: where the daemon's program is; None = not installed.
+        in_use: folder of a daemon that the environment names and that answers.
+        compute_mode: of the first GPU, as nvidia-smi says it; "" = unknown.
+    """
+    mode = config.server.mps
+    wanted: Status = "warn" if mode == "on" else "ok"
+    if not has_driver:
+        remedy = 'set server.mps = "auto" or "off"' if mode == "on" else ""
+        return Check("MPS", wanted, "no NVIDIA driver here, so there is none", remedy)
+    facts = f"server.mps = {mode}, compute mode {compute_mode or 'unknown'}"
+    if in_use is not None:
+        return Check("MPS", "ok", f"the daemon of {in_use} is used ({facts})")
+    if control is None:
+        remedy = "install it: it comes with the driver" if mode == "on" else ""
+        detail = f"nvidia-cuda-mps-control is not installed ({facts})"
+        return Check("MPS", wanted, f"{detail}: processes take turns on the GPU", remedy)
+    if mode != "off":
+        return Check("MPS", "ok", f"{control}; `serve` starts a daemon ({facts})")
+    detail = f"{control} is here and not used ({facts}): processes take turns on the GPU"
+    if compute_mode == "Exclusive_Process":  # then only one process may use it
+        return Check("MPS", "warn", detail, 'set server.mps = "on"')
+    return Check("MPS", "ok", detail)
 
 
 def check_model(config: Config, *, find: Callable[[str], Path | None]) -> Check:

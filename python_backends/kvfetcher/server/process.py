@@ -32,6 +32,7 @@ from kvfetcher.config import (
 )
 from kvfetcher.errors import ServerError
 from kvfetcher.server.installation import Installation, find_installation
+from kvfetcher.server.mps import Mps, start_mps
 from kvfetcher.server.ports import check_ports
 from kvfetcher.server.repository import (
     decode_instances,
@@ -114,6 +115,7 @@ class TritonServer:
         self._chosen_log_path = log_path
         self._progress = progress
         self._run_dir: RunDir | None = None
+        self._mps = Mps({})
         self._process: subprocess.Popen[bytes] | None = None
         # Loading and unloading is for the launcher alone, not for every client of the endpoints.
         self._control_token = secrets.token_hex(16)
@@ -175,9 +177,9 @@ class TritonServer:
         """Start and wait for readiness.
 
         Raises:
-            ServerError: no tritonserver, no models, a port is taken, a model failed to load (with
-                the last lines of the log), or not ready within ``server.ready_timeout_seconds``.
-                Nothing is left running.
+            ServerError: no tritonserver, no models, a port is taken, no MPS where ``server.mps`` is
+                on, a model failed to load (with the last lines of the log), or not ready within
+                ``server.ready_timeout_seconds``. Nothing is left running.
         """
         if self._process is not None:
             raise ServerError("the server is started already")
@@ -188,6 +190,7 @@ class TritonServer:
         _check_shared_memory(self.config)
         self._run_dir = RunDir()
         try:
+            self._mps = start_mps(self.config.server.mps, self._run_dir.path)
             self._spawn(installation, repository)
             self._wait_ready(sum(1 for p in repository.iterdir() if p.is_dir()))
         except BaseException as exc:
@@ -340,6 +343,7 @@ class TritonServer:
         environ = {k: v for k, v in os.environ.items() if not is_setting_variable(k)}
         environ[CONFIG_VARIABLE] = str(config_path)
         environ[RUN_DIR_VARIABLE] = str(run_dir)
+        environ |= self._mps.variables
         try:
             with self.log_path.open("ab") as log:
                 self._process = subprocess.Popen(
@@ -419,9 +423,12 @@ class TritonServer:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
-        if self._run_dir is not None:
-            self._run_dir.remove()
-            self._run_dir = None
+        try:
+            self._mps.stop()  # its clients have ended
+        finally:
+            if self._run_dir is not None:
+                self._run_dir.remove()
+                self._run_dir = None
 
 
 def plain_environment(environ: Mapping[str, str]) -> dict[str, str]:

@@ -1,8 +1,9 @@
 """The run folder of one server, and what servers leave behind when they are killed.
 
     /tmp/kvfetcher-<uid>/<launcher pid>-<random>/   lock  config.toml  tritonserver.log
-                                                    engine.sock  model_repository/
+                                                    engine.sock  model_repository/  mps/
     /dev/shm/kvfetcher-<name of the run folder>-*   the KV arena, Triton's shared-memory regions
+    /tmp/kvfetcher-<name of the run folder>-*       the folder of MPS, where the one above is too deep
 
 The launcher holds a lock (flock) on ``lock`` as long as it lives, however it dies. A folder whose
 lock is free belongs to nobody: its processes are killed and its files removed.
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SHARED_MEMORY = Path("/dev/shm")
+TEMPORARY = Path("/tmp")
+"""Not $TMPDIR: the next start, which cleans up, may have another one; and it is short."""
 
 _LOCK = "lock"
 
@@ -86,9 +89,14 @@ def remove_leftovers() -> list[Path]:
     return removed
 
 
-def processes_of(path: Path) -> Iterator[int]:
-    """Ids of the processes that were started with this run folder, this one excepted."""
-    wanted = f"{RUN_DIR_VARIABLE}={path}".encode()
+def processes_of(path: Path, *, variable: str = RUN_DIR_VARIABLE) -> Iterator[int]:
+    """Ids of the processes that were started with this run folder, this one excepted.
+
+    Args:
+        path: the run folder.
+        variable: the environment variable that named it to them; zombies have none any more.
+    """
+    wanted = f"{variable}={path}".encode()
     for process in Path("/proc").glob("[0-9]*"):
         try:
             environ = (process / "environ").read_bytes()
@@ -129,4 +137,6 @@ def _remove(path: Path) -> None:
             os.kill(process, signal.SIGKILL)
     for file in SHARED_MEMORY.glob(f"{shared_memory_prefix(path)}*"):
         file.unlink(missing_ok=True)
+    for folder in TEMPORARY.glob(f"{shared_memory_prefix(path)}*"):
+        shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(path, ignore_errors=True)

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from kvfetcher.config import MPS_PIPE_VARIABLE
 from kvfetcher.errors import ConfigError
 
 _LAST_ANSWER_SECONDS = 0.2
 
 # NVIDIA's Multi-Process Service reads these from a process's environment when CUDA starts in it.
-_MPS_PIPE_VARIABLE = "CUDA_MPS_PIPE_DIRECTORY"
 _MPS_PRIORITY_VARIABLE = "CUDA_MPS_CLIENT_PRIORITY"
 _MPS_PERCENT_VARIABLE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
 _MPS_BELOW_NORMAL = "1"
@@ -100,7 +100,7 @@ def yield_gpu(*, percent: int = 100) -> None:
     of the multiprocessors. To be called before anything starts CUDA in this process. Without
     $CUDA_MPS_PIPE_DIRECTORY nothing happens; what the user's environment says already, stays.
     """
-    if _MPS_PIPE_VARIABLE not in os.environ:
+    if MPS_PIPE_VARIABLE not in os.environ:
         return
     os.environ.setdefault(_MPS_PRIORITY_VARIABLE, _MPS_BELOW_NORMAL)
     if percent < 100:

@@ -42,7 +42,7 @@ def test_a_whole_run_here_checks_everything_and_keeps_the_table(
     found = {check["name"]: check["status"] for check in facts["checks"]}
     assert list(found) == [
         "packages", "tritonserver", "shared memory", "ports", "model", "calibration", "store",
-        "driver", "CPU decoder", "encoder", *(["NVDEC"] if "NVDEC" in found else []),
+        "driver", "MPS", "CPU decoder", "encoder", *(["NVDEC"] if "NVDEC" in found else []),
         *(name for name in found if name.endswith(" golden")), "decode times",
     ]  # fmt: skip
     assert found["model"] == "warn", "the cache is empty"

@@ -61,6 +61,37 @@ def test_pynvvideocodec_is_not_missed_without_a_gpu_or_for_the_cpu_decoder():
     assert host.check_packages(cpu, version=none, has_gpu=True).status == "ok"
 
 
+MPS_FACTS = {
+    "has_driver": True, "control": "/usr/bin/nvidia-cuda-mps-control", "in_use": None,
+    "compute_mode": "Default",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("mode", "changed", "status", "detail"),
+    [
+        ("off", {}, "ok", "is here and not used (server.mps = off, compute mode Default)"),
+        ("auto", {}, "ok", "`serve` starts a daemon (server.mps = auto, compute mode Default)"),
+        ("off", {"in_use": Path("/run/mps")}, "ok", "the daemon of /run/mps is used"),
+        ("off", {"has_driver": False}, "ok", "no NVIDIA driver here"),
+        ("on", {"has_driver": False}, "warn", "no NVIDIA driver here"),
+        (
+            "auto",
+            {"control": None, "compute_mode": ""},
+            "ok",
+            "compute mode unknown): processes take",
+        ),
+        ("on", {"control": None}, "warn", "nvidia-cuda-mps-control is not installed"),
+        ("off", {"compute_mode": "Exclusive_Process"}, "warn", "compute mode Exclusive_Process"),
+    ],
+)
+def test_mps_is_told_of_and_its_absence_fails_nothing(mode, changed, status, detail):
+    check = host.check_mps(config(server={"mps": mode}), **{**MPS_FACTS, **changed})
+    assert check.status == status
+    assert detail in check.detail
+    assert bool(check.remedy) == (status == "warn")
+
+
 def test_this_environment_has_what_it_says():
     assert host.installed_version("numpy").startswith("1.")
     assert host.installed_version("no-such-package") == ""
