@@ -1,9 +1,10 @@
-"""How a failure is told to clients, and what is done about a corrupt object. One event loop."""
+"""How a failure is told to clients, and what is done about the object. One event loop."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import TYPE_CHECKING
 
 from kvfetcher.errors import (
@@ -14,8 +15,11 @@ from kvfetcher.errors import (
     StoreTimeoutError,
     StoreUnavailableError,
 )
+from kvfetcher.fetch.undecodable import Undecodable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvfetcher.fetch.report import Reason
     from kvfetcher.storage.base import Quarantine
 
@@ -40,16 +44,25 @@ class Failures:
 
     A store that hangs would otherwise hold requests beyond their deadlines. What is pending when the
     event loop ends is left: the object is found corrupt again.
+
+    Args:
+        store: where corrupt objects are set aside.
+        clock: seconds, monotonic.
+
+    Attributes:
+        undecodable: objects that are whole and do not decode here.
     """
 
-    def __init__(self, store: Quarantine) -> None:
+    def __init__(self, store: Quarantine, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.undecodable = Undecodable(clock)
         self._store = store
         self._pending: dict[str, asyncio.Task[None]] = {}
 
     def note(self, name: str, exc: BaseException) -> tuple[Reason, str]:
         """The reason and detail that a failure at object `name` is reported with.
 
-        A corrupt object will be set aside; an unexpected error is logged, and told by its type only.
+        A corrupt object will be set aside, one that does not decode is remembered; an unexpected
+        error is logged, and told by its type only.
 
         Raises:
             BaseException: `exc`, where it is no Exception.
@@ -58,6 +71,7 @@ class Failures:
         if isinstance(exc, FormatError):
             self._set_aside(name, exc)
             return "corrupt_chunk", detail
+        self.undecodable.note(name, exc)
         for kind, reason in _REASONS:
             if isinstance(exc, kind):
                 return reason, detail

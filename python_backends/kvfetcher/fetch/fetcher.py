@@ -411,6 +411,7 @@ class Fetcher:
             report.give_up("identity_mismatch", f"{found.ended_at}: {found.mismatch}")
         elif found.ended_at:
             report.give_up("not_stored")
+        self._pass_over(found, report)
         near = await self._reads.near(
             [ByteRange(chunk.name, 0, chunk.header.object_bytes) for chunk in found.chunks]
         )
@@ -419,6 +420,17 @@ class Fetcher:
             for chunk, is_near in zip(found.chunks, near, strict=True)
         ]
         return found
+
+    def _pass_over(self, found: Found, report: FetchReport) -> None:
+        """Leave out what is stored from a chunk on that did not decode here lately."""
+        is_bad = self._work.failures.undecodable.is_passed_over
+        first = next((i for i, chunk in enumerate(found.chunks) if is_bad(chunk.name)), None)
+        if first is not None:
+            name = found.chunks[first].name
+            report.replace_reason(
+                "decode_error", f"{name}: it did not decode here lately and is passed over"
+            )
+            del found.chunks[first:]
 
     def _decide(
         self, request: _Request, chunks: list[StoredChunk]

@@ -100,7 +100,7 @@ class FetchWork:
         self._line = line
         self._leases = leases
         self._fetches = fetches
-        self.failures = Failures(store)
+        self.failures = Failures(store, clock=clock)
         self._on_failure = self.failures.note
         self._config = config
         self._clock = clock
@@ -180,6 +180,8 @@ class FetchWork:
             num_chunks = await run.finish(
                 lambda num_ready: min(fetch.deadline(num_ready), leased.until)
             )
+            for chunk in order.chunks[:num_chunks]:
+                self.failures.undecodable.forget(chunk.name)
             if not num_chunks:
                 await self._release(leased.lease_id, run)
                 return Outcome(None, 0, facts)

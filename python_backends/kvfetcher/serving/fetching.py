@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kvfetcher import wire
 from kvfetcher.codec.nvdec import count_engines
 from kvfetcher.config import cache_home
-from kvfetcher.errors import CodecError, RequestCancelledError
+from kvfetcher.errors import CodecError, DecoderUnavailableError, RequestCancelledError
 from kvfetcher.fetch.decode_times import H100_NVDEC, cpu_table, load_table
 from kvfetcher.fetch.fetcher import Fetched, Fetcher, UnitStatus
 from kvfetcher.server.repository import decode_instances, parallel_decoders
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 _OTHER_THREADS = 8
 # So often gauges are brought up to date while something is fetched.
 _SHOW_SECONDS = 0.5
+
+# Of an error that a unit's own bytes may have caused (`respond.triton_error` puts it into the text).
+# What Triton says itself of a lost process, and errors of no class of ours, say nothing of the unit.
+_DATA_STATUS = re.compile(r"\b(INVALID_ARG|INTERNAL): (?!\w+; the server log)")
 
 _log = logging.getLogger(__name__)
 
@@ -142,7 +147,7 @@ class FetchService:
             ],
         ).async_exec()
         if response.has_error():
-            raise CodecError(f"kv_pipeline: {response.error().message()}")
+            raise _unit_error(response.error().message())
         status = pb_utils.get_output_tensor_by_name(response, wire.KV_STATUS).as_numpy()
         facts = json.loads(status.reshape(-1)[0])
         count_unit(self._metrics, facts)
@@ -152,6 +157,16 @@ class FetchService:
         """Close the connection to the engine and drop the series."""
         self._metrics.close()
         self._leases.close()
+
+
+def _unit_error(message: str) -> CodecError:
+    """The error of a unit that `kv_pipeline` refused.
+
+    `CodecError` itself where the unit may be what is wrong, `DecoderUnavailableError` where it was
+    not looked at: no GPU, no room, no model.
+    """
+    kind = CodecError if _DATA_STATUS.search(message) else DecoderUnavailableError
+    return kind(f"kv_pipeline: {message}")
 
 
 def _decode_table(config: Config) -> DecodeTable:
