@@ -76,8 +76,8 @@ class ServerConfig(_Section):
     )
     restore_instances: int = _option(
         0,
-        "kv_restore processes; 0 = one, or two where NVDEC's planes stay on a GPU; each that works on a"
-        " GPU has its own CUDA context and copy of the calibration's inverse transforms (8B shape,"
+        "kv_restore processes; 0 = one, or two where NVDEC's planes stay on a GPU (four under MPS); each that"
+        " works on a GPU has its own CUDA context and copy of the calibration's inverse transforms (8B shape,"
         " balanced: 330 MB) there",
         low=0,
         high=16,
@@ -96,7 +96,7 @@ class ServerConfig(_Section):
         " names; auto = where that works; off = the environment is left alone",
     )
     mps_restore_percent: int = _option(
-        100,
+        20,
         "part of a GPU's multiprocessors that one kv_restore process may use under NVIDIA's MPS",
         low=1,
         high=100,
@@ -404,7 +404,7 @@ class FetchConfig(_Section):
         high=1024,
     )
     max_inflight_bytes: int = _option(
-        64 << 20, "bytes asked for and not restored yet, over all requests", low=1 << 16
+        128 << 20, "bytes asked for and not restored yet, over all requests", low=1 << 16
     )
     max_inflight_units: int = _option(
         0,

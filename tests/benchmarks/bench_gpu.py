@@ -16,7 +16,8 @@ memory        GPU memory, from before the server's start to prefixes of 128k tok
 interference  a matrix product and a running generation beside it (and beside CacheGen's decoder)
 more          other profiles, chunk lengths and picture sizes, with the best number of kv_restore
 instances     1 to 14 decoders
-mps           the rates and the interference again under NVIDIA's MPS, where its daemon is installed
+
+With ``--mps`` all of them run under NVIDIA's Multi-Process Service.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ import json
 import multiprocessing
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -48,7 +48,7 @@ from kvfetcher.codec.profiles import decode_unit, encode_chunk, restore_unit
 from kvfetcher.codec.transform import TransformProfile
 from kvfetcher.codec.unit import BITSTREAM, parse_unit
 from kvfetcher.codec.video import VideoDecoder
-from kvfetcher.config import load_config
+from kvfetcher.config import MPS_PIPE_VARIABLE, load_config
 from kvfetcher.container import parse_header
 from kvfetcher.cuda import cuda_context
 from kvfetcher.quant import bits_to_float32, float32_to_bits
@@ -68,8 +68,7 @@ GROUP_LAYERS = 2
 TOKENS_PER_BLOCK = 32
 FRONTS = 4
 LENGTHS = (4096, 32768, 131072)
-PARTS = ("bare", "rates", "memory", "interference", "more", "instances", "mps")
-MPS_DAEMON = "nvidia-cuda-mps-control"
+PARTS = ("bare", "rates", "memory", "interference", "more", "instances")
 # (tokens, profile, layer groups in a picture)
 MAIN = ((1024, "balanced", 1), (1024, "balanced", 2))
 MORE = (
@@ -541,40 +540,23 @@ def run_instances(plan: Plan, works: list[Workload]) -> None:
     print("instances", table, flush=True)
 
 
-def run_mps(plan: Plan) -> None:
-    """The first rate in a process of its own under MPS, beside which nothing else runs."""
-    if shutil.which(MPS_DAEMON) is None:
-        plan.report["mps"] = f"{MPS_DAEMON} is not installed: not measured"
-        return
-    if not plan.has_time("mps", 120):
-        return
-    with plan.step("mps"), tempfile.TemporaryDirectory(prefix="kvfetcher-mps-") as folder:
-        environ = {
-            **os.environ,
-            "CUDA_MPS_PIPE_DIRECTORY": folder,
-            "CUDA_MPS_LOG_DIRECTORY": folder,
-        }
-        output = Path(folder) / "rates.json"
-        command = [
-            sys.executable,
-            __file__,
-            "--output",
-            str(output),
-            "--parts",
-            "rates,interference",
-        ]
-        command += ["--restorers", str(best_restorers(plan)), "--large-plane-bytes", "0"]
-        command += [f"--decoders={plan.args.decoders}", f"--seconds={plan.args.seconds}"]
-        subprocess.run([MPS_DAEMON, "-d"], env=environ, check=True, timeout=WAIT_SECONDS)
+def run_under_mps(arguments: Sequence[str]) -> int:
+    """All of it again in a process beside which nothing but its own children uses the GPU."""
+    from kvfetcher.server.mps import start_mps
+    from kvfetcher.server.rundir import RunDir
+
+    run_dir = RunDir()
+    try:
+        mps = start_mps("on", run_dir.path)
         try:
-            done = subprocess.run(command, env=environ, check=False, timeout=2 * WAIT_SECONDS)
+            command = [sys.executable, __file__, *arguments]
+            return subprocess.run(
+                command, env={**os.environ, **mps.variables}, check=False
+            ).returncode
         finally:
-            subprocess.run(
-                [MPS_DAEMON], input=b"quit\n", env=environ, check=False, timeout=WAIT_SECONDS
-            )
-        found = json.loads(output.read_text()) if output.is_file() else {}
-        parts = {name: found.get(name, {}) for name in ("rates", "interference", "errors")}
-        plan.report["mps"] = {"status": done.returncode, **parts}
+            mps.stop()
+    finally:
+        run_dir.remove()
 
 
 def run_memory(rig: Rig, work: Workload, report: dict) -> None:
@@ -768,8 +750,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--restorers", type=_numbers, default=(1, 2, 4))
     parser.add_argument("--large-plane-bytes", type=int, default=1 << 30, help="0 = not measured")
     parser.add_argument("--counts", type=_numbers, default=(1, 2, 4, 7, 14), help="for the table")
+    parser.add_argument("--mps", action="store_true", help="under NVIDIA's MPS")
     parser.add_argument("--show-log", action="store_true")
     args = parser.parse_args(arguments)
+    if args.mps and MPS_PIPE_VARIABLE not in os.environ:
+        return run_under_mps(sys.argv[1:] if arguments is None else arguments)
     plan = Plan(args)
     calibration = make_calibration()
     store_calibration(calibration)
@@ -786,8 +771,6 @@ def main(arguments: list[str] | None = None) -> int:
         run_more(plan, calibration)
     if "instances" in args.parts and plan.has_time("instances", 60):
         run_instances(plan, works)
-    if "mps" in args.parts:
-        run_mps(plan)
     plan.write()
     return int(bool(plan.report["errors"]))
 

@@ -65,7 +65,7 @@ def busy_cores(before: tuple[int, int], after: tuple[int, int]) -> float:
 
 
 def stage_times(units: list[dict], *, restorers: int) -> dict[str, object]:
-    """Milliseconds of each stage, and how busy kv_restore was.
+    """Milliseconds of each stage, and how much of its time kv_restore spent on beginning units.
 
     Args:
         units: ``{"stamps": {...}, "batch": n}`` of each unit; those that did not go over the GPU
@@ -81,14 +81,10 @@ def stage_times(units: list[dict], *, restorers: int) -> dict[str, object]:
                 "median_ms": round(times[len(times) // 2], 3),
                 "p95_ms": round(times[int(0.95 * len(times))], 3),
             }
-    # The units of one batch have its end in common.
-    batches: dict[float, list[float]] = defaultdict(list)
-    for unit in units:
-        batches[unit["stamps"]["synced"]].append(unit["stamps"]["restore"])
-    if batches:
-        busy = sum(end - min(starts) for end, starts in batches.items())
-        wall = max(batches) - min(min(starts) for starts in batches.values())
-        rows["kv_restore_busy"] = round(busy / wall / restorers, 3) if wall else 0.0
-        rows["kv_restore_ms_per_unit"] = round(1e3 * busy / len(units), 3)
+    if units:
+        stamps = [u["stamps"] for u in units]
+        begins = sum(s["launched"] - s["restore"] for s in stamps)
+        wall = max(s["synced"] for s in stamps) - min(s["restore"] for s in stamps)
+        rows["kv_restore_begins"] = round(begins / wall / restorers, 3) if wall else 0.0
         rows["batch"] = round(sum(u["batch"] for u in units) / len(units), 2)
     return rows

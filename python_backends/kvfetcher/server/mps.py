@@ -59,11 +59,13 @@ class Mps:
     """MPS for the processes of one server, or none.
 
     Attributes:
-        variables: what these processes need in their environment.
+        is_used: whether they will be clients of a daemon.
+        variables: what they need in their environment; none where that names the daemon already.
     """
 
-    def __init__(self, variables: Mapping[str, str], daemon: _Daemon | None = None) -> None:
-        self.variables = dict(variables)
+    def __init__(self, *, is_used: bool, daemon: _Daemon | None = None) -> None:
+        self.is_used = is_used
+        self.variables = {} if daemon is None else daemon.variables
         self._daemon = daemon
 
     def stop(self) -> None:
@@ -84,14 +86,14 @@ def start_mps(mode: Literal["off", "auto", "on"], run_dir: Path) -> Mps:
         ServerError: mode "on", and MPS cannot be had; says what to do. Nothing is left running.
     """
     if mode == "off":
-        return Mps({})
+        return Mps(is_used=False)
     try:
         return _start(run_dir)
     except ServerError as exc:
         if mode == "on":
             raise
         _log.warning("without MPS (server.mps = auto): %s", exc)
-        return Mps({})
+        return Mps(is_used=False)
 
 
 def find_daemon(environ: Mapping[str, str]) -> Path | None:
@@ -121,7 +123,7 @@ def _start(run_dir: Path) -> Mps:
         )
     if (folder := find_daemon(os.environ)) is not None:
         _log.info("the MPS daemon of %s is used ($%s)", folder, MPS_PIPE_VARIABLE)
-        return Mps({})  # the processes inherit what names it
+        return Mps(is_used=True)  # the processes inherit what names it
     if named := os.environ.get(MPS_PIPE_VARIABLE):
         _log.warning("no MPS daemon answers in %s ($%s)", named, MPS_PIPE_VARIABLE)
     folder = _make_folder(run_dir)
@@ -132,7 +134,7 @@ def _start(run_dir: Path) -> Mps:
         daemon.stop()
         raise
     _log.info("an MPS daemon was started in %s", folder)
-    return Mps(daemon.variables, daemon)
+    return Mps(is_used=True, daemon=daemon)
 
 
 @dataclass(frozen=True, slots=True)

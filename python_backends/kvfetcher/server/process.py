@@ -19,8 +19,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from kvfetcher.config import (
     CONFIG_VARIABLE,
@@ -115,7 +116,7 @@ class TritonServer:
         self._chosen_log_path = log_path
         self._progress = progress
         self._run_dir: RunDir | None = None
-        self._mps = Mps({})
+        self._mps = Mps(is_used=False)
         self._process: subprocess.Popen[bytes] | None = None
         # Loading and unloading is for the launcher alone, not for every client of the endpoints.
         self._control_token = secrets.token_hex(16)
@@ -330,11 +331,17 @@ class TritonServer:
     def _served(self) -> Path:
         return self.run_dir / "model_repository"
 
+    def _config_in_effect(self) -> Config:
+        """`config`, with "on" or "off" for "auto"."""
+        mps: Literal["on", "off"] = "on" if self._mps.is_used else "off"
+        return replace(self.config, server=replace(self.config.server, mps=mps))
+
     def _spawn(self, installation: Installation, repository: Path) -> None:
         run_dir = self.run_dir
         config_path = run_dir / "config.toml"
-        config_path.write_text(dump_config(self.config))
-        served = served_repository(repository, self.config, self._served)
+        config = self._config_in_effect()
+        config_path.write_text(dump_config(config))
+        served = served_repository(repository, config, self._served)
         command = [
             *(sys.executable, "-I", "-S", "-c", _EXEC, str(os.getpid())),
             str(installation.executable),

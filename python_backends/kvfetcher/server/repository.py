@@ -65,13 +65,16 @@ def decode_instances(config: Config) -> int:
 def restore_instances(config: Config) -> int:
     """How many kv_restore processes to run.
 
-    ``server.restore_instances``; 0 = two where NVDEC leaves planes on the GPU, else one. One of them
-    prepares units while the other one's are on the GPU: with two of 14 decoders' pictures of
-    1024x1634 all are restored in time, with one 60 % (H100, bench_gpu.py).
+    ``server.restore_instances``; 0 = two where NVDEC leaves planes on the GPU, else one. With two of
+    14 decoders' pictures of 1024x1634 all are restored in time, with one 60 %; four take each other's
+    turns on the GPU. Under MPS there are no turns, and four restore 1.3 times as much of chunks of
+    256 tokens, 1.5 times as much of pictures of 256x817 (H100, bench_gpu.py).
     """
     if config.server.restore_instances:
         return config.server.restore_instances
-    return 2 if config.engine.arena != "host" and _engines(config) else 1
+    if config.engine.arena == "host" or not _engines(config):
+        return 1
+    return 4 if config.server.mps == "on" else 2
 
 
 def parallel_decoders(config: Config) -> int:

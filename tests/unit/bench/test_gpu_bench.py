@@ -71,8 +71,7 @@ def test_stages_and_the_load_of_kv_restore_come_from_the_stamps(counters):
     found = counters.stage_times(units, restorers=1)
     assert found["decode_to_first_picture"]["median_ms"] == 3.0
     assert found["launch"] == {"median_ms": 1.0, "p95_ms": 1.0}
-    assert found["kv_restore_busy"] == pytest.approx(10 / 15, abs=1e-3)
-    assert found["kv_restore_ms_per_unit"] == pytest.approx(10 / 3, abs=1e-3)
+    assert found["kv_restore_begins"] == pytest.approx(3 / 15, abs=1e-3)
     assert found["batch"] == 2
     assert counters.stage_times([], restorers=1) == {}
 
@@ -169,7 +168,6 @@ def report_of(bench, monkeypatch, tmp_path):
     context = FakeContext()
     monkeypatch.setattr(bench, "cuda_context", lambda gpu: context)
     monkeypatch.setattr(bench, "_interference", lambda target, loads: {"lost": 0.1})
-    monkeypatch.setattr(bench.shutil, "which", lambda name: None)
     monkeypatch.setattr(FakeRig, "opened", [])
 
     def run(*arguments):
@@ -197,7 +195,6 @@ def test_one_report_holds_every_part(report_of, bench):
     assert report["memory"]["server_start_mib"] == 1024
     assert report["interference"]["gemm_tflop_per_s"] == {"lost": 0.1}
     assert "no LMCache" in report["interference"]["cachegen"]
-    assert "not installed" in report["mps"]
     assert len(report["rates"]) == len(bench.MAIN) + len(bench.MORE)
     assert report["instances"]["restorers"] == 2, "the best one"
     assert set(report["instances"][str(bench.MAIN[1])]["triton"]) == {"1", "2", "4", "7", "14"}
@@ -227,3 +224,23 @@ def test_unknown_parts_are_refused(report_of, capsys):
     with pytest.raises(SystemExit):
         report_of("--parts", "rates,everything")
     assert "no such part: ['everything']" in capsys.readouterr().err
+
+
+def test_under_mps_all_of_it_runs_in_a_process_of_its_own(bench, monkeypatch, tmp_path):
+    from support import mps_stand_in
+
+    asked = []
+
+    def run(command, *, env, check):
+        asked.append((command[2:], env["CUDA_MPS_PIPE_DIRECTORY"]))
+        assert Path(asked[0][1]).is_dir()
+        return Namespace(returncode=3)
+
+    mps_stand_in.install(tmp_path, monkeypatch)
+    monkeypatch.setattr("kvfetcher.server.mps._has_driver", lambda: True)
+    monkeypatch.delenv("CUDA_MPS_PIPE_DIRECTORY", raising=False)
+    monkeypatch.setattr(bench, "subprocess", Namespace(run=run))
+    arguments = ["--mps", "--output", str(tmp_path / "out.json")]
+    assert bench.main(arguments) == 3
+    assert asked[0][0] == arguments
+    assert not Path(asked[0][1]).exists()

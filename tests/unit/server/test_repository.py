@@ -81,15 +81,24 @@ def test_default_is_one_decoder_per_core_at_most_four():
 
 
 @pytest.mark.parametrize(
-    ("arena", "engines", "setting", "processes"),
-    [("host", 7, 0, 1), ("gpu", 7, 0, 2), ("auto", 7, 0, 2), ("gpu", 0, 0, 1), ("host", 0, 3, 3)],
+    ("arena", "mps", "engines", "setting", "processes"),
+    [
+        ("host", "off", 7, 0, 1),
+        ("gpu", "off", 7, 0, 2),
+        ("auto", "off", 7, 0, 2),
+        ("gpu", "on", 7, 0, 4),
+        ("host", "on", 7, 0, 1),
+        ("gpu", "on", 0, 0, 1),
+        ("host", "off", 0, 3, 3),
+        ("gpu", "on", 7, 3, 3),
+    ],
 )
-def test_two_restorers_take_turns_where_planes_stay_on_the_gpu(
-    monkeypatch, arena, engines, setting, processes
+def test_restorers_are_as_many_as_the_gpu_has_turns_for(
+    monkeypatch, arena, mps, engines, setting, processes
 ):
     monkeypatch.setattr("kvfetcher.codec.nvdec.count_engines", lambda: engines)
     config = load_config(environ={})
-    server = replace(config.server, restore_instances=setting)
+    server = replace(config.server, restore_instances=setting, mps=mps)
     config = replace(config, server=server, engine=replace(config.engine, arena=arena))
     assert restore_instances(config) == processes
 
