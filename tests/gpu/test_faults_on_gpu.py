@@ -149,14 +149,17 @@ def test_a_unit_with_flipped_bits_is_set_aside_and_saved_anew(site):
 
 def test_a_video_that_does_not_decode_resets_the_decoder_and_costs_no_process(site):
     before, processes = site.used(), site.running.server.stubs()
-    good = site.first_chunk.read_bytes()
     log = site.running.server.log_path
     logged = log.stat().st_size
-    site.first_chunk.write_bytes(garbled(good))
-    for _ in range(2 * NUM_DECODERS):  # so that it may meet every decoder
-        report = site.ask().report
-        assert (report.hit_tokens, report.reason) == (0, "decode_error")
-    site.first_chunk.write_bytes(good)
+    for number in range(NUM_DECODERS):  # each twice, so that every decoder may meet one
+        question = QUESTIONS[0].replace("Question", f"Undecodable {number}")
+        chunk = site.store(question)
+        chunk.write_bytes(garbled(chunk.read_bytes()))
+        for _ in range(2):
+            report = site.ask(question).report
+            assert (report.hit_tokens, report.reason) == (0, "decode_error")
+        report = site.ask(question).report
+        assert report.raw["outcome"] == "miss", "passed over from now on"
     if not ON_CPU:
         told = log.read_bytes()[logged:]
         assert b"a unit is not kept on the GPU" in told

@@ -85,13 +85,17 @@ class Site:
     def __init__(self, running, supervisor):
         self.running, self.supervisor = running, supervisor
         self.tokens = {}
-        for question in QUESTIONS:
-            first = self._generate(question)
-            assert first.report.raw["outcome"] == "miss"
-            self.tokens[question] = first.output_ids
-            stored = running.settle()
-            if question == QUESTIONS[0]:
-                (self.first_chunk,) = (path for path in stored if is_first(path))
+        self._stored = set()
+        self.first_chunk, *_ = [self.store(question) for question in QUESTIONS]
+
+    def store(self, question):
+        """Ask a question for the first time; the file of its prefix's first chunk."""
+        first = self._generate(question)
+        assert first.report.raw["outcome"] == "miss"
+        self.tokens[question] = first.output_ids
+        before, self._stored = self._stored, set(self.running.settle())
+        (found,) = filter(is_first, self._stored - before)
+        return found
 
     def _generate(self, question):
         return self.running.client.generate(question, max_tokens=8, min_length=8, kv_policy="fetch")
