@@ -48,6 +48,11 @@ _TELLING_BYTES = 128 << 10
 _MOSTLY_WAITING = 0.2
 # Before the first transfer the rate may be this much lower or higher than the prior says.
 _PRIOR_SPREAD = 4.0
+# A fall counts that lasts for so much of the link's time; it is forgotten by half in so long, however
+# often the link rests meanwhile: a link that breaks down now and then will again.
+_FALL_SECONDS = 0.03
+_FALL_HALF_LIFE_SECONDS = 300.0
+_DEEPEST_FALL = math.log(1e-3)
 # The spread around an estimate doubles in this time without transfers, up to `_PRIOR_SPREAD`.
 _STALE_SECONDS = 60.0
 
@@ -70,6 +75,8 @@ class LinkEstimate:
     """That the estimate rests on; 0 = it is the prior."""
     age_seconds: float = math.inf
     """Since the last of them."""
+    fallen_to: float = 1.0
+    """The part of its long-run rate that it fell to within the last minutes."""
 
     def __post_init__(self) -> None:
         low, high = self.low_bytes_per_second, self.high_bytes_per_second
@@ -160,6 +167,8 @@ class LinkEstimator:
         self._passed = 0.0  # time of the busy link since a transfer last ended
         self._at = -math.inf
         self._last_event = -math.inf
+        self._log_fall = 0.0
+        self._fell_at = 0.0
 
     @property
     def num_in_flight(self) -> int:
@@ -224,6 +233,7 @@ class LinkEstimator:
             rtt_seconds=rtt,
             num_transfers=self._num_transfers,
             age_seconds=age,
+            fallen_to=math.exp(self._remembered_fall(now)),
         )
 
     def _forget(self, idle_seconds: float) -> None:
@@ -258,6 +268,27 @@ class LinkEstimator:
             last.num_expected -= 1
         else:
             self._buckets.append(_Bucket(num_bytes, seconds, num_in_flight - 1))
+        self._note_fall(now)
+
+    def _note_fall(self, now: float) -> None:
+        """Remember how slow the link is, if it was not slower lately."""
+        num_bytes = seconds = 0.0
+        for bucket in reversed(self._buckets):
+            if bucket.trust < 1.0:
+                return  # before a pause: the link may be another one now
+            num_bytes += bucket.num_bytes
+            seconds += bucket.seconds
+            if seconds >= _FALL_SECONDS:
+                break
+        else:
+            return
+        fall = max(_DEEPEST_FALL, math.log(num_bytes / seconds / self._rate()))
+        if fall < self._remembered_fall(now):
+            self._log_fall, self._fell_at = fall, now
+
+    def _remembered_fall(self, now: float) -> float:
+        age = max(0.0, now - self._fell_at)
+        return self._log_fall * 2 ** (-age / _FALL_HALF_LIFE_SECONDS)
 
     def _rate(self) -> float:
         return self._summarised().rate if self._buckets else self._prior_rate

@@ -336,7 +336,8 @@ class ChunkRun:
 
     def _next_group(self) -> _Group | None:
         link = self._stages.link()
-        limit = self._stages.read_bytes(link)
+        left = self._planned(range(self._end)).num_bytes
+        limit = self._stages.read_bytes(link, left_bytes=left)
         unit = self._held or self._next_unit(link)
         if unit is None:
             return None

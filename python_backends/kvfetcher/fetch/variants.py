@@ -30,12 +30,13 @@ _SAMPLES_PER_PIXEL = 3
 # The stage that is not the bottleneck now may become it: its time counts so much.
 _OTHER_STAGE = 0.05
 # A raw unit costs the link several times what it spares the decoders, and is not taken back. What it
-# would lose were the link to fall to this part of its rate, or to its low rate, must be less than
-# this part of what it gains as things stand. Simulated: with no such rule up to 15 % lost where link
-# and decoders are about equally fast, or the link stalls; with no loss allowed at all, 14 % lost on
-# a CPU at 1 Gbit/s (bench_fetch, `exact`).
-_RAW_SLOW_PART = 0.5
-_RAW_RISK = 0.5
+# would lose were the link to fall to this part of its rate, to its low rate, or as deep as it fell
+# within the last minutes, must be less than this part of what it gains as things stand. Simulated:
+# with no such rule up to 15 % lost where link and decoders are about equally fast, or the link
+# stalls; without the memory of falls 7 to 9 % where a neighbour takes most of the link now and then;
+# with no loss allowed at all, 14 % lost on a CPU at 1 Gbit/s (bench_fetch, `exact`).
+_RAW_SLOW_PART = 0.35
+_RAW_RISK = 0.4
 # Decoders with work for less than this run dry when the link stalls: there the loss is that of a fall
 # to this smaller part. Simulated: without it twice as much lost where the link stalls.
 _RAW_SAFE_QUEUE_SECONDS = 0.05
@@ -205,7 +206,7 @@ def choose_variant(
     if coded and len(coded) < len(options):
         is_safe = queue > _RAW_SAFE_QUEUE_SECONDS
         slow_part = _RAW_SLOW_PART if is_safe else _RAW_SLOW_PART_HUNGRY
-        slow = min(slow_part * rate, link.low_bytes_per_second)
+        slow = min(min(slow_part, link.fallen_to) * rate, link.low_bytes_per_second)
 
         def gain(name: str, rate: float) -> float:
             """Over fetching all the rest coded."""
@@ -216,6 +217,14 @@ def choose_variant(
             for name, cost in costs.items()
             if name in coded or gain(name, slow) + _RAW_RISK * max(0.0, gain(name, rate)) > 0
         }
+        if len(costs) == len(coded):
+            # What is too risky now is not to be counted on later: with all the rest raw, small
+            # pictures seem best, unit after unit.
+            costs = {
+                name: (seconds(name, rate, all_coded=True) + seconds(name, fast, all_coded=True))
+                / 2
+                for name in coded
+            }
     chosen = min(costs, key=lambda name: (costs[name], name))
     if current is None or current not in costs:
         return chosen

@@ -189,15 +189,29 @@ def test_raw_units_wait_until_decoders_would_outlast_a_stall_but_on_a_link_with_
     header = LIBRARY.prompt(LONG, ("largest", sim.RAW)).header
     chunks = [chunk_options(header, H100_NVDEC)] * LONG.num_chunks
 
-    def first(queue_seconds, gbit):
-        link = LinkEstimate(*[gbit * GBIT] * 4, sim.RTT_SECONDS)
+    def first(queue_seconds, gbit, **facts):
+        link = LinkEstimate(*[gbit * GBIT] * 4, sim.RTT_SECONDS, **facts)
         machine = Machine(num_decoders=7, decode_queue_seconds=queue_seconds)
         return UnitWalk(chunks, hysteresis=0.1).next(link=link, machine=machine)[1].variant
 
-    # Coded units come twice as fast as decoders take them at 16 Gbit/s, five times at 40.
-    assert first(0.03, 16) != RAW_VARIANT
-    assert first(0.06, 16) == RAW_VARIANT
+    # Coded units come three times as fast as decoders take them at 24 Gbit/s, five times at 40.
+    assert first(0.03, 24) != RAW_VARIANT
+    assert first(0.06, 24) == RAW_VARIANT
     assert first(0.03, 40) == RAW_VARIANT
+    # A link that fell to a tenth before may again.
+    assert first(0.06, 40, fallen_to=0.1) != RAW_VARIANT
+
+
+def test_raw_units_that_are_too_risky_now_are_not_counted_on_for_later_either():
+    """Else small pictures seem best, unit after unit: decoders would have time while raw ones come."""
+    link = LinkEstimate(40 * GBIT, 40 * GBIT, 1 * GBIT, 40 * GBIT, sim.RTT_SECONDS)
+    machine = Machine(num_decoders=7, decode_queue_seconds=0.1)
+
+    def first(sizes):
+        chunks = [chunk_options(LIBRARY.prompt(SHORT, sizes).header, H100_NVDEC)] * 8
+        return UnitWalk(chunks, hysteresis=0.1).next(link=link, machine=machine)[1].variant
+
+    assert first(LIBRARY.names) == first(LIBRARY.pictures) == first(("largest",))
 
 
 @pytest.fixture(scope="module")

@@ -243,3 +243,25 @@ def test_a_busy_link_keeps_its_history():
     now = transfers(estimator, [1e8] * 100)
     now = transfers(estimator, [1e9], now=now + 0.1)
     assert estimator.estimate(now + 0.5).bytes_per_second < 1.2e8
+
+
+def test_a_fall_is_remembered_through_pauses_and_forgotten_by_and_by():
+    estimator = make(prior=1e9)
+    now = transfers(estimator, [1e9] * 200, rtt=0.0)
+    assert estimator.estimate(now).fallen_to > 0.95
+    now = transfers(estimator, [1e8] * 6, rtt=0.0, now=now)
+    fell = estimator.estimate(now).fallen_to
+    assert 0.1 < fell < 0.4
+    now = transfers(estimator, [1e9] * 500, rtt=0.0, now=now + 20)
+    later = estimator.estimate(now)
+    assert later.bytes_per_second > 0.9e9
+    assert later.fallen_to == pytest.approx(fell, rel=0.15)
+    assert estimator.estimate(now + 600).fallen_to > 1.5 * fell
+    assert estimator.estimate(now + 6000).fallen_to > 0.99
+
+
+def test_a_moment_is_no_fall():
+    estimator = make(prior=1e9)
+    now = transfers(estimator, [1e9] * 100 + [1e8], rtt=0.0)  # 10 ms
+    now = transfers(estimator, [1e9] * 100, rtt=0.0, now=now)
+    assert estimator.estimate(now).fallen_to > 0.6
