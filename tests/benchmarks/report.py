@@ -186,9 +186,24 @@ def gpu_table(report: dict) -> str:
                 f" ({median(found['elements_g_per_s']):.1f})"
             )
         lines.append(f"| {' | '.join(cells)} |")
+    if "instances" in report:
+        lines += ["", *_instances_table(report["instances"])]
     machine = report["machine"]
     lines += ["", f"{machine['gpu']}, {machine['cores']} cores, {machine['time'][:10]}."]
     return "\n".join(lines)
+
+
+def _instances_table(found: dict) -> list[str]:
+    """G elements/s of bare decoders and through the server, by the number of decoders."""
+    works = {name: row for name, row in found.items() if isinstance(row, dict)}
+    counts = list(next(iter(works.values()))["bare"])
+    lines = [f"| decoders | {' | '.join(counts)} |", "|---" * (1 + len(counts)) + "|"]
+    for name, row in works.items():
+        bare = [f"{row['bare'][count]:.2f}" for count in counts]
+        ours = [f"{row['triton'][count]['elements_g_per_s']:.2f}" for count in counts]
+        lines.append(f"| {name}: bare, G elements/s | {' | '.join(bare)} |")
+        lines.append(f"| through the server | {' | '.join(ours)} |")
+    return lines
 
 
 if __name__ == "__main__":
