@@ -202,6 +202,26 @@ def test_joined_layer_groups_head_groups_and_partial_blocks(restorer, heads, nam
         assert_same_rounding(got, expected, spec.dtype)
 
 
+def test_two_picture_sizes_of_the_same_rows(restorer):
+    """Rows of later head groups lie elsewhere, although ranks, step and tokens are equal."""
+    spec = spec_of(num_layers=6, head_dim=64)
+    calibration = make_calibration(spec, layers=6, heads=1)
+    # An odd number of lines, which two pictures share unevenly.
+    while -(-calibration.unit_rank(0, "near") // 3) % 2 == 0:
+        steps = {name: 1.01 * step for name, step in calibration.steps.items()}
+        calibration = calibration.with_steps(steps)
+    register_calibration(calibration)
+    values = float32_to_bits(correlated_values(spec, 16), spec.dtype)
+    profile = TransformProfile("near", calibration, frame_sizes=("160x144", "160x1040"))
+    units = units_of(profile, spec, values)
+    layouts = {plan_restore(parse_unit(unit)).layout.rows_per_head_group for unit in units}
+    assert len(layouts) == len(units) == 2
+    for unit in units:
+        expected, got, errors = restore_both(restorer, unit)
+        assert errors == [None]
+        assert_same_rounding(got, expected, spec.dtype)
+
+
 def test_outliers_beyond_half_precision_are_right(restorer):
     """A step so small that some integers pass 2048: they are added in float32."""
     spec = spec_of()

@@ -358,7 +358,8 @@ class GpuRestorer:
         rows_of = [plan.layout.rows_of(place) for place in plan.places]
         shifts = [np.empty(0, np.uint8) if p is None else p.shifts for p in plan.low_bits]
         first = plan.places[0].layer_group
-        key = (plan.calibration.digest, first, plan.layout.ranks, plan.step, unit.flags)
+        rows = plan.layout.rows_per_head_group, plan.layout.ranks
+        key = (plan.calibration.digest, first, rows, plan.step, unit.flags)
         tables = self._tables_of(key, grid.num_rows, rows_of, shifts)
         places, values = escapes(unit, plan.num_escapes, grid.num_rows * grid.num_columns)
         large = _large_rows(places // grid.num_columns, values, rows_of, shifts)
