@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 _READ_SECONDS = 0.02
 _READ_ROUND_TRIPS = 2.0
 # Nor longer than this part of what is left of a fetch: decoders do nothing before the first read has
-# come, and nothing else once the last one has. Simulated: 0.5 % less time to the first token, 1.5 %
-# where a raw copy may be chosen.
+# come, and nothing is fetched once the last one has. Simulated: 0.3 to 0.5 % less time to the first
+# token.
 _READ_SHARE = 0.1
 
 
