@@ -29,19 +29,10 @@ from support.fetch_world import (
     TOKENS,
     Leases,
     RecordingStore,
-    World,
     set_aside,
     until,
 )
 from support.stores import FaultyStore, LatencyStore
-
-
-@pytest.fixture
-def world(tmp_path):
-    made = World(tmp_path)
-    yield made
-    made.units.decoder.close()
-    made.arena.close()
 
 
 async def test_a_hit_holds_the_saved_values_byte_for_byte(world):
@@ -758,9 +749,8 @@ async def test_a_chunk_that_disappears_after_the_look_up_is_a_shorter_hit(world)
 
 
 async def test_neighbouring_units_are_read_together(world, monkeypatch):
-    monkeypatch.setattr(
-        "kvfetcher.fetch.stages._READ_SHARE", 1.0
-    )  # so few are left that each counts
+    # So few units are left here that a tenth of them is less than one.
+    monkeypatch.setattr("kvfetcher.fetch.stages._READ_SHARE", 1.0)
     await world.save(0, 1, 2, 3)
     whole, single = RecordingStore(world.store), RecordingStore(world.store)
     together = await world.fetch(world.fetcher(store=whole))

@@ -6,15 +6,7 @@ import pytest
 from kvfetcher.errors import ArenaFullError, CodecError, DecoderUnavailableError, GpuError
 from kvfetcher.fetch import undecodable
 from kvfetcher.fetch.undecodable import Undecodable
-from support.fetch_world import CHUNK_TOKENS, World
-
-
-@pytest.fixture
-def world(tmp_path):
-    made = World(tmp_path)
-    yield made
-    made.units.decoder.close()
-    made.arena.close()
+from support.fetch_world import CHUNK_TOKENS
 
 
 class Clock:
