@@ -110,12 +110,29 @@ class _InFlight:
 @dataclass(slots=True)
 class _Bucket:
     num_bytes: float
-    seconds: float
-    """Of the link's time."""
+    passed: float
+    """Time of the link until its transfers had ended."""
+    shares: float
+    """Their own shares of it."""
+    rate_before: float
+    """What the link was taken for when it began; 0 = nothing was known."""
     num_expected: int
     """Transfers still to come of as many as were in flight at the first one's end."""
     trust: float = 1.0
     """Less after each pause of the link."""
+
+    @property
+    def seconds(self) -> float:
+        """Of the link's time.
+
+        While some are still to come, it is not known whether the link served them meanwhile: it was
+        something from the shares of those that ended (after the first of two that share evenly, and
+        the other may be given up, all of it would halve the rate) to all of the time (of a link that
+        serves them in turn). Within that, the link is taken to be as it was.
+        """
+        if self.num_expected <= 0 or not self.rate_before:
+            return self.passed
+        return min(max(self.num_bytes / self.rate_before, self.shares), self.passed)
 
     @property
     def rate(self) -> float:
@@ -123,7 +140,7 @@ class _Bucket:
 
     @property
     def is_open(self) -> bool:
-        return self.seconds < _BUCKET_SECONDS or self.num_expected > 0
+        return self.passed < _BUCKET_SECONDS or self.num_expected > 0
 
 
 class _Summary(NamedTuple):
@@ -210,8 +227,8 @@ class LinkEstimator:
             own, moving = share, passed
         if waiting > _MOSTLY_WAITING * share and transfer.num_bytes < own * self._rate():
             return
-        moving = max(moving, _MIN_SECONDS)
-        self._add(transfer.num_bytes, moving, transfer.started, now, num_in_flight)
+        moving, own = max(moving, _MIN_SECONDS), max(own, _MIN_SECONDS)
+        self._add(transfer, moving, own, now, num_in_flight)
 
     def estimate(self, now: float) -> LinkEstimate:
         """The link as of `now`; the prior, widely spread, where nothing was seen."""
@@ -247,14 +264,16 @@ class LinkEstimator:
         self._summary = None
 
     def _add(
-        self, num_bytes: int, seconds: float, started: float, now: float, num_in_flight: int
+        self, transfer: _InFlight, passed: float, share: float, now: float, num_in_flight: int
     ) -> None:
+        num_bytes = transfer.num_bytes
         if num_bytes > _SMALL_BYTES and not self._has_large:
             self._has_large = True
             self._buckets.clear()
         elif num_bytes <= _SMALL_BYTES and self._has_large:
             return  # its time was waiting, more or less of it
-        idle = started - self._last_sample
+        idle = transfer.started - self._last_sample
+        before = self._rate() if self._buckets else 0.0
         if idle > _PAUSE_SECONDS and self._buckets and num_bytes < _TELLING_BYTES:
             return
         self._forget(idle)
@@ -264,10 +283,11 @@ class LinkEstimator:
         last = self._buckets[-1] if self._buckets else None
         if last is not None and last.is_open and last.trust == 1.0:
             last.num_bytes += num_bytes
-            last.seconds += seconds
+            last.passed += passed
+            last.shares += share
             last.num_expected -= 1
         else:
-            self._buckets.append(_Bucket(num_bytes, seconds, num_in_flight - 1))
+            self._buckets.append(_Bucket(num_bytes, passed, share, before, num_in_flight - 1))
         self._note_fall(now)
 
     def _note_fall(self, now: float) -> None:

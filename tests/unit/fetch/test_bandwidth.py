@@ -126,6 +126,34 @@ def test_single_outliers_move_the_estimate_little(factors, random):
     assert 0.6e8 < found < 1.5e8
 
 
+@pytest.mark.parametrize("in_turn", [True, False], ids=["in turn", "side by side"])
+@pytest.mark.parametrize("before", [1.0, 0.5, 4.0], ids=["as before", "faster", "slower"])
+def test_the_first_of_several_ends_and_the_others_are_given_up(before, in_turn):
+    """As after a look-up that tells that computing is faster: a request's reads are cancelled."""
+    rate, size, num_reads = 6e6, 650_000, 4
+    estimator = make(rtt=2e-3)
+    now = transfers(estimator, [before * rate] * 20, size=size, rtt=2e-3) + 5.0
+    tokens = [estimator.begin(now, size) for _ in range(num_reads)]
+    took = (1 if in_turn else num_reads) * size / rate
+    now += 2e-3 + took
+    first, *others = tokens
+    estimator.end(first, now)
+    told = [estimator.estimate(now)]
+    for token in others:
+        estimator.end(token, now + 1e-3, ok=False)
+    told.append(estimator.estimate(now + 1e-3))
+    # The link did this much, and as much as if it had served all of them.
+    slowest, fastest = 0.5 * size / took, 1.05 * num_reads * size / took
+    for found in told:
+        assert slowest < found.recent_bytes_per_second <= fastest
+        assert min(slowest, before * rate) < found.bytes_per_second
+        assert found.bytes_per_second <= max(fastest, before * rate)
+        if before == 1.0:
+            assert found.bytes_per_second == pytest.approx(rate, rel=0.05)
+            assert found.recent_bytes_per_second == pytest.approx(rate, rel=0.05)
+            assert found.fallen_to > 0.9
+
+
 def test_a_lone_stalled_transfer_does_not_slow_the_link():
     estimator = make()
     stalled = estimator.begin(0.0, MBYTE)
