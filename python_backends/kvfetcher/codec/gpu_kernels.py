@@ -31,46 +31,66 @@ _HIGH_HALF = tl.constexpr(1 << (HIGH_BITS - 1))
 _EXACT_HALF = tl.constexpr(EXACT_HALF)
 _MAX_SHIFT = tl.constexpr(MAX_SHIFT)
 _RANK = tl.constexpr(RANK)
-_WORD_MASK = tl.constexpr(BLOCK_WORDS - 1)
-_WORD_BITS = tl.constexpr(BLOCK_WORDS.bit_length() - 1)
+_BLOCK_WORDS = tl.constexpr(BLOCK_WORDS)
 
 
 @triton.jit
-def _digest_terms(value, byte, weights, block_weights, mask):  # type: ignore[no-untyped-def]
-    """What integers that begin at these bytes add to the digest."""
-    word = byte // 4
-    shifted = value.to(tl.int64) << ((byte % 4) * 8).to(tl.int64)
-    weight = tl.load(weights + (word & _WORD_MASK), mask=mask, other=0)
-    block = tl.load(block_weights + (word >> _WORD_BITS), mask=mask, other=0)
-    return tl.where(mask, shifted * weight * block, 0)
+def _digest(  # type: ignore[no-untyped-def]
+    items,
+    starts,
+    first,
+    num_bytes,
+    weights,
+    block_weights,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ITEM_BYTES: tl.constexpr,
+    WORD: tl.constexpr,
+):
+    """What items [ROWS, COLUMNS], 0 where there are none, add to the digest of `num_bytes` bytes.
+
+    Rows begin with the items of number ``starts`` [ROWS] + `first`. `WORD` of them are a word of the
+    digest, unless a row or a picture may begin within one: then it is 1.
+    """
+    if WORD > 1:
+        places = tl.arange(0, WORD) * (8 * ITEM_BYTES)
+        items = tl.reshape(items, (ROWS, COLUMNS // WORD, WORD)) << places[None, None, :]
+        values = tl.sum(items, axis=2).to(tl.uint32, bitcast=True).to(tl.int64)
+        begins = starts // WORD + first // WORD
+        words = begins[:, None] + tl.arange(0, COLUMNS // WORD)[None, :]
+    else:
+        at = (starts[:, None] + (first + tl.arange(0, COLUMNS))[None, :]) * ITEM_BYTES
+        values = items.to(tl.int64) << (at % 4 * 8).to(tl.int64)
+        begins = (starts + first) * ITEM_BYTES // 4
+        words = at // 4
+    # `%` where `&` would do: of its results the compiler knows that they follow each other.
+    mask = words * 4 < num_bytes
+    weight = tl.load(weights + words % _BLOCK_WORDS, mask=mask, other=0)
+    # A row has words of one block or of two.
+    block = begins // _BLOCK_WORDS
+    left = block * (4 * _BLOCK_WORDS)
+    this = tl.load(block_weights + block, mask=left < num_bytes, other=0)
+    following = tl.load(
+        block_weights + block + 1, mask=left + 4 * _BLOCK_WORDS < num_bytes, other=0
+    )
+    block = tl.where(words // _BLOCK_WORDS == block[:, None], this[:, None], following[:, None])
+    return tl.sum(tl.sum(values * weight * block, axis=1), axis=0)
 
 
 @triton.jit
-def _whole(value, row, token, shift, mask, low_rows, low_planes, low_stride):  # type: ignore[no-untyped-def]
-    """Integers with their low bits (`low_bits.PackedLowBits`)."""
-    low = tl.zeros_like(shift)
-    for bit in tl.static_range(_MAX_SHIFT):
-        has = mask & (shift > bit)
-        at = tl.load(low_rows + row * _MAX_SHIFT + bit, mask=has, other=0)
-        byte = tl.load(low_planes + at * low_stride + token // 8, mask=has, other=0).to(tl.int32)
-        low |= ((byte >> (token % 8)) & 1) << bit
-    return (value << shift) + low
-
-
-@triton.jit
-def _store(value, index, is_wide, mask, out, high):  # type: ignore[no-untyped-def]
-    """Integers as one float16, or two where they may pass 2048."""
-    top = ((value + _HIGH_HALF) >> _HIGH_BITS).to(tl.float16)
-    rest = value - (top.to(tl.int32) << _HIGH_BITS)
-    tl.store(high + index, top, mask=mask & is_wide)
-    tl.store(out + index, tl.where(is_wide, rest, value).to(tl.float16), mask=mask)
+def _store(value, index, has_high, mask, out, high):  # type: ignore[no-untyped-def]
+    """Integers as one float16, or two where they pass 2048; elsewhere the other is 0 or undefined."""
+    top = tl.where(tl.abs(value) > _EXACT_HALF, (value + _HIGH_HALF) >> _HIGH_BITS, 0)
+    tl.store(high + index, top.to(tl.float16), mask=mask & has_high)
+    tl.store(out + index, (value - (top << _HIGH_BITS)).to(tl.float16), mask=mask)
 
 
 # Arguments that say nothing about alignment, so that new values need no new compilation.
 @triton.jit(
     do_not_specialize=[
-        "num_samples",
+        "num_rows",
         "frame_rows",
+        "blocks_per_frame",
         "num_blocks",
         "height",
         "half",
@@ -89,42 +109,86 @@ def unpack_rows(  # type: ignore[no-untyped-def]
     low_rows,
     low_planes,
     low_stride,
-    num_samples,
+    num_rows,
     num_tokens,
     frame_rows,
     frame_columns,
+    blocks_per_frame,
     num_blocks,
     height,
     width,
     half,
     shift,
     ITEM_BYTES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WORD: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """Samples of a `RowGrid` -> centred integers [rows, T]; adds the samples' digest to ``digest[0]``.
 
-    Rows that have low bits, ``row_shifts`` [rows] of them, go to ``out`` and ``high``, others to
-    ``out`` alone. ``low_rows`` [rows, MAX_SHIFT] is the line of each bit in ``low_planes``, whose lines
-    are ``low_stride`` bytes long.
+    One program: `ROWS` rows of `COLUMNS` columns of one picture, of which there are ``blocks_per_frame``
+    beside each other. Rows that have low bits, ``row_shifts`` [rows] of them, go to ``out`` and ``high``,
+    others to ``out`` alone. ``low_rows`` [rows, MAX_SHIFT] is the line of each bit in ``low_planes``,
+    whose lines are ``low_stride`` bytes long. `WORD` as for `_digest`; if it is not 1, pictures begin
+    with a whole byte of the low bits, too.
     """
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < num_samples
-    row = index // num_tokens
-    token = index % num_tokens
-    line = row // 3
-    picture = (token // frame_columns) * num_blocks + line // frame_rows
-    at = ((picture * 3 + row % 3) * height + line % frame_rows) * width + token % frame_columns
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_mask = rows < num_rows
+    line = rows // 3
+    line = (line // frame_rows * 3 + rows % 3) * height + line % frame_rows
+    frame = tl.program_id(1) // blocks_per_frame
+    left = (tl.program_id(1) % blocks_per_frame) * COLUMNS
+    columns = left + tl.arange(0, COLUMNS)
+    first = frame * frame_columns
+    # Two conditions, for the compiler knows both limits' alignment and not their minimum's.
+    mask = (columns < frame_columns) & (first + columns < num_tokens)
+    mask = row_mask[:, None] & mask[None, :]
+    at = (frame * num_blocks * 3 * height * width + line * width)[:, None] + columns[None, :]
     sample = tl.load(planes + at, mask=mask, other=0).to(tl.int32)
     if ITEM_BYTES == 2:
         sample = (sample & 0xFFFF) >> shift
-    low_bits = tl.load(row_shifts + row, mask=mask, other=0).to(tl.int32)
-    if tl.max(low_bits, axis=0) > 0:
-        value = _whole(sample - half, row, token, low_bits, mask, low_rows, low_planes, low_stride)
-        _store(value, index, low_bits > 0, mask, out, high)
+    starts = rows * num_tokens
+    index = starts[:, None] + (first + columns)[None, :]
+    low_bits = tl.load(row_shifts + rows, mask=row_mask, other=0).to(tl.int32)
+    num_low = tl.max(low_bits, axis=0)
+    value = sample - half
+    if num_low > 0:
+        low = tl.zeros_like(value)
+        for bit in range(num_low):
+            has = low_bits > bit
+            lines = tl.load(low_rows + rows * _MAX_SHIFT + bit, mask=has, other=0) * low_stride
+            if WORD > 1:  # a byte is loaded once
+                some = (first + left) // 8 + tl.arange(0, COLUMNS // 8)
+                has_byte = has[:, None] & (some < low_stride)[None, :]
+                byte = tl.load(
+                    low_planes + lines[:, None] + some[None, :], mask=has_byte, other=0
+                ).to(tl.int32)
+                bits = byte[:, :, None] >> tl.arange(0, 8)[None, None, :]
+                low |= (tl.reshape(bits, (ROWS, COLUMNS)) & 1) << bit
+            else:
+                each = (first + columns)[None, :]
+                byte = tl.load(
+                    low_planes + lines[:, None] + each // 8, mask=has[:, None] & mask, other=0
+                ).to(tl.int32)
+                low |= ((byte >> (each % 8)) & 1) << bit
+        value = (value << low_bits[:, None]) + low
+        _store(value, index, (low_bits > 0)[:, None], mask, out, high)
     else:
-        tl.store(out + index, (sample - half).to(tl.float16), mask=mask)
-    terms = _digest_terms(sample, index * ITEM_BYTES, weights, block_weights, mask)
-    tl.atomic_add(digest, tl.sum(terms, axis=0))
+        tl.store(out + index, value.to(tl.float16), mask=mask)
+    num_bytes = num_rows * num_tokens * ITEM_BYTES
+    total = _digest(
+        sample,
+        starts,
+        first + left,
+        num_bytes,
+        weights,
+        block_weights,
+        ROWS,
+        COLUMNS,
+        ITEM_BYTES,
+        WORD,
+    )
+    tl.atomic_add(digest, total)
 
 
 @triton.jit(do_not_specialize=["count", "num_tokens", "low_stride"])
@@ -149,7 +213,13 @@ def put_escapes(  # type: ignore[no-untyped-def]
     row = index // num_tokens
     low_bits = tl.load(row_shifts + row, mask=mask, other=0).to(tl.int32)
     token = index % num_tokens
-    value = _whole(value, row, token, low_bits, mask, low_rows, low_planes, low_stride)
+    low = tl.zeros_like(value)
+    for bit in tl.static_range(_MAX_SHIFT):
+        has = low_bits > bit
+        at = tl.load(low_rows + row * _MAX_SHIFT + bit, mask=has, other=0)
+        byte = tl.load(low_planes + at * low_stride + token // 8, mask=has, other=0).to(tl.int32)
+        low |= ((byte >> (token % 8)) & 1) << bit
+    value = (value << low_bits) + low
     _store(value, index, (low_bits > 0) | (tl.abs(value) > _EXACT_HALF), mask, out, high)
 
 
@@ -162,7 +232,7 @@ def restore_columns(  # type: ignore[no-untyped-def]
     pair_tables,
     cosines,
     sines,
-    column_offsets,
+    pair_offsets,
     out,
     block_ids,
     scale,
@@ -179,6 +249,7 @@ def restore_columns(  # type: ignore[no-untyped-def]
     CLAMP: tl.constexpr,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    RUN: tl.constexpr,
 ):
     """Coefficients [rank, T] x matrix [columns, rank] -> values in blocks.
 
@@ -186,7 +257,9 @@ def restore_columns(  # type: ignore[no-untyped-def]
     numbers, to the next multiple of RANK: a mask along what is contiguous would make loads narrow.
     Columns come in pairs that are rotated together, `num_pairs` of them for each head: ``pair_tables``
     says which table of ``cosines`` and ``sines`` [tables, T, num_pairs] a pair uses, or -1 = not
-    rotated; ``column_offsets`` the place of a column within a block.
+    rotated; ``pair_offsets`` [2, pairs] the places of both columns within a block. Of `RUN` pairs that
+    follow each other, from a multiple of it on, the tables are equal and the places follow each other,
+    too: stores are so many values wide.
     """
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -218,11 +291,10 @@ def restore_columns(  # type: ignore[no-untyped-def]
 
     first, second = tl.split(tl.reshape(values, (TOKENS, COLUMNS // 2, 2)))
     pairs = tl.program_id(1) * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
-    pair_mask = pairs * 2 < num_columns
-    table = tl.load(pair_tables + pairs, mask=pair_mask, other=-1)
-    angle = (table[None, :] * num_tokens + tokens[:, None]) * num_pairs + (pairs % num_pairs)[
-        None, :
-    ]
+    pair_mask = pairs < num_columns // 2
+    table = tl.max_constancy(tl.load(pair_tables + pairs, mask=pair_mask, other=-1), RUN)
+    of_head = tl.max_contiguous(tl.multiple_of(pairs % num_pairs, RUN), RUN)
+    angle = (table[None, :] * num_tokens + tokens[:, None]) * num_pairs + of_head[None, :]
     rotated = (table >= 0)[None, :] & token_mask[:, None]
     cosine = tl.load(cosines + angle, mask=rotated, other=1.0)
     sine = tl.load(sines + angle, mask=rotated, other=0.0)
@@ -236,11 +308,13 @@ def restore_columns(  # type: ignore[no-untyped-def]
     within = (tokens % tokens_per_block) * head_dim
     row = out + block.to(tl.int64) * block_stride + base_offset + within
     store = token_mask[:, None] & pair_mask[None, :]
-    to_first = tl.load(column_offsets + pairs * 2, mask=pair_mask, other=0)
-    to_second = tl.load(column_offsets + pairs * 2 + 1, mask=pair_mask, other=0)
     kind = out.dtype.element_ty
-    tl.store(row[:, None] + to_first[None, :], turned_first.to(kind), mask=store)
-    tl.store(row[:, None] + to_second[None, :], turned_second.to(kind), mask=store)
+    at = tl.load(pair_offsets + pairs, mask=pair_mask, other=0)
+    at = tl.max_contiguous(tl.multiple_of(at, RUN), RUN)
+    tl.store(row[:, None] + at[None, :], turned_first.to(kind), mask=store)
+    at = tl.load(pair_offsets + num_columns // 2 + pairs, mask=pair_mask, other=0)
+    at = tl.max_contiguous(tl.multiple_of(at, RUN), RUN)
+    tl.store(row[:, None] + at[None, :], turned_second.to(kind), mask=store)
 
 
 @triton.jit(do_not_specialize=["num_elements", "tile_lines"])
@@ -267,6 +341,7 @@ def restore_bits(  # type: ignore[no-untyped-def]
     DIMS: tl.constexpr,
     TOKENS: tl.constexpr,
     ITEM_BYTES: tl.constexpr,
+    WORD: tl.constexpr,
     EXPONENT_BITS: tl.constexpr,
     MANTISSA_BITS: tl.constexpr,
 ):
@@ -306,10 +381,15 @@ def restore_bits(  # type: ignore[no-untyped-def]
         remainder = (packed >> (index % 2 * 4)) & 15
     value = (exponent << MANTISSA_BITS) | (remainder & ((1 << MANTISSA_BITS) - 1))
     value = value | (remainder >> MANTISSA_BITS) << (MANTISSA_BITS + EXPONENT_BITS)
+    value = tl.where(mask, value, 0)
 
     block = tl.load(block_ids + tokens // tokens_per_block, mask=token_mask, other=0)
     row = block.to(tl.int64) * block_stride + base_offset + group.to(tl.int64) * group_stride
     row += (tokens % tokens_per_block) * HEAD_DIM
     tl.store(out + row[:, None] + dims[None, :], value.to(out.dtype.element_ty), mask=mask)
-    terms = _digest_terms(value, index * ITEM_BYTES, weights, block_weights, mask)
-    tl.atomic_add(digest, tl.sum(tl.sum(terms, axis=1), axis=0))
+    starts = (group * num_tokens + tokens) * HEAD_DIM
+    num_bytes = num_elements * ITEM_BYTES
+    total = _digest(
+        value, starts, 0, num_bytes, weights, block_weights, TOKENS, DIMS, ITEM_BYTES, WORD
+    )
+    tl.atomic_add(digest, total)
