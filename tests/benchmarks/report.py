@@ -186,16 +186,12 @@ def gpu_table(report: dict) -> str:
                 f" ({median(found['elements_g_per_s']):.1f})"
             )
         lines.append(f"| {' | '.join(cells)} |")
-    if "instances" in report:
-        lines += ["", *_instances_table(report["instances"])]
-    machine = report["machine"]
-    lines += ["", f"{machine['gpu']}, {machine['cores']} cores, {machine['time'][:10]}."]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", _gpu_machine(report)])
 
 
-def _instances_table(found: dict) -> list[str]:
+def instances_table(report: dict) -> str:
     """G elements/s of bare decoders and through the server, by the number of decoders."""
-    works = {name: row for name, row in found.items() if isinstance(row, dict)}
+    works = {name: row for name, row in report["instances"].items() if isinstance(row, dict)}
     counts = list(next(iter(works.values()))["bare"])
     lines = [f"| decoders | {' | '.join(counts)} |", "|---" * (1 + len(counts)) + "|"]
     for name, row in works.items():
@@ -203,7 +199,12 @@ def _instances_table(found: dict) -> list[str]:
         ours = [f"{row['triton'][count]['elements_g_per_s']:.2f}" for count in counts]
         lines.append(f"| {name}: bare, G elements/s | {' | '.join(bare)} |")
         lines.append(f"| through the server | {' | '.join(ours)} |")
-    return lines
+    return "\n".join([*lines, "", _gpu_machine(report)])
+
+
+def _gpu_machine(report: dict) -> str:
+    machine = report["machine"]
+    return f"{machine['gpu']}, {machine['cores']} cores, {machine['time'][:10]}."
 
 
 if __name__ == "__main__":
@@ -217,6 +218,7 @@ if __name__ == "__main__":
         ("fetch_*.json", fetch_table),
         ("mixed_*.json", mixed_table),
         ("gpu_path_*.json", gpu_table),
+        ("gpu_instances_*.json", instances_table),
     ):
         texts += [make(json.loads(path.read_text())) for path in sorted(RESULTS.glob(name))]
     sys.stdout.write("\n\n".join(texts) + "\n")
