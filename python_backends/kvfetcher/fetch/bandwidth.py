@@ -291,13 +291,18 @@ class LinkEstimator:
         self._note_fall(now)
 
     def _note_fall(self, now: float) -> None:
-        """Remember how slow the link is, if it was not slower lately."""
+        """Remember how slow the link may be, if it was not slower lately.
+
+        Transfers still to come are taken for ones that get nothing: a fall is to be seen before they
+        end. Simulated, with raw copies, 24 and 2 Gbit/s in turn: 2 % less than the best fixed size,
+        without this 2 % more.
+        """
         num_bytes = seconds = 0.0
         for bucket in reversed(self._buckets):
             if bucket.trust < 1.0:
                 return  # before a pause: the link may be another one now
             num_bytes += bucket.num_bytes
-            seconds += bucket.seconds
+            seconds += bucket.passed
             if seconds >= _FALL_SECONDS:
                 break
         else:
@@ -319,7 +324,10 @@ class LinkEstimator:
         return self._summary
 
     def _summarise(self) -> _Summary:
-        weighted = self._weighted()
+        weighted = self._weighted([bucket.rate for bucket in self._buckets])
+        # As if what is still to come got nothing of the link: raw units, which only a fast one makes
+        # good, wait until that has ended. Simulated: 2 % lost by a step from 40 to 4 Gbit/s, not 7.
+        slowest = self._weighted([b.num_bytes / b.passed for b in self._buckets])
         low_clip = _quantile(weighted, _CLIP_QUANTILE)
         high_clip = _quantile(weighted, 1 - _CLIP_QUANTILE)
         total = sum(weight for _, weight in weighted)
@@ -334,21 +342,21 @@ class LinkEstimator:
                 break
         return _Summary(
             rate=rate,
-            low=min(_quantile(weighted, _LOW_QUANTILE), rate),
+            low=min(_quantile(slowest, _LOW_QUANTILE), rate),
             high=max(_quantile(weighted, _HIGH_QUANTILE), rate),
             recent=num_bytes / seconds,
             # Little that was seen counts little.
             certainty=min(1.0, seconds / _RECENT_SECONDS),
         )
 
-    def _weighted(self) -> list[tuple[float, float]]:
+    def _weighted(self, rates: list[float]) -> list[tuple[float, float]]:
         """(rate, weight) of every bucket, by rate."""
         heaviest = _MAX_WEIGHT * median(bucket.seconds for bucket in self._buckets)
         weighted = []
         busy = 0.0
-        for bucket in reversed(self._buckets):
+        for bucket, rate in zip(reversed(self._buckets), reversed(rates), strict=True):
             weight = min(bucket.seconds, heaviest) * bucket.trust
-            weighted.append((bucket.rate, weight * 2 ** (-busy / self._half_life)))
+            weighted.append((rate, weight * 2 ** (-busy / self._half_life)))
             busy += weight
         weighted.sort()
         return weighted
