@@ -63,8 +63,8 @@ def _digest(  # type: ignore[no-untyped-def]
         values = items.to(tl.int64) << (at % 4 * 8).to(tl.int64)
         begins = (starts + first) * ITEM_BYTES // 4
         words = at // 4
-    # `%` where `&` would do: of its results the compiler knows that they follow each other.
     mask = words * 4 < num_bytes
+    # `%` where `&` would do: of its results the compiler knows that they follow each other.
     weight = tl.load(weights + words % _BLOCK_WORDS, mask=mask, other=0)
     # A row has words of one block or of two.
     block = begins // _BLOCK_WORDS
@@ -75,6 +75,13 @@ def _digest(  # type: ignore[no-untyped-def]
     )
     block = tl.where(words // _BLOCK_WORDS == block[:, None], this[:, None], following[:, None])
     return tl.sum(tl.sum(values * weight * block, axis=1), axis=0)
+
+
+@triton.jit
+def _low_bit(low_planes, lines, token, bit, mask):  # type: ignore[no-untyped-def]
+    """One of the low bits of integers, in its place, from the lines that have it (`low_bits.PackedLowBits`)."""
+    byte = tl.load(low_planes + lines + token // 8, mask=mask, other=0).to(tl.int32)
+    return ((byte >> (token % 8)) & 1) << bit
 
 
 @triton.jit
@@ -167,10 +174,7 @@ def unpack_rows(  # type: ignore[no-untyped-def]
                 low |= (tl.reshape(bits, (ROWS, COLUMNS)) & 1) << bit
             else:
                 each = (first + columns)[None, :]
-                byte = tl.load(
-                    low_planes + lines[:, None] + each // 8, mask=has[:, None] & mask, other=0
-                ).to(tl.int32)
-                low |= ((byte >> (each % 8)) & 1) << bit
+                low |= _low_bit(low_planes, lines[:, None], each, bit, has[:, None] & mask)
         value = (value << low_bits[:, None]) + low
         _store(value, index, (low_bits > 0)[:, None], mask, out, high)
     else:
@@ -216,9 +220,8 @@ def put_escapes(  # type: ignore[no-untyped-def]
     low = tl.zeros_like(value)
     for bit in tl.static_range(_MAX_SHIFT):
         has = low_bits > bit
-        at = tl.load(low_rows + row * _MAX_SHIFT + bit, mask=has, other=0)
-        byte = tl.load(low_planes + at * low_stride + token // 8, mask=has, other=0).to(tl.int32)
-        low |= ((byte >> (token % 8)) & 1) << bit
+        lines = tl.load(low_rows + row * _MAX_SHIFT + bit, mask=has, other=0) * low_stride
+        low |= _low_bit(low_planes, lines, token, bit, has)
     value = (value << low_bits) + low
     _store(value, index, (low_bits > 0) | (tl.abs(value) > _EXACT_HALF), mask, out, high)
 

@@ -66,7 +66,7 @@ _SMALL_TOKENS = 256
 # Of `unpack_rows`: rows of one program, and columns of one picture.
 _UNPACK_ROWS, _UNPACK_COLUMNS = 8, 256
 # A store of 8 values of two bytes is as wide as a thread's can be.
-_MAX_RUN = 8
+_RUNS = (8, 4, 2)
 _ZERO = np.zeros(1, np.int64)
 # Of the parts of one copy.
 _ALIGNMENT = 16
@@ -421,13 +421,12 @@ class GpuRestorer:
     ) -> None:
         """Centred integers of the pictures into float16 [rows, T]."""
         geometry = unit.geometry
-        frames = -(-grid.num_columns // grid.frame_columns)
         columns = min(grid.num_columns, grid.frame_columns)
         blocks = -(-columns // _UNPACK_COLUMNS)
         word = 4 // geometry.dtype.itemsize
-        if grid.num_columns % word or (frames > 1 and grid.frame_columns % 8):
+        if grid.num_columns % word or (grid.num_tiles > 1 and grid.frame_columns % 8):
             word = 1
-        gpu_kernels.unpack_rows[-(-grid.num_rows // _UNPACK_ROWS), frames * blocks](
+        gpu_kernels.unpack_rows[-(-grid.num_rows // _UNPACK_ROWS), grid.num_tiles * blocks](
             planes.data,
             samples,
             high,
@@ -711,25 +710,29 @@ def _rope_kinds(calibration: Calibration) -> tuple[LayerRope, ...]:
 def _paired_dims(rope: LayerRope | None, head_dim: int) -> NDArray[np.int64]:
     """Dims of a head so that those rotated together are neighbours; what is not rotated follows."""
     if rope is None:
-        return np.arange(head_dim).reshape(2, -1).T.reshape(-1)
+        return _halves_paired(np.arange(head_dim))
     rotated = np.arange(rope.offset, rope.offset + rope.rotary_dim)
-    if rope.style == "half":
-        rotated = rotated.reshape(2, -1).T.reshape(-1)
     others = np.setdiff1d(np.arange(head_dim), rotated)
-    return np.concatenate([rotated, others.reshape(2, -1).T.reshape(-1)])
+    if rope.style == "half":
+        rotated = _halves_paired(rotated)
+    return np.concatenate([rotated, _halves_paired(others)])
+
+
+def _halves_paired(dims: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Each of the first half, followed by the one as far into the second."""
+    return dims.reshape(2, -1).T.reshape(-1)
 
 
 def _run(pairs: NDArray[np.int32], num_pairs: int) -> int:
     """How many pairs of a head follow each other, both of their places do, from a multiple of it on."""
-    run = _MAX_RUN
-    while run > 1:
-        if num_pairs % run == 0:
-            runs = pairs.reshape(-1, run)
-            begins = runs[:, :1]
-            if not np.any(begins % run) and np.array_equal(runs, begins + np.arange(run)):
-                break
-        run //= 2
-    return run
+    for run in _RUNS:
+        if num_pairs % run:
+            continue
+        runs = pairs.reshape(-1, run)
+        begins = runs[:, :1]
+        if not np.any(begins % run) and np.array_equal(runs, begins + np.arange(run)):
+            return run
+    return 1
 
 
 def _large_rows(

@@ -324,10 +324,13 @@ class LinkEstimator:
         return self._summary
 
     def _summarise(self) -> _Summary:
-        weighted = self._weighted([bucket.rate for bucket in self._buckets])
+        weights = self._weights()
+        weighted = sorted((b.rate, w) for b, w in zip(self._buckets, weights, strict=True))
         # As if what is still to come got nothing of the link: raw units, which only a fast one makes
         # good, wait until that has ended. Simulated: 2 % lost by a step from 40 to 4 Gbit/s, not 7.
-        slowest = self._weighted([b.num_bytes / b.passed for b in self._buckets])
+        slowest = sorted(
+            (b.num_bytes / b.passed, w) for b, w in zip(self._buckets, weights, strict=True)
+        )
         low_clip = _quantile(weighted, _CLIP_QUANTILE)
         high_clip = _quantile(weighted, 1 - _CLIP_QUANTILE)
         total = sum(weight for _, weight in weighted)
@@ -349,17 +352,16 @@ class LinkEstimator:
             certainty=min(1.0, seconds / _RECENT_SECONDS),
         )
 
-    def _weighted(self, rates: list[float]) -> list[tuple[float, float]]:
-        """(rate, weight) of every bucket, by rate."""
+    def _weights(self) -> list[float]:
+        """How much each bucket counts."""
         heaviest = _MAX_WEIGHT * median(bucket.seconds for bucket in self._buckets)
-        weighted = []
+        weights = []
         busy = 0.0
-        for bucket, rate in zip(reversed(self._buckets), reversed(rates), strict=True):
+        for bucket in reversed(self._buckets):
             weight = min(bucket.seconds, heaviest) * bucket.trust
-            weighted.append((rate, weight * 2 ** (-busy / self._half_life)))
+            weights.append(weight * 2 ** (-busy / self._half_life))
             busy += weight
-        weighted.sort()
-        return weighted
+        return weights[::-1]
 
     def _advance(self, now: float) -> None:
         if self._in_flight:

@@ -201,7 +201,11 @@ def choose_variant(
 
     # A link that may be faster than it seems makes the decoders the bottleneck.
     fast = max(rate, link.high_bytes_per_second)
-    costs = {name: (seconds(name, rate) + seconds(name, fast)) / 2 for name in options}
+
+    def cost(name: str, *, all_coded: bool = False) -> float:
+        return sum(seconds(name, r, all_coded=all_coded) for r in (rate, fast)) / 2
+
+    costs = {name: cost(name) for name in options}
     coded = [name for name, option in options.items() if option.decode_seconds]
     if coded and len(coded) < len(options):
         is_safe = queue > _RAW_SAFE_QUEUE_SECONDS
@@ -220,11 +224,7 @@ def choose_variant(
         if len(costs) == len(coded):
             # What is too risky now is not to be counted on later: with all the rest raw, small
             # pictures seem best, unit after unit.
-            costs = {
-                name: (seconds(name, rate, all_coded=True) + seconds(name, fast, all_coded=True))
-                / 2
-                for name in coded
-            }
+            costs = {name: cost(name, all_coded=True) for name in coded}
     chosen = min(costs, key=lambda name: (costs[name], name))
     if current is None or current not in costs:
         return chosen
