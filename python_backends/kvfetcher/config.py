@@ -74,6 +74,12 @@ class ServerConfig(_Section):
         low=0,
         high=64,
     )
+    decode_gpus: tuple[int, ...] = _option(
+        (),
+        "GPUs whose NVDEC decodes, as CUDA counts; kv_decode's processes take turns on them; none = the one"
+        " that engine.device names, else 0",
+        low=0,
+    )
     restore_instances: int = _option(
         0,
         "kv_restore processes; 0 = one, or two where NVDEC's planes stay on a GPU (four under MPS); each that"
@@ -84,8 +90,8 @@ class ServerConfig(_Section):
     )
     plane_bytes: int = _option(
         224 << 20,
-        "GPU memory for decoded planes on their way to a GPU's arena, over all kv_decode processes; units"
-        " that do not fit a process's part go through host memory",
+        "memory of each GPU that decodes for planes on their way to a GPU's arena, over all its kv_decode"
+        " processes; units that do not fit a process's part go through host memory",
         low=0,
         high=1 << 34,
     )
@@ -112,6 +118,13 @@ class ServerConfig(_Section):
     probe_seconds: float = _option(
         15.0, "`serve` sends a tiny unit through kv_pipeline so often; 0 = never", low=0, high=3600
     )
+
+    def __post_init__(self) -> None:
+        _Section.__post_init__(self)  # no super(): slots=True makes the class anew
+        if len(set(self.decode_gpus)) != len(self.decode_gpus):
+            raise ConfigError(
+                f"server.decode_gpus must name each GPU once, got {list(self.decode_gpus)}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +173,12 @@ class EngineConfig(_Section):
     llm_args: str = _option(
         "", "YAML file of arguments to TensorRT-LLM's LLM() (as Triton's model.yaml)"
     )
+
+    @property
+    def gpu(self) -> int:
+        """The GPU that `device` names; 0 where it names none."""
+        _, _, index = self.device.partition(":")
+        return int(index) if index.isdecimal() else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -512,6 +531,11 @@ class Config:
                 " lease on its arena blocks, raise the latter or lower the former"
             )
 
+    @property
+    def nvdec_gpus(self) -> tuple[int, ...]:
+        """The GPUs that decode where NVDEC does: `server.decode_gpus`; none = the engine's."""
+        return self.server.decode_gpus or (self.engine.gpu,)
+
 
 SECTIONS: dict[str, type[_Section]] = {
     c.NAME: c
@@ -656,7 +680,8 @@ def _parse(name: str, text: str, hint: Any) -> Any:
         except ValueError as exc:
             raise ConfigError(f"{name} must be {hint.__name__}, got {text!r}") from exc
     if get_origin(hint) is tuple:
-        return tuple(part.strip() for part in text.split(",") if part.strip())
+        item, *_ = get_args(hint)
+        return tuple(_parse(name, part.strip(), item) for part in text.split(",") if part.strip())
     return text
 
 
@@ -666,8 +691,12 @@ def _check(name: str, value: Any, hint: Any, metadata: types.MappingProxyType[An
             raise ConfigError(f"{name} must be one of {get_args(hint)}, got {value!r}")
         return
     if get_origin(hint) is tuple:
-        if not isinstance(value, tuple) or not all(isinstance(v, str) for v in value):
-            raise ConfigError(f"{name} must be a list of strings, got {value!r}")
+        item, *_ = get_args(hint)
+        if not isinstance(value, tuple) or not all(type(v) is item for v in value):
+            kinds = "integers" if item is int else "strings"
+            raise ConfigError(f"{name} must be a list of {kinds}, got {value!r}")
+        for v in value:
+            _check(name, v, item, metadata)
         return
     accepted = (int, float) if hint is float else hint
     if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):

@@ -24,7 +24,7 @@ REMEDY = (
 _GRANULE_BYTES = 2 << 20
 _LAZY_PEER_ACCESS = 1
 _EVENT_FLAGS = 2 | 4  # no timing, shared between processes
-_SETUP_CALLS = ("cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain")
+_SETUP_CALLS = ("cuInit", "cuDeviceGetCount", "cuDeviceGet", "cuDevicePrimaryCtxRetain")
 
 
 class _IpcHandle(ctypes.Structure):
@@ -47,9 +47,15 @@ class CudaContext:
         except OSError as exc:
             raise DecoderUnavailableError(f"no libcuda.so.1 here; {REMEDY}") from exc
         self.gpu = gpu
-        device = ctypes.c_int()
+        device, count = ctypes.c_int(), ctypes.c_int()
         self._context = ctypes.c_void_p()
         self._call("cuInit", ctypes.c_uint(0))
+        self._call("cuDeviceGetCount", ctypes.byref(count))
+        if gpu >= count.value:
+            raise DecoderUnavailableError(
+                f"there is no GPU {gpu} here: CUDA counts {count.value}, from 0; see engine.device,"
+                " server.decode_gpus and $CUDA_VISIBLE_DEVICES"
+            )
         self._call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(gpu))
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
 

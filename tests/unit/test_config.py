@@ -44,11 +44,13 @@ def test_environment_values_are_parsed_by_type():
             "KVFETCHER_FETCH_ENABLED": "false",
             "KVFETCHER_FETCH_DEADLINE_SECONDS": "2.5",
             "KVFETCHER_CODEC_FRAME_SIZES": "640x360, 1280x720",
+            "KVFETCHER_SERVER_DECODE_GPUS": "2, 0",
         }
     )
     assert config.fetch.enabled is False
     assert config.fetch.deadline_seconds == 2.5
     assert config.codec.frame_sizes == ("640x360", "1280x720")
+    assert config.server.decode_gpus == (2, 0)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +69,14 @@ def test_environment_values_are_parsed_by_type():
             "fetch.deadline_seconds = 200 is more than fetch.lease_ttl_seconds = 120.0",
         ),
         ("[codec]\nframe_sizes = [1]\n", "codec.frame_sizes must be a list of strings"),
+        ('[server]\ndecode_gpus = ["0"]\n', "server.decode_gpus must be a list of integers"),
+        ("[server]\ndecode_gpus = [true]\n", "server.decode_gpus must be a list of integers"),
+        ("[server]\ndecode_gpus = 1\n", "server.decode_gpus must be a list of integers, got 1"),
+        ("[server]\ndecode_gpus = [0, -1]\n", "server.decode_gpus must be >= 0, got -1"),
+        (
+            "[server]\ndecode_gpus = [1, 0, 1]\n",
+            r"server.decode_gpus must name each GPU once, got \[1, 0, 1\]",
+        ),
         (
             '[store]\nkind = "redis"\n',
             "store.url must be redis:// or rediss:// with a host, got ''",
@@ -97,6 +107,7 @@ def test_wrong_file_is_refused_by_name(tmp_path, text, message):
         ("KVFETCHER_FETCH_ENABLED", "maybe", "KVFETCHER_FETCH_ENABLED must be true or false"),
         ("KVFETCHER_SERVER_HTTP_PORT", "x", "KVFETCHER_SERVER_HTTP_PORT must be int"),
         ("KVFETCHER_SERVER_HTTP_PORT", "70000", "server.http_port must be"),
+        ("KVFETCHER_SERVER_DECODE_GPUS", "0,x", "SERVER_DECODE_GPUS must be int, got 'x'"),
     ],
 )
 def test_wrong_environment_is_refused_by_name(variable, value, message):
@@ -122,10 +133,35 @@ def test_explanation_names_every_setting_its_source_and_meaning(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("device", "gpus", "decode"),
+    [
+        ("auto", (), (0,)),
+        ("cpu", (), (0,)),
+        ("cuda", (), (0,)),
+        ("cuda:3", (), (3,)),
+        ("cuda:3", (1, 0), (1, 0)),
+    ],
+)
+def test_gpus_that_decode_are_the_named_ones_or_the_engines(device, gpus, decode):
+    config = load_config(environ={})
+    config = replace(
+        config,
+        engine=replace(config.engine, device=device),
+        server=replace(config.server, decode_gpus=gpus),
+    )
+    assert config.nvdec_gpus == decode
+
+
+@pytest.mark.parametrize(
     "path", ["", 'a "quoted" \\ path', "tab\tnewline\n", "é 漢 \U0001f600 \x7f"]
 )
 def test_dumped_configuration_loads_as_it_was(tmp_path, path):
-    config = replace(load_config(environ={}), store=StoreConfig(path=path, timeout_seconds=0.25))
+    config = load_config(environ={})
+    config = replace(
+        config,
+        store=StoreConfig(path=path, timeout_seconds=0.25),
+        server=replace(config.server, decode_gpus=(3, 0)),
+    )
     assert _load(tmp_path, dump_config(config)) == config
 
 

@@ -24,10 +24,8 @@ class TritonPythonModel:
         setup.check_stub(args, pb_utils)
         setup.yield_gpu()
         config = load_config()
-        self.decoder = UnitDecoder(
-            config.codec.decoder,
-            ring_bytes=config.server.plane_bytes // setup.num_instances(args),
-        )
+        share = setup.decoder_share(args, config)
+        self.decoder = UnitDecoder(config.codec.decoder, gpu=share.gpu, ring_bytes=share.ring_bytes)
         if self.decoder.name == "cpu":
             setup.lower_priority(config.fetch.nice)
 

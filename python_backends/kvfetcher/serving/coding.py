@@ -70,13 +70,16 @@ class UnitDecoder:
 
     Args:
         choice: "cpu"; "nvdec" = NVDEC must be usable; "auto" = NVDEC where it is usable.
+        gpu: whose NVDEC, as CUDA counts.
         ring_bytes: GPU memory for planes that stay on the GPU; 0 = none do.
 
     Raises:
         DecoderUnavailableError: NVDEC is asked for and not usable; says what to do.
     """
 
-    def __init__(self, choice: DecoderChoice = "auto", *, ring_bytes: int = 0) -> None:
+    def __init__(
+        self, choice: DecoderChoice = "auto", *, gpu: int = 0, ring_bytes: int = 0
+    ) -> None:
         self._cpu = VideoDecoder()
         self._gpu_output = GpuOutput(ring_bytes)
         self._nvdec: nvdec.NvdecDecoder | None = None
@@ -85,12 +88,14 @@ class UnitDecoder:
         self._is_lost = False
         if choice == "nvdec" or (choice == "auto" and nvdec.has_driver()):
             try:
-                self._nvdec = _proven_nvdec()
+                self._nvdec = _proven_nvdec(gpu)
             except CodecError as exc:
                 if choice == "nvdec":
                     raise
                 self._fallback = str(exc)
                 _log.warning("units are decoded by the CPU: %s", exc)
+            else:
+                _log.info("units are decoded by NVDEC of GPU %d", gpu)
 
     @property
     def name(self) -> str:
@@ -185,13 +190,13 @@ def _kept_unit(kept: KeptPlanes, rest: bytes, started: float) -> DecodedUnit:
     return DecodedUnit(planes, kept.planes_at, rest, json.dumps(status))
 
 
-def _proven_nvdec() -> nvdec.NvdecDecoder:
-    """NVDEC after it has decoded a picture of each usual depth: opening takes up to half a second.
+def _proven_nvdec(gpu: int) -> nvdec.NvdecDecoder:
+    """NVDEC of a GPU after a picture of each usual depth: opening takes up to half a second.
 
     Raises:
         CodecError: not usable, or a picture came back changed.
     """
-    decoder = nvdec.NvdecDecoder()
+    decoder = nvdec.NvdecDecoder(gpu)
     for bit_depth in (8, 10):
         geometry = PlaneGeometry(num_frames=1, width=256, height=160, bit_depth=bit_depth)
         numbers = np.arange(math.prod(geometry.shape), dtype=np.uint32) * np.uint32(2654435761)
@@ -201,7 +206,7 @@ def _proven_nvdec() -> nvdec.NvdecDecoder:
         if not np.array_equal(decoded, planes):
             decoder.close()
             raise DecoderUnavailableError(
-                "NVDEC changed the values of a lossless picture at start; run the GPU tests"
+                f"NVDEC of GPU {gpu} changed the values of a lossless picture at start; run the GPU tests"
                 ' (tests/gpu) on this machine, or set codec.decoder = "cpu"'
             )
     return decoder

@@ -8,12 +8,15 @@ import logging
 import os
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from kvfetcher.config import MPS_PIPE_VARIABLE
 from kvfetcher.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvfetcher.config import Config
 
 _LAST_ANSWER_SECONDS = 0.2
 
@@ -64,6 +67,32 @@ def num_instances(args: dict[str, str]) -> int:
     """Processes of this model, as its served configuration says."""
     groups = json.loads(args["model_config"])["instance_group"]
     return max(1, sum(int(group["count"]) for group in groups))
+
+
+def instance_index(args: dict[str, str]) -> int:
+    """Which process of this model this is, from 0.
+
+    tritonserver names them ``kv_decode_0_<index>``, older ones a single process ``kv_decode_0``.
+    """
+    _, _, index = args["model_instance_name"].rpartition("_")
+    return int(index) if index.isdecimal() else 0
+
+
+class DecoderShare(NamedTuple):
+    """What one kv_decode process has of the GPUs that decode."""
+
+    gpu: int
+    ring_bytes: int
+    """Memory there for planes."""
+
+
+def decoder_share(args: dict[str, str], config: Config) -> DecoderShare:
+    """This kv_decode process's share: its GPU in turn, of that GPU's memory for planes a part."""
+    gpus = config.nvdec_gpus
+    num_sharing = -(-num_instances(args) // len(gpus))
+    return DecoderShare(
+        gpus[instance_index(args) % len(gpus)], config.server.plane_bytes // num_sharing
+    )
 
 
 def end_if_lost(is_lost: bool) -> None:

@@ -29,11 +29,9 @@ _HEAD_DIMS = (64, 128)
 
 def gpu_of(config: Config) -> int | None:
     """The GPU on which the arena is expected; None = in host memory."""
-    device = config.engine.device
-    if config.engine.arena == "host" or device == "cpu":
+    if config.engine.arena == "host" or config.engine.device == "cpu":
         return None
-    _, _, index = device.partition(":")
-    return int(index) if index.isdecimal() else 0
+    return config.engine.gpu
 
 
 def warm_up_units(config: Config) -> Iterator[bytes]:

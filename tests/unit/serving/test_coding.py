@@ -157,6 +157,9 @@ def test_a_unit_whose_video_differs_from_its_crc_leaves_nothing(arena):
 
 
 class Broken:
+    def __init__(self, gpu):
+        self.gpu = gpu
+
     def decode(self, packets, geometry):
         raise CodecError("the engine was reset")
 
@@ -182,14 +185,17 @@ def test_a_unit_that_nvdec_fails_at_goes_to_the_cpu_with_the_reason(monkeypatch)
 
 
 def test_nvdec_asked_for_where_there_is_none_is_refused_with_a_remedy(monkeypatch):
-    def unusable():
-        raise DecoderUnavailableError("no driver; install it")
+    def unusable(gpu):
+        raise DecoderUnavailableError(f"there is no GPU {gpu} here; install it")
 
     monkeypatch.setattr(coding, "_proven_nvdec", unusable)
-    with pytest.raises(DecoderUnavailableError, match="install"):
-        UnitDecoder("nvdec")
+    with pytest.raises(DecoderUnavailableError, match="no GPU 5 here; install"):
+        UnitDecoder("nvdec", gpu=5)
     monkeypatch.setattr(nvdec, "has_driver", lambda: True)
-    assert UnitDecoder("auto").name == "cpu"
+    decoder = UnitDecoder("auto", gpu=5)
+    assert decoder.name == "cpu"
+    _, status = decoder.decode(units(encode()[0])[0])
+    assert "no GPU 5 here" in json.loads(status)["fallback"]
 
 
 @pytest.mark.parametrize(

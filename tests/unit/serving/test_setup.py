@@ -1,11 +1,14 @@
 """What model processes do to themselves."""
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
+from kvfetcher.config import load_config
 from kvfetcher.serving import setup
 
 ENDS = """
@@ -54,6 +57,46 @@ def test_a_process_without_its_gpu_answers_and_ends():
     done = ended(is_lost=True, seconds=50)
     assert (done.returncode, done.stdout) == (1, "answered\n")
     assert ended(is_lost=False, seconds=0.3).returncode == 0
+
+
+def args_of(name, count=1):
+    """What Triton's stub hands to `initialize`."""
+    groups = [{"count": count, "kind": "KIND_CPU"}]
+    return {"model_instance_name": name, "model_config": json.dumps({"instance_group": groups})}
+
+
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [
+        ("kv_decode_0_0", 0),
+        ("kv_decode_0_13", 13),
+        ("kv_decode_0", 0),
+        ("my_decoders_2", 2),
+        ("alone", 0),
+    ],
+)
+def test_processes_know_their_number(name, index):
+    assert setup.instance_index(args_of(name)) == index
+
+
+@pytest.mark.parametrize(
+    ("gpus", "count", "expected"),
+    [
+        ((), 2, [(3, 500), (3, 500)]),
+        ((0,), 4, [(0, 250)] * 4),
+        ((2, 0), 5, [(2, 333), (0, 333), (2, 333), (0, 333), (2, 333)]),
+        ((0, 1, 2), 1, [(0, 1000)]),
+    ],
+)
+def test_decoders_take_turns_on_the_gpus_and_share_each_ones_memory(gpus, count, expected):
+    config = load_config(environ={})
+    config = replace(
+        config,
+        server=replace(config.server, decode_gpus=gpus, plane_bytes=1000),
+        engine=replace(config.engine, device="cuda:3"),
+    )
+    args = [args_of(f"kv_decode_0_{index}", count) for index in range(count)]
+    assert [setup.decoder_share(each, config) for each in args] == expected
 
 
 MPS_VARIABLES = (
