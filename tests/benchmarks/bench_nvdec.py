@@ -389,7 +389,7 @@ def _machine() -> dict[str, object]:
     import PyNvVideoCodec
 
     asked = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    caps = max(all_caps(), key=lambda c: c.num_engines)
+    caps = max(all_caps(0), key=lambda c: c.num_engines)
     return {
         "gpu": subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip(),
         "cores": len(os.sched_getaffinity(0)),

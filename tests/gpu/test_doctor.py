@@ -21,8 +21,8 @@ def test_doctor_proves_every_engine_and_keeps_the_times(tmp_path, monkeypatch, c
     assert checks["driver"]["status"] == "ok"
     assert checks["NVDEC"]["status"] == "ok"
     assert checks["nvdec golden"]["status"] == "ok", checks["nvdec golden"]["detail"]
-    assert f"{count_engines()} processes at once" in checks["nvdec golden"]["detail"]
+    assert f"{count_engines(0)} processes at once" in checks["nvdec golden"]["detail"]
     assert checks["encoder"]["status"] == "ok"
     table = load_table(cache_home(), fallback=H100_NVDEC)
-    assert (table.decoder, table.num_decoders) == ("nvdec", count_engines())
+    assert (table.decoder, table.num_decoders) == ("nvdec", count_engines(0))
     assert 1e-4 < table.points[0].latency_seconds < 0.1

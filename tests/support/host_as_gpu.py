@@ -129,15 +129,18 @@ class HostAsNvdec:
     def __init__(self, geometry):
         self.geometry = geometry
         self.opened = []
+        self.gpus = set()
         self.pictures = 0
 
-    def GetDecoderCaps(self, **_):
+    def GetDecoderCaps(self, **asked):
+        self.gpus.add(asked["gpuid"])
         return {
             "num_decoder_engines": 7, "width_min": 144, "height_min": 144,
             "width_max": 8192, "height_max": 8192,
         }  # fmt: skip
 
     def CreateDecoder(self, **settings):
+        self.gpus.add(settings["gpuid"])
         self.opened.append((settings["maxwidth"], settings["maxheight"]))
         return SimpleNamespace(Decode=self._decode)
 

@@ -4,8 +4,8 @@ Packets go from memory straight into the driver's parser: no container, no demux
 open from unit to unit. The planes are copied to host memory, or kept on the GPU for `kv_restore`.
 
 One process per engine is the way to use all engines: seven threads of one process reach a third of
-what seven processes do (H100, PyNvVideoCodec 2.2.4). ``python -m kvfetcher.codec.nvdec`` prints what
-the driver offers as JSON.
+what seven processes do (H100, PyNvVideoCodec 2.2.4). ``python -m kvfetcher.codec.nvdec [GPU]`` prints
+what the driver offers as JSON.
 """
 
 from __future__ import annotations
@@ -299,25 +299,25 @@ def has_driver() -> bool:
 
 
 @functools.cache
-def count_engines() -> int:
-    """NVDEC engines of the first GPU that decode HEVC 4:4:4; 0 where there are none."""
+def count_engines(gpu: int) -> int:
+    """NVDEC engines of a GPU that decode HEVC 4:4:4; 0 where there are none, or no such GPU."""
     installed = importlib.util.find_spec("PyNvVideoCodec") is not None
     if not (installed and all(map(loads_library, DRIVER_LIBRARIES))):
         return 0
     try:
-        caps = ask_caps()
+        caps = ask_caps(gpu)
     except DecoderUnavailableError:
         return 0
     return max((c.num_engines for c in caps if c.chroma == "4:4:4"), default=0)
 
 
-def ask_caps() -> list[DecoderCaps]:
-    """`all_caps` of the first GPU, from a process of its own: asking leaves a CUDA context behind.
+def ask_caps(gpu: int) -> list[DecoderCaps]:
+    """`all_caps` from a process of its own: asking leaves a CUDA context behind.
 
     Raises:
         DecoderUnavailableError: as `all_caps`; or there was no answer.
     """
-    command = [sys.executable, "-m", "kvfetcher.codec.nvdec"]
+    command = [sys.executable, "-m", "kvfetcher.codec.nvdec", str(gpu)]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_ASK_TIMEOUT_SECONDS, check=False
@@ -330,13 +330,14 @@ def ask_caps() -> list[DecoderCaps]:
     raise DecoderUnavailableError(reason.splitlines()[-1])
 
 
-def all_caps(gpu: int = 0) -> list[DecoderCaps]:
+def all_caps(gpu: int) -> list[DecoderCaps]:
     """What the driver offers for every chroma format and bit depth of this codec.
 
     Raises:
         DecoderUnavailableError: as `NvdecDecoder`.
     """
     nvc = import_library()
+    cuda_context(gpu)  # says so where there is no such GPU
     return [_ask(nvc, gpu, depth, chroma) for chroma in _CHROMAS for depth in BIT_DEPTHS]
 
 
@@ -425,10 +426,14 @@ def _round_up(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 
 
-def main() -> int:
-    """Print the capabilities of the first GPU as JSON; exit status 1 where there are none."""
+def main(arguments: Sequence[str]) -> int:
+    """Print the capabilities of a GPU as JSON; exit status 1 where there are none.
+
+    Args:
+        arguments: the GPU; none = 0.
+    """
     try:
-        caps = all_caps()
+        caps = all_caps(int(arguments[0]) if arguments else 0)
     except DecoderUnavailableError as exc:
         sys.stderr.write(f"{exc}\n")
         return 1
@@ -437,4 +442,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

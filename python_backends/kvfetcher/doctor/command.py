@@ -158,12 +158,21 @@ def _video_checks(config: Config, *, quick: bool) -> Iterator[Check]:
         ),
     )
     kind: DecoderKind = "cpu"
+    places: list[int] = []  # each GPU, for each of its engines
+    is_one = len(config.nvdec_gpus) == 1
     if choice != "cpu" and loads_library("libnvcuvid.so.1"):
-        capabilities = video.check_capabilities(ask_caps)
-        yield capabilities
-        kind = "cpu" if capabilities.status == "fail" else "nvdec"
-    size = count_engines() if kind == "nvdec" else decode_instances(config)
-    yield from _decoder_checks(kind, max(1, size), quick=quick)
+        for gpu in config.nvdec_gpus:
+            capabilities = video.check_capabilities(
+                partial(ask_caps, gpu), gpu=None if is_one else gpu
+            )
+            yield capabilities
+            if capabilities.status != "fail":
+                kind = "nvdec"
+                places += [gpu] * max(1, count_engines(gpu))
+    if kind == "cpu":
+        places = [0] * decode_instances(config)
+    names = [None] if is_one or kind == "cpu" else list(dict.fromkeys(places))
+    yield from _decoder_checks(kind, places, names, quick=quick)
 
 
 def _check_mps(config: Config) -> Check:
@@ -179,29 +188,40 @@ def _check_mps(config: Config) -> Check:
     )
 
 
-def _decoder_checks(kind: DecoderKind, size: int, *, quick: bool) -> Iterator[Check]:
+def _decoder_checks(
+    kind: DecoderKind, places: Sequence[int], names: Sequence[int | None], *, quick: bool
+) -> Iterator[Check]:
+    """Checks with several decoding processes.
+
+    Args:
+        kind: which decoder.
+        places: the GPU of each process, for NVDEC.
+        names: those of several GPUs; None = there is but one, or none.
+        quick: do not measure decode times.
+    """
     from kvfetcher.doctor import timing, video
     from kvfetcher.doctor.crew import Crew
     from kvfetcher.errors import CodecError
 
-    _talk(f"starting {size} {kind} decoders")
+    _talk(f"starting {len(places)} {kind} decoders")
     try:
-        crew = Crew(kind, size)
+        crew = Crew(kind, len(places), places)
     except CodecError as exc:
         yield Check(f"{kind} golden", "fail", str(exc), 'set codec.decoder = "cpu"')
         return
     with crew:
-        yield guarded(
-            f"{kind} golden",
-            lambda: video.check_golden_everywhere(kind, crew, rounds=_GOLDEN_ROUNDS),
-        )
+        for gpu in names:
+            yield guarded(
+                video.name_on(f"{kind} golden", gpu),
+                partial(video.check_golden_everywhere, kind, crew, rounds=_GOLDEN_ROUNDS, gpu=gpu),
+            )
         if quick:
             return
         measure = partial(
             timing.measure_table,
             kind,
             crew,
-            device=_gpu_name() if kind == "nvdec" else _cpu_name(),
+            device=_gpu_names(places) if kind == "nvdec" else _cpu_name(),
             seconds=_TIMING_SECONDS,
             progress=_talk,
         )
@@ -216,13 +236,13 @@ def _cpu_name() -> str:
     return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
 
 
-def _gpu_name() -> str:
-    return _ask_gpu("name") or "NVIDIA GPU"
+def _gpu_names(gpus: Sequence[int]) -> str:
+    return ", ".join(_ask_gpu("name", gpu) or "NVIDIA GPU" for gpu in dict.fromkeys(gpus))
 
 
-def _ask_gpu(fact: str) -> str:
-    """What nvidia-smi says of the first GPU; "" where it says nothing."""
-    command = ["nvidia-smi", f"--query-gpu={fact}", "--format=csv,noheader", "--id=0"]
+def _ask_gpu(fact: str, gpu: int = 0) -> str:
+    """What nvidia-smi says of a GPU, as it counts; "" where it says nothing."""
+    command = ["nvidia-smi", f"--query-gpu={fact}", "--format=csv,noheader", f"--id={gpu}"]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_SMI_TIMEOUT_SECONDS, check=True

@@ -46,17 +46,19 @@ class Crew:
     Args:
         kind: which decoder.
         size: how many processes.
+        gpus: process i decodes on NVDEC of ``gpus[i % len(gpus)]``.
 
     Raises:
         CodecError: a process died or did not start in time; or its decoder is not usable.
     """
 
-    def __init__(self, kind: DecoderKind, size: int) -> None:
+    def __init__(self, kind: DecoderKind, size: int, gpus: Sequence[int] = (0,)) -> None:
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self._members: list[tuple[BaseProcess, Connection]] = []
-        for _ in range(size):
+        self._gpus = [gpus[index % len(gpus)] for index in range(size)]
+        for gpu in self._gpus:
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, kind), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, kind, gpu), daemon=True)
             process.start()
             theirs.close()
             self._members.append((process, ours))
@@ -77,13 +79,18 @@ class Crew:
     def size(self) -> int:
         return len(self._members)
 
-    def digests(self, stream: Stream) -> list[str]:
+    def digests(self, stream: Stream, *, gpu: int | None = None) -> list[str]:
         """`planes_sha256` of what each process decodes, all at the same time.
+
+        Args:
+            stream: what they decode.
+            gpu: only the processes on this one do; None = all.
 
         Raises:
             CodecError: a process refused the stream, died, or did not answer in time.
         """
-        answers: list[str] = self._ask_all(("digest", stream), range(self.size))
+        asked = [i for i, its in enumerate(self._gpus) if gpu is None or its == gpu]
+        answers: list[str] = self._ask_all(("digest", stream), asked)
         return answers
 
     def paces(self, stream: Stream, *, seconds: float, num_busy: int) -> list[Pace]:
@@ -134,9 +141,9 @@ class Crew:
         return answer
 
 
-def _serve(connection: Connection, kind: DecoderKind) -> None:
+def _serve(connection: Connection, kind: DecoderKind, gpu: int) -> None:
     """The process: jobs in, answers out, until the connection closes."""
-    decoder, run = _open(kind, connection)
+    decoder, run = _open(kind, gpu, connection)
     if decoder is None:
         return
     connection.send("ready")
@@ -151,12 +158,12 @@ def _serve(connection: Connection, kind: DecoderKind) -> None:
             connection.send(exc)
 
 
-def _open(kind: DecoderKind, connection: Connection) -> tuple[Any, Callable[..., object]]:
+def _open(kind: DecoderKind, gpu: int, connection: Connection) -> tuple[Any, Callable[..., object]]:
     try:
         if kind == "nvdec":
             from kvfetcher.codec.nvdec import NvdecDecoder
 
-            on_gpu = NvdecDecoder()
+            on_gpu = NvdecDecoder(gpu)
             return on_gpu, on_gpu.decode_on_gpu
         from kvfetcher.codec.video import VideoDecoder
 

@@ -48,16 +48,25 @@ def check_driver(choice: str, *, loads: Callable[[str], bool]) -> Check:
     )
 
 
-def check_capabilities(ask: Callable[[], Sequence[DecoderCaps]]) -> Check:
-    """What NVDEC decodes: engines and sizes per chroma format and bit depth."""
+def check_capabilities(
+    ask: Callable[[], Sequence[DecoderCaps]], *, gpu: int | None = None
+) -> Check:
+    """What NVDEC decodes: engines and sizes per chroma format and bit depth.
+
+    Args:
+        ask: for what the driver says.
+        gpu: which one it is of several; None = there is but one.
+    """
+    name = name_on("NVDEC", gpu)
     try:
         caps = ask()
     except KVFetcherError as exc:
-        return Check("NVDEC", "fail", str(exc), REMEDY)
+        remedy = REMEDY if gpu is None else f"take {gpu} out of server.decode_gpus; or {REMEDY}"
+        return Check(name, "fail", str(exc), remedy)
     able = [c for c in caps if c.num_engines]
     unable = [f"{c.chroma} {c.bit_depth} bit" for c in caps if not c.num_engines]
     if not able:
-        return Check("NVDEC", "fail", "this GPU decodes no HEVC", 'set codec.decoder = "cpu"')
+        return Check(name, "fail", "this GPU decodes no HEVC", 'set codec.decoder = "cpu"')
     first = able[0]
     detail = (
         f"{first.num_engines} engines; HEVC "
@@ -66,12 +75,12 @@ def check_capabilities(ask: Callable[[], Sequence[DecoderCaps]]) -> Check:
     )
     if unable:
         return Check(
-            "NVDEC",
+            name,
             "warn",
             f"{detail}; not {', '.join(unable)}",
             "none needed: the CPU decodes units of those formats",
         )
-    return Check("NVDEC", "ok", detail)
+    return Check(name, "ok", detail)
 
 
 def check_encoder(choose: Callable[[], ChosenEncoder], *, num_cores: int) -> Check:
@@ -107,7 +116,9 @@ def check_cpu_golden(decoder: Decoder) -> Check:
     return Check("CPU decoder", "ok", f"{len(streams)} golden streams decode bit for bit")
 
 
-def check_golden_everywhere(kind: DecoderKind, crew: Crew, *, rounds: int) -> Check:
+def check_golden_everywhere(
+    kind: DecoderKind, crew: Crew, *, rounds: int, gpu: int | None = None
+) -> Check:
     """The golden streams on every engine at the same time, against the CPU decoder's planes.
 
     Their recorded digests are of the CPU decoder's planes; `check_cpu_golden` proves those here.
@@ -116,18 +127,21 @@ def check_golden_everywhere(kind: DecoderKind, crew: Crew, *, rounds: int) -> Ch
         kind: for the name of the check.
         crew: as many processes as engines.
         rounds: how often each process decodes each stream.
+        gpu: of several the one whose engines are looked at; None = there is but one.
     """
-    name = f"{kind} golden"
+    name = name_on(f"{kind} golden", gpu)
     streams = golden_streams()
     wrong: dict[str, int] = {}
+    size = 0
     for stream in streams * rounds:
         try:
-            bad = sum(digest != stream.sha256 for digest in crew.digests(stream))
+            digests = crew.digests(stream, gpu=gpu)
         except CodecError as exc:
             return Check(name, "fail", f"{stream.name}: {exc}", 'set codec.decoder = "cpu"')
-        if bad:
+        size = len(digests)
+        if bad := sum(digest != stream.sha256 for digest in digests):
             wrong[stream.name] = wrong.get(stream.name, 0) + bad
-    times = rounds * crew.size
+    times = rounds * size
     if wrong:
         return Check(
             name,
@@ -139,6 +153,11 @@ def check_golden_everywhere(kind: DecoderKind, crew: Crew, *, rounds: int) -> Ch
     return Check(
         name,
         "ok",
-        f"{len(streams)} streams, {crew.size} processes at once, {rounds} times each: all equal to"
+        f"{len(streams)} streams, {size} processes at once, {rounds} times each: all equal to"
         " the CPU decoder's planes",
     )
+
+
+def name_on(name: str, gpu: int | None) -> str:
+    """The name of a check on one of several GPUs; None = there is but one."""
+    return name if gpu is None else f"{name}, GPU {gpu}"

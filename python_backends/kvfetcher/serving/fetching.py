@@ -11,12 +11,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kvfetcher import wire
-from kvfetcher.codec.nvdec import count_engines
 from kvfetcher.config import cache_home
 from kvfetcher.errors import CodecError, DecoderUnavailableError, RequestCancelledError
 from kvfetcher.fetch.decode_times import H100_NVDEC, cpu_table, load_table
 from kvfetcher.fetch.fetcher import Fetched, Fetcher, UnitStatus
-from kvfetcher.server.repository import decode_instances, parallel_decoders
+from kvfetcher.server.repository import decode_instances, nvdec_engines, parallel_decoders
 from kvfetcher.serving.leases import EngineLeases
 from kvfetcher.serving.metrics import Metrics, count_unit, store_observer
 from kvfetcher.serving.tensors import bytes_tensor, text_tensor
@@ -171,8 +170,7 @@ def _unit_error(message: str) -> CodecError:
 
 def _decode_table(config: Config) -> DecodeTable:
     """What `kvfetcher doctor` measured here, else what is known of such decoders."""
-    uses_nvdec = config.codec.decoder != "cpu" and count_engines() > 0
-    fallback = H100_NVDEC if uses_nvdec else cpu_table(decode_instances(config))
+    fallback = H100_NVDEC if nvdec_engines(config) else cpu_table(decode_instances(config))
     table = load_table(cache_home(), fallback=fallback)
     if table.decoder != fallback.decoder:
         _log.info(

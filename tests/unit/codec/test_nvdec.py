@@ -10,7 +10,7 @@ from kvfetcher.codec.base import PlaneGeometry
 from kvfetcher.codec.nvdec import NvdecDecoder, sample_shift
 from kvfetcher.codec.video import encode_planes
 from kvfetcher.errors import CodecError
-from support.host_as_gpu import nvdec_on_host
+from support.host_as_gpu import HostAsGpu, nvdec_on_host
 
 GEOMETRY = PlaneGeometry(num_frames=3, width=160, height=144, bit_depth=10)
 PLANES = np.random.default_rng(3).integers(480, 544, GEOMETRY.shape, dtype=np.uint16)
@@ -63,6 +63,13 @@ def test_nothing_is_asked_for_where_no_picture_comes(decoder, packets):
         decoder.decode_on_gpu([b"\0\0\0\1no stream"], GEOMETRY, lambda: asked.append(1))
     assert not asked
     assert decoder.decode_on_gpu(packets, GEOMETRY) is None, "pictures are dropped"
+
+
+def test_nothing_is_asked_of_another_gpu(host, packets, monkeypatch):
+    monkeypatch.setattr(nvdec, "cuda_context", HostAsGpu)
+    decoder = NvdecDecoder(2)
+    np.testing.assert_array_equal(decoder.decode(packets, GEOMETRY), PLANES)
+    assert (host[0].gpus, decoder.context.gpu) == ({2}, 2)
 
 
 @pytest.mark.parametrize(("limit", "kept"), [(8, 8), (1, 1), (2.5, 2)])

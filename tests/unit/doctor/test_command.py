@@ -8,12 +8,14 @@ from dataclasses import replace
 import pytest
 
 from kvfetcher.cli import main
+from kvfetcher.codec import nvdec
+from kvfetcher.codec.nvdec import DecoderCaps
 from kvfetcher.config import cache_home, load_config
 from kvfetcher.doctor import command, timing
 from kvfetcher.doctor.check import Check
 from kvfetcher.doctor.engine import check_engine
 from kvfetcher.doctor.store import check_store
-from kvfetcher.errors import EngineError
+from kvfetcher.errors import DecoderUnavailableError, EngineError
 from kvfetcher.fetch.decode_times import H100_NVDEC, load_table
 from kvfetcher.storage import LocalStore
 
@@ -51,6 +53,64 @@ def test_a_whole_run_here_checks_everything_and_keeps_the_table(
     assert "timing pictures of 160x144" in captured.err
     assert load_table(cache_home(), fallback=H100_NVDEC).source.startswith("kvfetcher doctor")
     assert not list((tmp_path / "store").rglob("doctor-*")), "the probe object is gone"
+
+
+class FakeCrew:
+    """Whose processes decode as they should."""
+
+    def __init__(self, kind, size, gpus):
+        assert (kind, size) == ("nvdec", len(gpus))
+        self._gpus = gpus
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def digests(self, stream, *, gpu):
+        return [stream.sha256] * sum(gpu is None or its == gpu for its in self._gpus)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "expected"),
+    [
+        ([0], {"NVDEC": "ok", "nvdec golden": "ok"}),
+        (
+            [2, 0, 5],
+            {
+                "NVDEC, GPU 2": "ok",
+                "NVDEC, GPU 0": "ok",
+                "NVDEC, GPU 5": "fail",
+                "nvdec golden, GPU 2": "ok",
+                "nvdec golden, GPU 0": "ok",
+            },
+        ),
+        ([0, 5], {"NVDEC, GPU 0": "ok", "NVDEC, GPU 5": "fail", "nvdec golden, GPU 0": "ok"}),
+    ],
+)
+def test_each_gpu_that_decodes_is_checked_by_name(tmp_path, monkeypatch, capsys, gpus, expected):
+    def ask(gpu):
+        if gpu == 5:
+            raise DecoderUnavailableError("there is no GPU 5 here")
+        return [DecoderCaps("4:4:4", 10, 3 + gpu, 144, 144, 8192, 8192)]
+
+    monkeypatch.setattr(nvdec, "loads_library", lambda library: True)
+    monkeypatch.setattr(nvdec, "ask_caps", ask)
+    monkeypatch.setattr(nvdec, "count_engines", lambda gpu: 3 + gpu)
+    monkeypatch.setattr("kvfetcher.doctor.crew.Crew", FakeCrew)
+    path = tmp_path / "gpus.toml"
+    path.write_text(f"[server]\ndecode_gpus = {gpus}\n")
+    main(["doctor", "--json", "--quick", "--config", str(path)])
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    found = {c["name"]: c for c in checks if c["name"].lower().startswith("nvdec")}
+    assert {name: check["status"] for name, check in found.items()} == expected
+    for name, check in found.items():
+        if "golden" in name:
+            gpu = int(name.rpartition(" ")[2]) if "GPU" in name else 0
+            assert f"{3 + gpu} processes at once" in check["detail"]
+        if check["status"] == "fail":
+            assert "server.decode_gpus" in check["remedy"]
 
 
 def test_people_get_a_line_per_check_with_its_remedy(settings, monkeypatch, capsys):

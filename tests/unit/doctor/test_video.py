@@ -73,12 +73,14 @@ def test_capabilities_name_engines_formats_and_sizes():
     assert partly.status == "warn"
     assert partly.detail.endswith("not 4:2:0 12 bit, 4:4:4 12 bit")
     assert video.check_capabilities(lambda: caps(n8=0, n10=0, n12=0)).status == "fail"
+    assert check.name == "NVDEC"
+    assert video.check_capabilities(caps, gpu=1).name == "NVDEC, GPU 1"
 
 
 def test_capabilities_without_a_driver_fail_with_the_remedy():
     if nvdec.has_driver():
         pytest.skip("this machine has a driver: not tested")
-    check = video.check_capabilities(nvdec.ask_caps)
+    check = video.check_capabilities(lambda: nvdec.ask_caps(0))
     assert check.status == "fail"
     assert "libcuda.so.1" in check.detail
     assert "capability `video`" in check.remedy
@@ -94,7 +96,7 @@ def test_a_driver_that_does_not_answer_is_an_error(monkeypatch, tmp_path, progra
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
     with pytest.raises(DecoderUnavailableError):
-        nvdec.ask_caps()
+        nvdec.ask_caps(0)
 
 
 def test_the_encoder_is_named_with_its_reason():
@@ -154,17 +156,23 @@ def test_every_process_decodes_every_golden_stream(crew):
     assert "6 streams, 2 processes at once, 2 times each" in check.detail
 
 
+def test_processes_on_one_of_several_gpus_are_asked_alone():
+    stream = golden_streams()[0]
+    with Crew("cpu", 3, gpus=(4, 2)) as crew:
+        asked = [len(crew.digests(stream, gpu=gpu)) for gpu in (4, 2, 0, None)]
+    assert asked == [2, 1, 0, 3]
+
+
 class Liar:
-    """Of two engines the second gives other samples for one format."""
+    """Of two engines the second gives other samples for one format; on GPU 1 both are right."""
 
-    size = 2
-
-    def digests(self, stream):
-        return [stream.sha256, "0" * 64 if stream.name == "444_12bit" else stream.sha256]
+    def digests(self, stream, *, gpu=None):
+        is_wrong = stream.name == "444_12bit" and gpu != 1
+        return [stream.sha256, "0" * 64 if is_wrong else stream.sha256]
 
 
 class Broken(Liar):
-    def digests(self, stream):
+    def digests(self, stream, *, gpu=None):
         raise CodecError("decoding process 2 of 2 died (exit status -11)")
 
 
@@ -172,6 +180,10 @@ def test_one_wrong_engine_fails_with_the_stream_and_the_count():
     check = video.check_golden_everywhere("nvdec", Liar(), rounds=3)
     assert check.status == "fail"
     assert check.detail.endswith("444_12bit 3 of 6 times")
+    on_gpus = [video.check_golden_everywhere("nvdec", Liar(), rounds=3, gpu=g) for g in (0, 1)]
+    assert [(c.name, c.status) for c in on_gpus] == [
+        ("nvdec golden, GPU 0", "fail"), ("nvdec golden, GPU 1", "ok"),
+    ]  # fmt: skip
     assert "exit status -11" in video.check_golden_everywhere("nvdec", Broken(), rounds=1).detail
 
 

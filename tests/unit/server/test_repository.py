@@ -96,7 +96,7 @@ def test_default_is_one_decoder_per_core_at_most_four():
 def test_restorers_are_as_many_as_the_gpu_has_turns_for(
     monkeypatch, arena, mps, engines, setting, processes
 ):
-    monkeypatch.setattr("kvfetcher.codec.nvdec.count_engines", lambda: engines)
+    monkeypatch.setattr("kvfetcher.codec.nvdec.count_engines", lambda gpu: engines)
     config = load_config(environ={})
     server = replace(config.server, restore_instances=setting, mps=mps)
     config = replace(config, server=server, engine=replace(config.engine, arena=arena))
@@ -110,13 +110,38 @@ def test_restorers_are_as_many_as_the_gpu_has_turns_for(
 def test_two_decoders_share_an_engine_where_planes_stay_on_the_gpu(
     monkeypatch, arena, instances, processes, side_by_side
 ):
-    monkeypatch.setattr("kvfetcher.codec.nvdec.count_engines", lambda: 7)
+    monkeypatch.setattr("kvfetcher.codec.nvdec.count_engines", lambda gpu: 7)
     config = _config(instances)
     config = replace(config, engine=replace(config.engine, arena=arena))
     assert decode_instances(config) == processes
     assert parallel_decoders(config) == side_by_side
     on_cpu = replace(config, codec=replace(config.codec, decoder="cpu"))
     assert parallel_decoders(on_cpu) == decode_instances(on_cpu) <= 4
+
+
+@pytest.mark.parametrize(
+    ("arena", "gpus", "processes", "side_by_side"),
+    [
+        ("host", (0, 1), 10, 10),
+        ("gpu", (0, 1), 20, 10),
+        ("gpu", (1,), 6, 3),
+        ("gpu", (0, 5), 14, 7),
+        ("gpu", (), 6, 3),
+    ],
+    ids=["both", "both, planes there", "one", "one that is not there", "the engine's"],
+)
+def test_engines_of_all_gpus_that_decode_count(monkeypatch, arena, gpus, processes, side_by_side):
+    engines = {0: 7, 1: 3}
+    monkeypatch.setattr("kvfetcher.codec.nvdec.count_engines", lambda gpu: engines.get(gpu, 0))
+    config = load_config(environ={})
+    config = replace(
+        config,
+        server=replace(config.server, decode_gpus=gpus),
+        engine=replace(config.engine, arena=arena, device="cuda:1"),
+    )
+    assert decode_instances(config) == processes
+    assert parallel_decoders(config) == side_by_side
+    assert restore_instances(config) == (1 if arena == "host" else 2)
 
 
 @pytest.mark.parametrize(
