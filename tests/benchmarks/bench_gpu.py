@@ -17,7 +17,8 @@ interference  a matrix product and a running generation beside it (and beside Ca
 more          other profiles, chunk lengths and picture sizes, with the best number of kv_restore
 instances     1 to 14 decoders
 
-With ``--mps`` all of them run under NVIDIA's Multi-Process Service.
+With ``--mps`` all of them run under NVIDIA's Multi-Process Service, with ``--gpus 0,1`` decoders take
+turns on NVDEC of these GPUs; arena, restoring and what runs beside it stay on GPU 0, whose memory is told.
 """
 
 from __future__ import annotations
@@ -205,7 +206,13 @@ class Rig:
     """A tritonserver with the codec's models and `bench_front`, and an arena on the GPU."""
 
     def __init__(
-        self, num_decoders: int, *, arena_bytes: int, restorers: int = 1, plane_bytes: int = 0
+        self,
+        num_decoders: int,
+        *,
+        arena_bytes: int,
+        restorers: int = 1,
+        plane_bytes: int = 0,
+        gpus: tuple[int, ...] = (0,),
     ) -> None:
         from kvfetcher.gpu_arena import GpuArena  # torch: not in the bare decoders' processes
         from kvfetcher.server import TritonServer
@@ -215,6 +222,7 @@ class Rig:
         server = replace(
             config.server,
             decode_instances=num_decoders,
+            decode_gpus=gpus,
             restore_instances=restorers,
             plane_bytes=plane_bytes or config.server.plane_bytes,
             **ports,
@@ -399,6 +407,9 @@ class Plan:
     def write(self) -> None:
         self.args.output.write_text(json.dumps(self.report, indent=1) + "\n")
 
+    def bare_decoders(self, count: int) -> Crew:
+        return Crew(decode_in_a_loop, count, gpus=self.args.gpus)
+
     def row(self, work: Workload) -> dict:
         return self.report["rates"].setdefault(work.name, describe(work))
 
@@ -406,7 +417,7 @@ class Plan:
 def run_bare(plan: Plan, works: list[Workload], *, seconds: float, all_arms: bool) -> None:
     """Bare decoders; with `all_arms` also what copying and restoring beside them cost."""
     with contextlib.ExitStack() as stack:
-        decoders = stack.enter_context(Crew(decode_in_a_loop, max(plan.args.bare)))
+        decoders = stack.enter_context(plan.bare_decoders(max(plan.args.bare)))
         restorer = stack.enter_context(Crew(restore_in_a_loop, 1)) if all_arms else None
         for work in works:
             row = plan.row(work)
@@ -446,7 +457,13 @@ def run_rate(plan: Plan, rig: Rig, work: Workload, key: str, *, seconds: float) 
 @contextlib.contextmanager
 def open_rig(plan: Plan, count: int, restorers: int, *, plane_bytes: int = 0) -> Iterator[Rig]:
     arena_bytes = SPEC.bytes_per_token * max(LENGTHS)
-    rig = Rig(count, arena_bytes=arena_bytes, restorers=restorers, plane_bytes=plane_bytes)
+    rig = Rig(
+        count,
+        arena_bytes=arena_bytes,
+        restorers=restorers,
+        plane_bytes=plane_bytes,
+        gpus=plan.args.gpus,
+    )
     try:
         yield rig
     finally:
@@ -521,7 +538,7 @@ def run_instances(plan: Plan, works: list[Workload]) -> None:
     table = plan.report["instances"] = {"restorers": restorers}
     for work in works:
         table[work.name] = {"bare": {}, "triton": {}}
-    with plan.step("instances, bare"), Crew(decode_in_a_loop, max(plan.args.counts)) as crew:
+    with plan.step("instances, bare"), plan.bare_decoders(max(plan.args.counts)) as crew:
         for work in works:
             crew.load(work.units)
             for count in plan.args.counts:
@@ -750,6 +767,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--restorers", type=_numbers, default=(1, 2, 4))
     parser.add_argument("--large-plane-bytes", type=int, default=1 << 30, help="0 = not measured")
     parser.add_argument("--counts", type=_numbers, default=(1, 2, 4, 7, 14), help="for the table")
+    parser.add_argument("--gpus", type=_numbers, default=(0,), help="that decode, in turn")
     parser.add_argument("--mps", action="store_true", help="under NVIDIA's MPS")
     parser.add_argument("--show-log", action="store_true")
     args = parser.parse_args(arguments)

@@ -26,14 +26,16 @@ class Crew:
     Args:
         work: (pipe) -> None; says "ready" or the error's text, then answers (job, ...) tuples.
         size: how many.
+        gpus: number i is given ``gpus[i % len(gpus)]`` too; none = nothing.
     """
 
-    def __init__(self, work, size: int) -> None:
+    def __init__(self, work, size: int, *, gpus: tuple[int, ...] = ()) -> None:
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self._members = []
-        for _ in range(size):
+        for index in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=work, args=(theirs,), daemon=True)
+            given = (theirs, gpus[index % len(gpus)]) if gpus else (theirs,)
+            process = context.Process(target=work, args=given, daemon=True)
             process.start()
             self._members.append((process, ours))
         for _, pipe in self._members:
@@ -97,13 +99,13 @@ def serve(pipe, load, run) -> None:
             pipe.send(run(*rest))
 
 
-def decode_in_a_loop(pipe) -> None:
-    """One `NvdecDecoder`; packets are parsed beforehand.
+def decode_in_a_loop(pipe, gpu: int) -> None:
+    """One `NvdecDecoder` of a GPU; packets are parsed beforehand.
 
     Option `ring`: pictures are copied to memory of their own, as kv_decode does.
     """
     try:
-        decoder = NvdecDecoder()
+        decoder = NvdecDecoder(gpu)
     except KVFetcherError as exc:
         pipe.send(str(exc))
         return

@@ -91,8 +91,11 @@ def test_workloads_are_units_with_what_the_cpu_restores(bench, monkeypatch, tmp_
 
 
 class FakeCrew:
-    def __init__(self, work, size):
+    gpus: ClassVar[set] = set()
+
+    def __init__(self, work, size, *, gpus=()):
         self.size = size
+        self.gpus.add(gpus)
 
     def __enter__(self):
         return self
@@ -116,8 +119,11 @@ class FakeRig:
 
     opened: ClassVar[list] = []
 
-    def __init__(self, count, *, arena_bytes, restorers=1, plane_bytes=0):
+    gpus: ClassVar[set] = set()
+
+    def __init__(self, count, *, arena_bytes, restorers=1, plane_bytes=0, gpus=(0,)):
         self.opened.append((count, restorers, plane_bytes))
+        self.gpus.add(gpus)
         self.restorers, self.in_flight = restorers, 2 * count
         self.free_bytes = {"before": 4 << 30, "arena": 3 << 30, "server": 2 << 30}
 
@@ -169,6 +175,8 @@ def report_of(bench, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "cuda_context", lambda gpu: context)
     monkeypatch.setattr(bench, "_interference", lambda target, loads: {"lost": 0.1})
     monkeypatch.setattr(FakeRig, "opened", [])
+    for fake in (FakeCrew, FakeRig):
+        monkeypatch.setattr(fake, "gpus", set())
 
     def run(*arguments):
         output = tmp_path / "report.json"
@@ -180,6 +188,14 @@ def report_of(bench, monkeypatch, tmp_path):
 
 def work_of(wanted):
     return Namespace(name=str(wanted), units=[b""], num_tokens=wanted[0])
+
+
+@pytest.mark.parametrize(("arguments", "gpus"), [((), (0,)), (("--gpus", "0,1"), (0, 1))])
+def test_decoders_of_every_part_take_turns_on_the_gpus(report_of, arguments, gpus):
+    _, report = report_of(*arguments)
+    assert report["errors"] == {}
+    assert FakeRig.gpus == {gpus}
+    assert FakeCrew.gpus == {gpus, ()}, "restoring is told no GPU"
 
 
 def test_one_report_holds_every_part(report_of, bench):
