@@ -1,5 +1,6 @@
 """Planes from a decoding process to a restoring one, into an arena: right values, and no memory lost."""
 
+import contextlib
 import json
 import multiprocessing
 
@@ -8,9 +9,14 @@ import pytest
 
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.profiles import encode_chunk
+from kvfetcher.codec.uncalibrated import UncalibratedProfile
 from kvfetcher.container import parse_header
+from kvfetcher.plane_ring import PlaneTicket
+from kvfetcher.quant import float32_to_bits
 from kvfetcher.serving.coding import UnitDecoder, UnitRestorer
-from kvfetcher.spec import KVSpec
+from kvfetcher.spec import HeadRange, KVSpec
+from kvfetcher.split_arena import create_arena
+from support.calibrations import correlated_values
 from support.kv_values import special_values
 
 pytestmark = pytest.mark.gpu
@@ -23,9 +29,9 @@ SLACK_BYTES = 16 << 20
 ANSWER_SECONDS = 120
 
 
-def decode_units(pipe, ring_bytes):
+def decode_units(pipe, ring_bytes, gpu):
     """A kv_decode: (unit, target) in, `DecodedUnit` out, until it is closed or killed."""
-    decoder = UnitDecoder("nvdec", ring_bytes=ring_bytes)
+    decoder = UnitDecoder("nvdec", gpu=gpu, ring_bytes=ring_bytes)
     try:
         while True:
             pipe.send(decoder.decode_for(*pipe.recv()))
@@ -36,10 +42,12 @@ def decode_units(pipe, ring_bytes):
 class Decoding:
     """A context manager: `decode_units` in a process of its own."""
 
-    def __init__(self, ring_bytes=RING_BYTES):
+    def __init__(self, ring_bytes=RING_BYTES, *, gpu=0):
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self.process = context.Process(target=decode_units, args=(theirs, ring_bytes), daemon=True)
+        self.process = context.Process(
+            target=decode_units, args=(theirs, ring_bytes, gpu), daemon=True
+        )
         self.process.start()
         theirs.close()
 
@@ -65,10 +73,14 @@ def values():
 
 @pytest.fixture(scope="module")
 def units(values):
+    return units_of(values, ExactProfile(unit_layers=2))
+
+
+def units_of(values, profile):
     chunk = encode_chunk(
         values,
         spec=SPEC,
-        profile=ExactProfile(unit_layers=2),
+        profile=profile,
         identity=bytes(32),
         chunk_key=bytes(32),
         token_ids=range(TOKENS),
@@ -122,6 +134,80 @@ def test_values_are_the_chunks_whichever_way_the_planes_take(
             assert ("fallback" in status) == (planes == "host")
     np.testing.assert_array_equal(arena.read(target), values)
     assert not restorer.is_lost()
+
+
+@pytest.fixture
+def decoders():
+    """(GPU, `Decoding`): one on each GPU, at least two in all."""
+    import torch
+
+    count = torch.cuda.device_count()
+    with contextlib.ExitStack() as stack:
+        gpus = [index % count for index in range(max(2, count))]
+        yield [(gpu, stack.enter_context(Decoding(gpu=gpu))) for gpu in gpus]
+
+
+def restore_together(restorer, units, decoders, target):
+    """Each unit from the next decoder, which leaves the planes on its GPU, in one batch."""
+    jobs = []
+    for index, unit in enumerate(units):
+        gpu, decoding = decoders[index % len(decoders)]
+        decoded = decoding.decode(unit, target)
+        assert PlaneTicket.from_json(decoded.planes_at).gpu == gpu
+        jobs.append(
+            restorer.start(
+                decoded.rest,
+                decoded.planes,
+                planes_at=decoded.planes_at,
+                target_json=target,
+                decode_status=decoded.status,
+            )
+        )
+    for result in restorer.finish(restorer.close_batch(jobs)):
+        assert not isinstance(result, Exception), result
+        assert json.loads(result[1])["restorer"] == "gpu"
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [ExactProfile(unit_layers=2), UncalibratedProfile(unit_layers=2)],
+    ids=["exact", "lossy"],
+)
+def test_planes_of_every_gpu_become_the_values_that_those_of_the_first_become(
+    arena, restorer, decoders, profile
+):
+    units = units_of(float32_to_bits(correlated_values(SPEC, TOKENS), SPEC.dtype), profile)
+    target = arena.target(tuple(range(7, -1, -1)), TOKENS)
+    restore_together(restorer, units, decoders[:1], target.to_json())
+    expected = arena.read(target)
+    for first in range(len(decoders)):  # so that each GPU decodes each unit
+        arena.blocks.fill_(-1)
+        in_turn = decoders[first:] + decoders[:first]
+        restore_together(restorer, units, in_turn, target.to_json())
+        np.testing.assert_array_equal(arena.read(target), expected)
+    assert not restorer.is_lost()
+
+
+def test_planes_of_every_gpu_reach_an_arena_in_parts_on_several(
+    tmp_path, restorer, decoders, units, values
+):
+    last, _ = decoders[-1]
+    parts = create_arena(
+        tmp_path / "parts",
+        spec=SPEC,
+        tokens_per_block=32,
+        num_bytes=16 << 20,
+        places={HeadRange(0, 2): 0, HeadRange(2, 4): last},
+    )
+    target = parts.target(tuple(range(8)), TOKENS)
+    for first in range(len(decoders)):
+        for part in parts.parts:
+            part.blocks.fill_(-1)
+        in_turn = decoders[first:] + decoders[:first]
+        restore_together(restorer, units, in_turn, target.to_json())
+        np.testing.assert_array_equal(parts.read(target), values)
+    restorer.close()
+    parts.close()
 
 
 def test_killed_decoders_leave_no_memory_behind(arena, restorer, units):
