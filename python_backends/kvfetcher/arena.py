@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import math
 import mmap
@@ -40,6 +41,7 @@ ARENA_VERSION = 2
 HEADER_BYTES = 4096
 MAX_BLOCKS = 1 << 24
 
+_KEPT_TARGETS = 256
 _MAGIC = b"KVFARENA"
 _PREFIX = struct.Struct("<8sII")
 
@@ -129,11 +131,17 @@ class BlockTarget:
     @classmethod
     def from_json(cls, text: str) -> BlockTarget:
         """Parse; LayoutError where the text is not a block target."""
-        try:
-            data = json.loads(text)
-        except ValueError as exc:
-            raise LayoutError(f"a block target must be JSON, got {text[:80]!r}") from exc
-        return cls.from_dict(data)
+        return _parse_target(text)
+
+
+@functools.lru_cache(maxsize=_KEPT_TARGETS)
+def _parse_target(text: str) -> BlockTarget:
+    """Kept, for all units of a chunk have the same target."""
+    try:
+        data = json.loads(text)
+    except ValueError as exc:
+        raise LayoutError(f"a block target must be JSON, got {text[:80]!r}") from exc
+    return BlockTarget.from_dict(data)
 
 
 @dataclass(frozen=True, slots=True)

@@ -202,6 +202,33 @@ def test_joined_layer_groups_head_groups_and_partial_blocks(restorer, heads, nam
         assert_same_rounding(got, expected, spec.dtype)
 
 
+@pytest.mark.skipif(IS_INTERPRETED, reason="nothing is compiled")
+def test_values_are_stored_16_bytes_at_a_time(restorer, monkeypatch):
+    from kvfetcher.codec import gpu_kernels
+
+    compiled = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            kernel = restore_columns[grid]
+            return lambda *args, **options: compiled.append(kernel(*args, **options))
+
+    restore_columns = gpu_kernels.restore_columns
+    monkeypatch.setattr(gpu_kernels, "restore_columns", Recorder())
+    spec = spec_of()
+    calibration = make_calibration(spec, layers=2)
+    register_calibration(calibration)
+    values = float32_to_bits(correlated_values(spec, TOKENS), spec.dtype)
+    for data in units_of(TransformProfile("balanced", calibration), spec, values):
+        planes = on_gpu(decode_unit(data, VideoDecoder()), high_bits=True)
+        restorer.restore(parse_unit(data), planes)
+    # The compiler must know of every argument in a mask or a place that it is a multiple of 16.
+    assert compiled
+    for kernel in compiled:
+        assert "st.global.v4.b32" in kernel.asm["ptx"]
+        assert "st.global.b16" not in kernel.asm["ptx"]
+
+
 def test_two_picture_sizes_of_the_same_rows(restorer):
     """Rows of later head groups lie elsewhere, although ranks, step and tokens are equal."""
     spec = spec_of(num_layers=6, head_dim=64)
@@ -312,9 +339,9 @@ def test_integers_of_wide_rows_and_escapes_are_exact(restorer, outlier):
         expected.reshape(-1)[places] = escaped
         num_escapes += len(places)
         got = restorer._integers(unit, plan, on_gpu(planes, high_bits=True))
-        for place, low_bits, num_high in zip(plan.places, plan.low_bits, got.num_high, strict=True):
+        low_bits = plan.low_bits(unit.num_tokens)
+        for place, low, num_high in zip(plan.places, low_bits, got.num_high, strict=True):
             rows = plan.layout.rows_of(place)
-            low = low_bits.unpack(unit.num_tokens)
             expected[rows][: len(low.low)] <<= low.shifts[:, None]
             expected[rows][: len(low.low)] |= low.low
             integers = got.samples[rows].cpu().numpy().astype(np.int64)

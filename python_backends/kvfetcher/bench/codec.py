@@ -28,7 +28,7 @@ from kvfetcher import __version__
 from kvfetcher.bench import baselines
 from kvfetcher.bench.plot import rate_quality_svg
 from kvfetcher.codec.exact import ExactProfile
-from kvfetcher.codec.low_bits import LOW_BITS
+from kvfetcher.codec.low_bits import LOW_BITS, split
 from kvfetcher.codec.paper import PaperProfile, search_tiling
 from kvfetcher.codec.profiles import encode_unnamed, restore_unit
 from kvfetcher.codec.transform import TransformProfile, plan_restore
@@ -251,8 +251,8 @@ def _symbols(unit: Unit, planes: Integers) -> _Symbols:
     samples = plan.layout.grid.gather(planes)
     integers = samples.astype(np.int32) - (1 << (unit.geometry.bit_depth - 1))
     low_bits = np.zeros(len(samples), np.int64)
-    for place, low in zip(plan.places, plan.low_bits, strict=True):
-        if low is not None:
+    if plan.low_planes is not None:
+        for place, low in zip(plan.places, split(plan.low_planes, plan.shifts), strict=True):
             first = plan.layout.rows_of(place).start
             rows = slice(first, first + len(low.shifts))
             low_bits[rows] = low.shifts

@@ -226,7 +226,7 @@ def put_escapes(  # type: ignore[no-untyped-def]
     _store(value, index, (low_bits > 0) | (tl.abs(value) > _EXACT_HALF), mask, out, high)
 
 
-@triton.jit(do_not_specialize=["num_columns", "rank", "num_high"])
+@triton.jit(do_not_specialize=["first_row", "rank", "num_high"])
 def restore_columns(  # type: ignore[no-untyped-def]
     samples,
     high,
@@ -239,6 +239,7 @@ def restore_columns(  # type: ignore[no-untyped-def]
     out,
     block_ids,
     scale,
+    first_row,
     num_tokens,
     num_columns,
     rank,
@@ -256,7 +257,8 @@ def restore_columns(  # type: ignore[no-untyped-def]
 ):
     """Coefficients [rank, T] x matrix [columns, rank] -> values in blocks.
 
-    The first `num_high` coefficients have a part in ``high``, too. ``matrix`` goes on, with any finite
+    Coefficients are rows of ``samples`` from `first_row` on; the first `num_high` have a part in
+    ``high``, too. ``matrix`` goes on, with any finite
     numbers, to the next multiple of RANK: a mask along what is contiguous would make loads narrow.
     Columns come in pairs that are rotated together, `num_pairs` of them for each head: ``pair_tables``
     says which table of ``cosines`` and ``sines`` [tables, T, num_pairs] a pair uses, or -1 = not
@@ -269,7 +271,7 @@ def restore_columns(  # type: ignore[no-untyped-def]
     steps = tl.arange(0, _RANK)
     token_mask = tokens < num_tokens
     column_mask = columns < num_columns
-    within = steps[:, None] * num_tokens + tokens[None, :]
+    within = (first_row + steps)[:, None] * num_tokens + tokens[None, :]
     columns_at = matrix + columns[None, :].to(tl.int64) * matrix_stride + steps[:, None]
     total = tl.zeros((TOKENS, COLUMNS), dtype=tl.float32)
     sample_at, matrix_at = high + within, columns_at

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from kvfetcher.codec.transform import Place, RestorePlan
     from kvfetcher.codec.unit import Unit
     from kvfetcher.layout import RowGrid
+    from kvfetcher.spec import KVSpec
     from kvfetcher.transform.artifact import Calibration, InverseFactors
     from kvfetcher.transform.rope import LayerRope
 
@@ -68,6 +69,7 @@ _UNPACK_ROWS, _UNPACK_COLUMNS = 8, 256
 # A store of 8 values of two bytes is as wide as a thread's can be.
 _RUNS = (8, 4, 2)
 _ZERO = np.zeros(1, np.int64)
+_NONE = np.zeros(1, np.uint8)
 # Of the parts of one copy.
 _ALIGNMENT = 16
 
@@ -148,6 +150,22 @@ class _Inverse(NamedTuple):
     """[n]."""
     num_bytes: int
     """Of the matrix, without padding."""
+    row_stride: int
+    """Of the matrix, with padding."""
+    offsets: dict[int, tuple[torch.Tensor, int]]
+    """`_pair_offsets` by tokens per block."""
+
+
+class _Rows(NamedTuple):
+    """The rows of a unit's pictures, the same in all units of its kind."""
+
+    of: list[slice]
+    """Each transform's."""
+    shifts: Sequence[NDArray[np.uint8]]
+    """Low bits of each transform's first rows; others have none."""
+    num_high: list[int]
+    """First rows of each transform whose samples with their low bits are beyond one float16."""
+    on_gpu: _RowTables
 
 
 class _RowTables(NamedTuple):
@@ -166,7 +184,9 @@ class _Integers(NamedTuple):
     """float16 [rows, T]."""
     high: torch.Tensor
     """Of the same shape, defined for the first `num_high` rows of each transform."""
-    num_high: list[int]
+    rows_of: list[slice]
+    """Each transform's."""
+    num_high: Sequence[int]
     """Of each transform."""
     sums: torch.Tensor
     """int64 [1]: the samples' digest but for the length."""
@@ -181,11 +201,11 @@ class GpuRestorer:
 
     def __init__(self, device: torch.device | str) -> None:
         self._device = torch.device(device)
+        self._is_gpu = self._device.type == "cuda"
         self._weights = self._upload(digest.word_weights().view(np.int64))
         self._block_weights = self._upload(digest.block_weights().view(np.int64))
         self._inverses: OrderedDict[Any, _Inverse] = OrderedDict()
-        self._offsets: OrderedDict[Any, tuple[torch.Tensor, int]] = OrderedDict()
-        self._row_tables: OrderedDict[Any, _RowTables] = OrderedDict()
+        self._rows: OrderedDict[Any, _Rows] = OrderedDict()
         self._angles: OrderedDict[Any, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
 
     def can_restore(self, unit: Unit) -> bool:
@@ -233,7 +253,7 @@ class GpuRestorer:
         """Units that `finish` is to wait for at one time; nothing waits here. At least one."""
         with self._current_device():
             sums = torch.cat([one.sums for one in pending])
-            if self._device.type != "cuda":
+            if not self._is_gpu:
                 return PendingBatch(pending, sums, None)
             host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
             host.copy_(sums, non_blocking=True)
@@ -278,8 +298,7 @@ class GpuRestorer:
         integers = self._integers(unit, plan, planes)
         is_fp8 = unit.spec.item_bytes == 1
         out = Destination.fresh(unit, self._device, torch.float32) if is_fp8 else to
-        for place, num_high in zip(plan.places, integers.num_high, strict=True):
-            self._multiply(unit, plan, place, integers, num_high, out)
+        self._multiply(unit, plan, integers, out)
         if is_fp8:
             self._scatter(to, _to_bits(out.blocks[0], unit.spec.dtype))
         self._put_exact_tokens(unit, plan.num_raw_tokens, to)
@@ -343,8 +362,8 @@ class GpuRestorer:
             plan.steps,
             plan.means,
         )
-        tables = self._tables_of(("none", grid.num_rows), grid.num_rows, [], [])
-        samples = self._rows(grid)
+        tables = self._without_low_bits(grid.num_rows)
+        samples = self._new_rows(grid)
         self._unpack(unit, planes, grid, samples, samples, sums, tables, sums)
         integers = samples.float()
         integers.view(-1)[at] = escaped
@@ -362,49 +381,36 @@ class GpuRestorer:
     def _integers(self, unit: Unit, plan: RestorePlan, planes: GpuPlanes) -> _Integers:
         """Samples, low bits and escapes of a unit, put together on the GPU."""
         grid = plan.layout.grid
-        rows_of = [plan.layout.rows_of(place) for place in plan.places]
-        shifts = [np.empty(0, np.uint8) if p is None else p.shifts for p in plan.low_bits]
-        first = plan.places[0].layer_group
-        rows = plan.layout.rows_per_head_group, plan.layout.ranks
-        key = (plan.calibration.digest, first, rows, plan.step, unit.flags)
-        tables = self._tables_of(key, grid.num_rows, rows_of, shifts)
+        rows = self._rows_of(unit, plan)
         places, values = escapes(unit, plan.num_escapes, grid.num_rows * grid.num_columns)
-        large = _large_rows(places // grid.num_columns, values, rows_of, shifts)
-        low_planes = [p.planes.reshape(-1) for p in plan.low_bits if p is not None]
-        found = (places.astype(np.int32), values) if len(places) else ()
-        sums, low, *escaped = self._upload_all(
-            _ZERO,
-            np.concatenate(low_planes) if low_planes else _ZERO.view(np.uint8),
-            *found,
-        )
-        samples = high = self._rows(grid)
-        half = 1 << (unit.geometry.bit_depth - 1)
-        # Of the first rows with low bits, and of those with a large escape.
-        num_high = [
-            max(int(np.count_nonzero(half << s.astype(np.int64) > gpu_kernels.EXACT_HALF)), n)
-            for s, n in zip(shifts, large, strict=True)
-        ]
-        if any(n > len(s) for s, n in zip(shifts, large, strict=True)):
+        num_high: Sequence[int] = rows.num_high
+        samples = high = self._new_rows(grid)
+        if large := _large_rows(places, grid.num_columns, values, rows):
+            num_high = [max(pair) for pair in zip(num_high, large, strict=True)]
+        if any(n > len(s) for s, n in zip(rows.shifts, num_high, strict=True)):
             high = torch.zeros_like(samples)  # for rows of which nothing but escapes is large
         elif any(num_high):
             high = torch.empty_like(samples)
-        self._unpack(unit, planes, grid, samples, high, sums, tables, low)
+        found = (places.astype(np.int32), values) if len(places) else ()
+        low_planes = _NONE if plan.low_planes is None else plan.low_planes.reshape(-1)
+        sums, low, *escaped = self._upload_all(_ZERO, low_planes, *found)
+        self._unpack(unit, planes, grid, samples, high, sums, rows.on_gpu, low)
         if escaped:
             gpu_kernels.put_escapes[(-(-len(places) // _ESCAPES_BLOCK),)](
                 *escaped,
                 len(places),
                 samples,
                 high,
-                tables.shifts,
-                tables.lines,
+                rows.on_gpu.shifts,
+                rows.on_gpu.lines,
                 low,
                 -(-grid.num_columns // 8),
                 grid.num_columns,
                 BLOCK=_ESCAPES_BLOCK,
             )
-        return _Integers(samples, high, num_high, sums)
+        return _Integers(samples, high, rows.of, num_high, sums)
 
-    def _rows(self, grid: RowGrid) -> torch.Tensor:
+    def _new_rows(self, grid: RowGrid) -> torch.Tensor:
         shape = (grid.num_rows, grid.num_columns)
         return torch.empty(shape, dtype=torch.float16, device=self._device)
 
@@ -454,49 +460,51 @@ class GpuRestorer:
         )
 
     def _multiply(
-        self,
-        unit: Unit,
-        plan: RestorePlan,
-        place: Place,
-        integers: _Integers,
-        num_high: int,
-        to: Destination,
+        self, unit: Unit, plan: RestorePlan, integers: _Integers, to: Destination
     ) -> None:
-        """One inverse transform into its part of the destination."""
-        rows = plan.layout.rows_of(place)
-        inverse = self._inverse(plan.calibration, place, rows.stop - rows.start)
-        cosines, sines = self._angle_tables(plan.calibration, unit)
-        offsets, run = self._pair_offsets(plan.calibration, place, inverse, to)
-        n = len(inverse.means)
+        """The inverse transforms, each into its part of the destination."""
+        calibration, spec = plan.calibration, unit.spec
+        cosines, sines = self._angle_tables(calibration, unit)
         tile = _SMALL_TILE if unit.num_tokens <= _SMALL_TOKENS else _LARGE_TILE
-        kinds = {torch.int16: getattr(torch, unit.spec.dtype)}
-        grid = -(-unit.num_tokens // tile["TOKENS"]), -(-n // tile["COLUMNS"])
-        gpu_kernels.restore_columns[grid](
-            integers.samples[rows.start],
-            integers.high[rows.start],
-            inverse.matrix,
-            inverse.means,
-            inverse.tables,
-            cosines,
-            sines,
-            offsets,
-            to.blocks.view(kinds.get(to.blocks.dtype, to.blocks.dtype)),
-            to.block_ids,
-            inverse.scale * plan.step,
-            unit.num_tokens,
-            n,
-            rows.stop - rows.start,
-            num_high,
-            inverse.matrix.stride(0),
-            unit.spec.head_dim // 2,
-            (to.first_layer + place.layers.start) * to.layer_stride,
-            to.blocks.stride(0),
-            to.tokens_per_block,
-            unit.spec.head_dim,
-            CLAMP=unit.spec.dtype == "float16",
-            RUN=run,
-            **tile,
-        )
+        blocks = to.blocks
+        if blocks.dtype == torch.int16:
+            blocks = blocks.view(getattr(torch, spec.dtype))
+        layer_stride, block_stride = to.layer_stride, blocks.stride(0)
+        for place, rows, num_high in zip(
+            plan.places, integers.rows_of, integers.num_high, strict=True
+        ):
+            rank = rows.stop - rows.start
+            inverse = self._inverse(calibration, place, rank)
+            offsets, run = self._pair_offsets(spec, inverse, to.tokens_per_block)
+            n = len(inverse.heads)
+            grid = -(-unit.num_tokens // tile["TOKENS"]), -(-n // tile["COLUMNS"])
+            gpu_kernels.restore_columns[grid](
+                integers.samples,
+                integers.high,
+                inverse.matrix,
+                inverse.means,
+                inverse.tables,
+                cosines,
+                sines,
+                offsets,
+                blocks,
+                to.block_ids,
+                inverse.scale * plan.step,
+                rows.start,
+                unit.num_tokens,
+                n,
+                rank,
+                num_high,
+                inverse.row_stride,
+                spec.head_dim // 2,
+                (to.first_layer + place.layers.start) * layer_stride,
+                block_stride,
+                to.tokens_per_block,
+                spec.head_dim,
+                CLAMP=spec.dtype == "float16",
+                RUN=run,
+                **tile,
+            )
 
     def _put_exact_tokens(self, unit: Unit, num_raw: int, to: Destination) -> None:
         tokens, raw = exact_tokens(unit, num_raw)
@@ -580,6 +588,8 @@ class GpuRestorer:
             np.concatenate(groups),
             np.concatenate(dims),
             2 * columns * rank,
+            padded,
+            {},
         )
 
     def _multiplied_out(self, factors: InverseFactors) -> torch.Tensor:
@@ -592,43 +602,56 @@ class GpuRestorer:
             inverse[block] = blocks[block].double() @ parts[block].double()
         return inverse.view(count * dim, -1)
 
-    def _tables_of(
-        self,
-        key: Any,
-        num_rows: int,
-        rows_of: Sequence[slice],
-        shifts: Sequence[NDArray[np.uint8]],
+    def _rows_of(self, unit: Unit, plan: RestorePlan) -> _Rows:
+        depth = unit.geometry.bit_depth
+        key = plan.calibration.digest, plan.places[0].layer_group, plan.layout, plan.step, depth
+
+        def make() -> _Rows:
+            half = 1 << (depth - 1)
+            of = [plan.layout.rows_of(place) for place in plan.places]
+            num_high = [
+                int(np.count_nonzero(half << s.astype(np.int64) > gpu_kernels.EXACT_HALF))
+                for s in plan.shifts
+            ]
+            tables = self._row_tables(plan.layout.grid.num_rows, of, plan.shifts)
+            return _Rows(of, plan.shifts, num_high, tables)
+
+        return _kept(self._rows, (*key, unit.flags), MAX_MATRICES, make)
+
+    def _row_tables(
+        self, num_rows: int, rows_of: Sequence[slice], shifts: Sequence[NDArray[np.uint8]]
     ) -> _RowTables:
         """Tables of a unit's low bits, which lie transform after transform and bit after bit."""
+        of_rows = np.zeros(num_rows, np.uint8)
+        lines = np.zeros((num_rows, MAX_SHIFT), np.int32)
+        line = 0
+        for rows, of_transform in zip(rows_of, shifts, strict=True):
+            of_rows[rows.start : rows.start + len(of_transform)] = of_transform
+            for bit in range(int(of_transform.max(initial=0))):
+                count = int(np.count_nonzero(of_transform > bit))
+                lines[rows.start : rows.start + count, bit] = np.arange(line, line + count)
+                line += count
+        return _RowTables(self._upload(of_rows), self._upload(lines))
 
-        def make() -> _RowTables:
-            of_rows = np.zeros(num_rows, np.uint8)
-            lines = np.zeros((num_rows, MAX_SHIFT), np.int32)
-            line = 0
-            for rows, of_transform in zip(rows_of, shifts, strict=True):
-                of_rows[rows.start : rows.start + len(of_transform)] = of_transform
-                for bit in range(int(of_transform.max(initial=0))):
-                    count = int(np.count_nonzero(of_transform > bit))
-                    lines[rows.start : rows.start + count, bit] = np.arange(line, line + count)
-                    line += count
-            return _RowTables(self._upload(of_rows), self._upload(lines))
+    def _without_low_bits(self, num_rows: int) -> _RowTables:
+        def make() -> _Rows:
+            return _Rows([], [], [], self._row_tables(num_rows, [], []))
 
-        return _kept(self._row_tables, key, MAX_MATRICES, make)
+        rows: _Rows = _kept(self._rows, num_rows, MAX_MATRICES, make)
+        return rows.on_gpu
 
     def _pair_offsets(
-        self, calibration: Calibration, place: Place, inverse: _Inverse, to: Destination
+        self, spec: KVSpec, inverse: _Inverse, tokens_per_block: int
     ) -> tuple[torch.Tensor, int]:
         """Places [2, n / 2] of an inverse transform's columns, and how many follow each other."""
-        step = to.tokens_per_block
-        key = (calibration.digest, place.layer_group, place.head_group, step)
-        head_stride = step * calibration.spec.head_dim
-
-        def make() -> tuple[torch.Tensor, int]:
+        found = inverse.offsets.get(tokens_per_block)
+        if found is None:
+            head_stride = tokens_per_block * spec.head_dim
             offsets = (inverse.heads * head_stride + inverse.dims).astype(np.int32)
             pairs = np.ascontiguousarray(offsets.reshape(-1, 2).T)
-            return self._upload(pairs), _run(pairs, calibration.spec.head_dim // 2)
-
-        return _kept(self._offsets, key, MAX_MATRICES, make)
+            found = self._upload(pairs), _run(pairs, spec.head_dim // 2)
+            inverse.offsets[tokens_per_block] = found
+        return found
 
     def _angle_tables(
         self, calibration: Calibration, unit: Unit
@@ -657,8 +680,7 @@ class GpuRestorer:
 
     def _current_device(self) -> Any:
         """Kernels in the Triton language run on the current device, wherever their data lie."""
-        on_gpu = self._device.type == "cuda"
-        return torch.cuda.device(self._device) if on_gpu else contextlib.nullcontext()
+        return torch.cuda.device(self._device) if self._is_gpu else contextlib.nullcontext()
 
     def _upload(self, array: NDArray[Any]) -> torch.Tensor:
         (tensor,) = self._upload_all(array)
@@ -673,18 +695,20 @@ class GpuRestorer:
         for array in arrays:
             starts.append(size)
             size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
-        is_gpu = self._device.type == "cuda"
         # torch reuses page-locked memory when the copies out of it are over.
-        host = torch.empty(max(1, size), dtype=torch.uint8, pin_memory=is_gpu)
+        host = torch.empty(max(1, size), dtype=torch.uint8, pin_memory=self._is_gpu)
         view = host.numpy()
         for array, start in zip(arrays, starts, strict=True):
             part = view[start : start + array.nbytes].view(array.dtype)
             part.reshape(array.shape)[...] = array
         gpu = host.to(self._device, non_blocking=True)
-        return [
-            gpu[start : start + array.nbytes].view(_torch_dtype(array.dtype)).view(array.shape)
-            for array, start in zip(arrays, starts, strict=True)
-        ]
+        found = []
+        for array, start in zip(arrays, starts, strict=True):
+            tensor = gpu[start : start + array.nbytes]
+            if array.dtype != np.uint8:
+                tensor = tensor.view(_torch_dtype(array.dtype))
+            found.append(tensor if array.ndim == 1 else tensor.view(array.shape))
+        return found
 
 
 def _kept(cache: OrderedDict[Any, Any], key: Any, limit: int, make: Callable[[], Any]) -> Any:
@@ -736,38 +760,38 @@ def _run(pairs: NDArray[np.int32], num_pairs: int) -> int:
 
 
 def _large_rows(
-    rows: NDArray[np.int64],
-    values: NDArray[np.int32],
-    rows_of: Sequence[slice],
-    shifts: Sequence[NDArray[np.uint8]],
+    places: NDArray[np.int64], num_tokens: int, values: NDArray[np.int32], rows: _Rows
 ) -> list[int]:
     """How many first rows of each transform hold the escapes that one float16 does not.
 
     Args:
-        rows: of the escapes, among all of the unit.
+        places: of the escapes, among all integers of the unit.
+        num_tokens: integers of a row.
         values: of the escapes, without low bits.
-        rows_of: rows of each transform.
-        shifts: low bits of its first rows.
+        rows: the unit's.
+
+    Returns:
+        Nothing, where no escape is so large.
 
     Raises:
         LeftToCpuError: an integer is beyond two float16.
     """
-    found = [0] * len(rows_of)
     if not len(values):
-        return found
+        return []
     size = np.abs(values.astype(np.int64))
     if not np.any(size > gpu_kernels.EXACT_HALF >> MAX_SHIFT):
-        return found
-    for index, (part, wide) in enumerate(zip(rows_of, shifts, strict=True)):
-        ours = (rows >= part.start) & (rows < part.stop)
-        row = rows[ours] - part.start
+        return []
+    found, row_of = [], places // num_tokens
+    for part, wide in zip(rows.of, rows.shifts, strict=True):
+        ours = (row_of >= part.start) & (row_of < part.stop)
+        row = row_of[ours] - part.start
         of_rows = np.zeros(part.stop - part.start, np.int64)
         of_rows[: len(wide)] = wide
         whole = (size[ours] + 1) << of_rows[row]
         if np.any(whole > _MAX_INTEGER):
             raise LeftToCpuError(f"an integer of the unit is beyond {_MAX_INTEGER}")
         is_large = whole > gpu_kernels.EXACT_HALF
-        found[index] = 1 + int(row[is_large].max(initial=-1))
+        found.append(1 + int(row[is_large].max(initial=-1)))
     return found
 
 

@@ -17,7 +17,7 @@ from kvfetcher.errors import FormatError
 from kvfetcher.transform.inverse import LowBits
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -89,10 +89,8 @@ def packed_bytes(shifts: Iterable[NDArray[np.uint8]], num_tokens: int) -> int:
     return sum(int(s.sum(dtype=np.int64)) for s in shifts) * (-(-num_tokens // 8))
 
 
-def split(
-    data: bytes | memoryview, shifts: Sequence[NDArray[np.uint8]], num_tokens: int
-) -> list[PackedLowBits]:
-    """The low bits of each transform out of the section; views of it.
+def read_planes(data: bytes | memoryview, num_tokens: int) -> NDArray[np.uint8]:
+    """The section's lines [lines, ceil(T / 8)], transform after transform; a view of it.
 
     Raises:
         FormatError: a bit behind a row's last token is set.
@@ -100,9 +98,15 @@ def split(
     planes = np.frombuffer(data, np.uint8).reshape(-1, -(-num_tokens // 8))
     if num_tokens % 8 and np.any(planes[:, -1] >> (num_tokens % 8)):
         raise FormatError("unused bits of the unit's low bits must be 0")
-    found, at = [], 0
+    return planes
+
+
+def split(
+    planes: NDArray[np.uint8], shifts: Sequence[NDArray[np.uint8]]
+) -> Iterator[PackedLowBits]:
+    """The low bits of each transform out of the section's lines; views of them."""
+    at = 0
     for of_rows in shifts:
         stop = at + int(of_rows.sum(dtype=np.int64))
-        found.append(PackedLowBits(of_rows, planes[at:stop]))
+        yield PackedLowBits(of_rows, planes[at:stop])
         at = stop
-    return found

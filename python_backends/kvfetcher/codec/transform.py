@@ -24,7 +24,14 @@ from kvfetcher.codec.frame_size import (
     max_unit_layers,
     parse_frame_size,
 )
-from kvfetcher.codec.low_bits import LOW_BITS, PackedLowBits, cut, packed_bytes, row_shifts, split
+from kvfetcher.codec.low_bits import (
+    LOW_BITS,
+    cut,
+    packed_bytes,
+    read_planes,
+    row_shifts,
+    split,
+)
 from kvfetcher.codec.raw_tokens import (
     RAW_TOKENS,
     RAW_VALUES,
@@ -66,6 +73,7 @@ if TYPE_CHECKING:
     from kvfetcher.codec.base import Integers, UnitSource
     from kvfetcher.spec import KVSpec
     from kvfetcher.transform.artifact import F32
+    from kvfetcher.transform.inverse import LowBits
 
 
 # Largest picture where no frame size is asked for.
@@ -75,6 +83,7 @@ _DEFAULT_SIZE = FrameSize(1024, 2048)
 _PARAMS = struct.Struct("<32sfIIIIII")
 _RANK = struct.Struct("<I")
 _MAX_KINDS = 512
+_NO_SHIFTS = np.empty(0, np.uint8)
 # |z / step| beyond this is an outlier whose token is kept exact; far inside int32 and float32.
 _MAX_INTEGER = 1 << 23
 
@@ -205,8 +214,17 @@ class RestorePlan:
     layout: Layout
     places: tuple[Place, ...]
     """Its transforms, in the order of their rows."""
-    low_bits: tuple[PackedLowBits | None, ...]
-    """Of each transform; None = the samples are whole integers."""
+    shifts: tuple[NDArray[np.uint8], ...]
+    """Low bits of each transform's rows, those that have any in this unit."""
+    low_planes: NDArray[np.uint8] | None
+    """Them, [lines, ceil(T / 8)] (`low_bits.split`); None = the samples are whole integers."""
+
+    def low_bits(self, num_tokens: int) -> Iterator[LowBits | None]:
+        """Of each transform."""
+        if self.low_planes is None:
+            yield from (None for _ in self.places)
+        else:
+            yield from (p.unpack(num_tokens) for p in split(self.low_planes, self.shifts))
 
 
 def plan_restore(unit: Unit) -> RestorePlan:
@@ -237,12 +255,19 @@ def plan_restore(unit: Unit) -> RestorePlan:
         unit.num_tokens,
     )
     check_pictures(unit, kind.layout.grid)
-    low_bits: tuple[PackedLowBits | None, ...] = (None,) * len(kind.places)
+    shifts, low_planes = (_NO_SHIFTS,) * len(kind.places), None
     if more:
-        data = unit.section(LOW_BITS, num_bytes=kind.low_bytes)
-        low_bits = tuple(split(data, kind.shifts, unit.num_tokens))
+        shifts, data = kind.shifts, unit.section(LOW_BITS, num_bytes=kind.low_bytes)
+        low_planes = read_planes(data, unit.num_tokens)
     return RestorePlan(
-        calibration, kind.step, num_escapes, num_raw_tokens, kind.layout, kind.places, low_bits
+        calibration,
+        kind.step,
+        num_escapes,
+        num_raw_tokens,
+        kind.layout,
+        kind.places,
+        shifts,
+        low_planes,
     )
 
 
@@ -264,7 +289,8 @@ def restore_transform(unit: Unit, planes: Integers) -> Integers:
     corrections = read_corrections(unit, plan.num_escapes, samples, neutral)
     values = np.empty(unit.shape, np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        for place, low_bits in zip(plan.places, plan.low_bits, strict=True):
+        low_bits_of = plan.low_bits(unit.num_tokens)
+        for place, low_bits in zip(plan.places, low_bits_of, strict=True):
             key, rows = (place.layer_group, place.head_group), layout.rows_of(place)
             inverse = calibration.inverse(key, layout.ranks[place.number], plan.step)
             vectors = inverse.restore(
@@ -272,7 +298,7 @@ def restore_transform(unit: Unit, planes: Integers) -> Integers:
                 neutral,
                 np.float32(plan.step),
                 corrections.of_rows(rows, unit.num_tokens),
-                None if low_bits is None else low_bits.unpack(unit.num_tokens),
+                low_bits,
             )
             from_vectors(vectors, values[place.layers], place.heads)
         rope = calibration.rope.slice(unit.layer_start, unit.num_layers)

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -212,7 +212,7 @@ def _proven_nvdec(gpu: int) -> nvdec.NvdecDecoder:
     return decoder
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RestoreJob:
     """One unit between `UnitRestorer.start` and `close_batch`."""
 
@@ -289,11 +289,12 @@ class UnitRestorer:
         """
         try:
             job = self._start(data, planes, planes_at, target_json, decode_status)
-            return replace(job, launched=time.monotonic())
         except BaseException:
             if planes_at:
                 self._gpu.drop(planes_at)
             raise
+        job.launched = time.monotonic()
+        return job
 
     def _start(
         self,
@@ -307,7 +308,8 @@ class UnitRestorer:
         unit = parse_unit(data, checks_video=False)
         job = RestoreJob(unit, decode_status, started)
         if not target_json:
-            return replace(job, values=profiles.restore_parsed(unit, planes).tobytes())
+            job.values = profiles.restore_parsed(unit, planes).tobytes()
+            return job
         target = BlockTarget.from_json(target_json)
         arena = self._arenas.of(target)
         if arena.gpu is None:
@@ -315,7 +317,8 @@ class UnitRestorer:
             arena.check_values(target, unit.layer_start, unit.shape)
             arena.write(target, unit.layer_start, profiles.restore_parsed(unit, planes))
             return job
-        return replace(job, on_gpu=self._gpu.start(unit, planes, planes_at, arena, target))
+        job.on_gpu = self._gpu.start(unit, planes, planes_at, arena, target)
+        return job
 
     def close_batch(self, jobs: Sequence[RestoreJob]) -> RestoreBatch:
         """Started units that `finish` is to wait for at one time; nothing waits here."""

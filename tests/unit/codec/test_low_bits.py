@@ -11,6 +11,7 @@ from kvfetcher.codec.low_bits import (
     LOW_BITS,
     cut,
     packed_bytes,
+    read_planes,
     row_shifts,
     split,
 )
@@ -56,7 +57,7 @@ def test_integers_come_back_from_their_parts(tokens):
     high = [integers.copy() for integers in whole]
     data = b"".join(map(cut, high, shifts))
     assert len(data) == packed_bytes(shifts, tokens)
-    found = split(data, shifts, tokens)
+    found = split(read_planes(data, tokens), shifts)
     for integers, top, of_rows, packed in zip(whole, high, shifts, found, strict=True):
         low = packed.unpack(tokens)
         count = len(of_rows)
@@ -67,9 +68,9 @@ def test_integers_come_back_from_their_parts(tokens):
 
 def test_bits_behind_the_last_token_are_refused():
     data = cut(np.full((2, 9), 3, np.int32), np.uint8([2, 1]))
-    split(data, [np.uint8([2, 1])], 9)
+    assert read_planes(data, 9).shape == (3, 2)
     with pytest.raises(FormatError, match="unused bits"):
-        split(data[:-1] + b"\2", [np.uint8([2, 1])], 9)
+        read_planes(data[:-1] + b"\2", 9)
 
 
 def test_restored_values_are_those_of_whole_samples(unit, monkeypatch):
