@@ -221,7 +221,7 @@ class GpuRestorer:
 
         Args:
             unit: one that `can_restore`.
-            planes: its pictures; they must stay until `finish`.
+            planes: its pictures; memory that is not torch's must stay until `finish`.
             to: where; of the unit's spec.
 
         Raises:

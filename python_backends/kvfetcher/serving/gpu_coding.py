@@ -208,7 +208,6 @@ class GpuJob(NamedTuple):
     ticket: PlaneTicket | None
     pending: Any = None
     """`PendingRestore`; None = it is done."""
-    keeps: tuple[Any, ...] = ()
 
 
 def _left_to_cpu() -> tuple[type[RuntimeError], ...]:
@@ -254,6 +253,20 @@ class GpuInput:
             self._settle(gpu)
             raise self._failure(gpu, exc) from exc
 
+    def warm_up_copies(self, source: int, gpu: int) -> None:
+        """Get ready for planes that another GPU decodes.
+
+        Raises:
+            GpuError: one of them failed.
+        """
+        import torch
+
+        try:
+            torch.zeros(1, device=f"cuda:{source}").to(f"cuda:{gpu}")
+        except RuntimeError as exc:
+            self._settle(source, gpu)
+            raise self._failure(source, exc) from exc
+
     def start(
         self,
         unit: Unit,
@@ -273,6 +286,7 @@ class GpuInput:
         is_split = len(arena.parts) > 1
         # Parts lie on several GPUs: the one that has the planes does the work.
         gpu = ticket.gpu if is_split and ticket is not None else arena.gpu
+        gpus = {gpu} if ticket is None else {gpu, ticket.gpu}
         try:
             restorer = self._restorer(gpu)
             if restorer is None or not restorer.can_restore(unit):
@@ -282,19 +296,19 @@ class GpuInput:
                 if is_split:
                     arena.write(target, unit.layer_start, restorer.restore(unit, on_gpu))
                     return GpuJob("gpu", gpu, ticket)
-                destination = self._destination(unit, arena, target)
-                pending = restorer.begin(unit, on_gpu, destination)
+                pending = restorer.begin(unit, on_gpu, self._destination(unit, arena, target))
             except _left_to_cpu() as exc:
                 _log.warning("a unit is restored by the CPU: %s", exc)
-                self._settle(gpu)
+                self._settle(*gpus)
                 return self._start_on_cpu(unit, planes, ticket, gpu, arena, target)
         except BaseException as exc:
             # Kernels may be reading the planes and writing leased blocks.
-            self._settle(gpu)
+            self._settle(*gpus)
             if isinstance(exc, RuntimeError):
                 raise self._failure(gpu, exc) from exc
             raise
-        return GpuJob("gpu", gpu, ticket, pending, (on_gpu, destination))
+        # Tensors need not be kept: torch gives their memory only to what comes later on the stream.
+        return GpuJob("gpu", gpu, ticket, pending)
 
     def close_batch(self, jobs: Sequence[GpuJob]) -> GpuBatch:
         """What `finish` is to wait for at one time; nothing waits here."""
@@ -361,9 +375,10 @@ class GpuInput:
             raise
         return found
 
-    def _settle(self, gpu: int) -> None:
-        """Wait until nothing of this process runs on a GPU, and see whether it still works."""
-        self._is_lost |= cuda_context(gpu).is_lost()
+    def _settle(self, *gpus: int) -> None:
+        """Wait until nothing of this process runs on these GPUs, and see whether they still work."""
+        for gpu in gpus:
+            self._is_lost |= cuda_context(gpu).is_lost()
 
     def _failure(self, gpu: int, exc: Exception) -> GpuError:
         """What torch and the driver raise, as an error of ours."""

@@ -448,6 +448,20 @@ def test_a_gpus_failure_is_answered_and_a_lost_context_told(
     assert restorer.is_lost() is is_broken
 
 
+def test_a_lost_context_on_the_gpu_of_the_planes_is_told(
+    restorer, decoder, kept, on_failing_gpu, monkeypatch
+):
+    on_failing_gpu(begin=RuntimeError("CUDA error: an illegal address"))
+    gpus = {0: decoder.gpu, 1: SimpleNamespace(is_lost=lambda: True)}
+    monkeypatch.setattr(gpu_coding, "cuda_context", gpus.__getitem__)
+    decoded, target = kept
+    elsewhere = decoded._replace(planes_at=decoded.planes_at.replace('"gpu":0', '"gpu":1'))
+    with pytest.raises(GpuError):
+        restore_kept(restorer, (elsewhere, target))
+    assert restorer.is_lost()
+    assert tickets_of(decoder) == 0
+
+
 def test_the_stamps_tell_a_units_way_in_order(restorer, kept, on_failing_gpu):
     on_failing_gpu()
     _, status = restore_kept(restorer, kept)
