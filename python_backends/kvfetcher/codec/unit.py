@@ -7,12 +7,12 @@ section table) and its sections. Sections 1 and 2 are the video; the others belo
 from __future__ import annotations
 
 import struct
-import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import zstandard
+from isal.isal_zlib import crc32
 
 from kvfetcher.codec.base import MAX_FRAMES, MAX_VALUE_BYTES, NO_PICTURES, PlaneGeometry
 from kvfetcher.container import (
@@ -184,6 +184,13 @@ def packed_section(kind: int, data: bytes) -> Section:
 
 def write_unit(unit: Unit) -> bytes:
     """Serialise a unit. Exact inverse: `parse_unit`."""
+    data = serialise(unit)
+    parse_unit(data)  # what we write, we read: same rules, one place
+    return data
+
+
+def serialise(unit: Unit) -> bytes:
+    """`write_unit` for a unit whose parts were parsed: nothing is checked."""
     spec = unit.spec
     header_bytes = _FIXED.size + len(unit.params) + _SECTION.size * len(unit.sections) + _CRC.size
     fixed = _FIXED.pack(
@@ -214,17 +221,15 @@ def write_unit(unit: Unit) -> bytes:
             section.kind,
             section.encoding,
             0,
-            zlib.crc32(section.stored),
+            crc32(section.stored),
             len(section.stored),
             section.raw_bytes,
         )
         for section in unit.sections
     )
     header = b"".join((fixed, unit.params, table))
-    header += _CRC.pack(zlib.crc32(header))
-    data = b"".join((header, *(section.stored for section in unit.sections)))
-    parse_unit(data)  # what we write, we read: same rules, one place
-    return data
+    header += _CRC.pack(crc32(header))
+    return b"".join((header, *(section.stored for section in unit.sections)))
 
 
 def parse_unit(data: bytes | memoryview, *, checks_video: bool = True) -> Unit:
@@ -293,7 +298,7 @@ def parse_unit(data: bytes | memoryview, *, checks_video: bool = True) -> Unit:
             f" {expected}, and {len(view)} are there"
         )
     (crc,) = _CRC.unpack_from(view, header_bytes - _CRC.size)
-    if zlib.crc32(view[: header_bytes - _CRC.size]) != crc:
+    if crc32(view[: header_bytes - _CRC.size]) != crc:
         raise ChecksumError("unit header differs from its CRC-32; fetch or save it again")
     spec = parse_spec(model_layers, num_kv_heads, head_dim, kv_factor, dtype)
     if num_layers < 1 or layer_start + num_layers > model_layers:
@@ -386,7 +391,7 @@ def _parse_sections(
             raise FormatError(f"raw section {kind} has {stored_bytes} bytes but says {raw_bytes}")
         stored = view[at : at + stored_bytes]
         is_checked = checks_video or kind != BITSTREAM
-        if is_checked and zlib.crc32(stored) != crc:
+        if is_checked and crc32(stored) != crc:
             raise ChecksumError(f"section {kind} of the unit differs from its CRC-32")
         sections.append(Section(kind, encoding, raw_bytes, stored))
         at += stored_bytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kvfetcher.codec.unit import BITSTREAM, Unit, raw_section, write_unit
+from kvfetcher.codec.unit import BITSTREAM, Unit, raw_section, serialise
 
 
 def without_bitstream(unit: Unit) -> bytes:
@@ -17,4 +17,4 @@ def without_bitstream(unit: Unit) -> bytes:
         raw_section(BITSTREAM, b"") if section.kind == BITSTREAM else section
         for section in unit.sections
     )
-    return write_unit(replace(unit, sections=tuple(sections)))
+    return serialise(replace(unit, sections=tuple(sections)))

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from kvfetcher.config import Config
     from kvfetcher.doctor.crew import DecoderKind
 
-_VIDEO_PACKAGES = ("numpy", "av", "zstandard")
+_VIDEO_PACKAGES = ("numpy", "av", "zstandard", "isal")
 _GOLDEN_ROUNDS = 3
 _TIMING_SECONDS = 0.4
 _SMI_TIMEOUT_SECONDS = 30.0

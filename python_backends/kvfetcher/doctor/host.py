@@ -20,7 +20,7 @@ _MIB = 1 << 20
 # What the stubs and tritonserver take besides the arena: a few MiB per model instance.
 _STUB_BYTES = 64 * _MIB
 
-_ALWAYS = {"numpy": "", "tritonclient": "", "av": "codec", "zstandard": "codec"}
+_ALWAYS = {"numpy": "", "tritonclient": "", "av": "codec", "zstandard": "codec", "isal": "codec"}
 _BY_ENGINE = {
     "torch": {"torch": "engine", "transformers": "engine", "safetensors": "engine"},
     "paged": {"torch": "engine", "transformers": "engine", "safetensors": "engine"},

@@ -17,7 +17,7 @@ from kvfetcher.spec import KVSpec
 from support.calibrations import certify, make_calibration
 
 GOOD = {
-    "numpy": "1.26.4", "tritonclient": "2.73.0", "av": "18.1.0", "zstandard": "0.25.0",
+    "numpy": "1.26.4", "tritonclient": "2.73.0", "av": "18.1.0", "zstandard": "0.25.0", "isal": "1.9.1",
     "torch": "2.13.0", "transformers": "5.0", "safetensors": "0.8", "PyNvVideoCodec": "2.2.4",
 }  # fmt: skip
 MIB = 1 << 20
