@@ -102,7 +102,7 @@ class ServerConfig(_Section):
         " names; auto = where that works; off = the environment is left alone",
     )
     mps_restore_percent: int = _option(
-        20,
+        40,
         "part of a GPU's multiprocessors that one kv_restore process may use under NVIDIA's MPS",
         low=1,
         high=100,
