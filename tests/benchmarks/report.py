@@ -144,7 +144,7 @@ def mixed_table(report: dict) -> str:
 
 
 def gpu_table(report: dict) -> str:
-    """Rates through the server against bare decoders, and what else runs on the GPU beside it."""
+    """Rates through the server against bare decoders, what else runs on the GPU, numbers of decoders."""
     lines = [
         (
             "| units | bits per element | kv_restore | G elements/s | of 7 bare | of 14 bare"
@@ -186,10 +186,14 @@ def gpu_table(report: dict) -> str:
                 f" ({median(found['elements_g_per_s']):.1f})"
             )
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _gpu_machine(report)])
+    if "instances" in report:
+        lines += ["", *_instances(report)]
+    machine = report["machine"]
+    place = f"{machine['gpu']}, {machine['cores']} cores, {machine['time'][:10]}."
+    return "\n".join([*lines, "", place])
 
 
-def instances_table(report: dict) -> str:
+def _instances(report: dict) -> list[str]:
     """G elements/s of bare decoders and through the server, by the number of decoders."""
     works = {name: row for name, row in report["instances"].items() if isinstance(row, dict)}
     counts = list(next(iter(works.values()))["bare"])
@@ -199,12 +203,7 @@ def instances_table(report: dict) -> str:
         ours = [f"{row['triton'][count]['elements_g_per_s']:.2f}" for count in counts]
         lines.append(f"| {name}: bare, G elements/s | {' | '.join(bare)} |")
         lines.append(f"| through the server | {' | '.join(ours)} |")
-    return "\n".join([*lines, "", _gpu_machine(report)])
-
-
-def _gpu_machine(report: dict) -> str:
-    machine = report["machine"]
-    return f"{machine['gpu']}, {machine['cores']} cores, {machine['time'][:10]}."
+    return lines
 
 
 if __name__ == "__main__":
@@ -218,7 +217,6 @@ if __name__ == "__main__":
         ("fetch_*.json", fetch_table),
         ("mixed_*.json", mixed_table),
         ("gpu_path_*.json", gpu_table),
-        ("gpu_instances_*.json", instances_table),
     ):
         texts += [make(json.loads(path.read_text())) for path in sorted(RESULTS.glob(name))]
     sys.stdout.write("\n\n".join(texts) + "\n")
