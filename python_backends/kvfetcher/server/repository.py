@@ -51,9 +51,9 @@ def decode_instances(config: Config) -> int:
     """How many kv_decode processes to run.
 
     ``server.decode_instances``; 0 = one per NVDEC engine of the GPUs that decode where the
-    configuration allows NVDEC and the driver has it, else one per CPU core, at most 4. Where planes stay on the GPU, two share an
-    engine: one prepares its pictures while the other one's are decoded (bare: 14 to 16 % more with
-    14 processes than with 7, H200, bench_gpu.py).
+    configuration allows NVDEC and the driver has it, else one per CPU core, at most 4. Where planes
+    stay on the GPU, two share an engine: one prepares its pictures while the other one's are decoded
+    (bare: 14 to 16 % more with 14 processes than with 7, H200, bench_gpu.py).
     """
     if config.server.decode_instances:
         return config.server.decode_instances
