@@ -63,7 +63,7 @@ class PlaneTicket:
     shift: int
 
     def to_json(self) -> str:
-        fields = {name: getattr(self, name) for name in self.__slots__}
+        fields = {name: getattr(self, name) for name in self.__slots__}  # half of `asdict`'s time
         return json.dumps(fields, separators=(",", ":"))
 
     @classmethod

@@ -435,11 +435,16 @@ def run_bare(plan: Plan, works: list[Workload], *, seconds: float, all_arms: boo
             print(work.name, row, flush=True)
 
 
+def warm_up(rig: Rig, work: Workload) -> None:
+    """Until every restorer has every inverse transform, and has let go of other profiles'."""
+    rig.rate(work, 4.0)
+
+
 def run_rate(plan: Plan, rig: Rig, work: Workload, key: str, *, seconds: float) -> None:
     row = plan.row(work)
     if "check" not in row:
         row["check"] = rig.check(work)
-    rig.rate(work, 4.0)  # inverse transforms of other profiles are in the way at first
+    warm_up(rig, work)
     found = row[key] = rig.rate(work, seconds)
     for n in plan.args.bare:
         if f"bare_{n}" in row:
@@ -552,7 +557,7 @@ def run_instances(plan: Plan, works: list[Workload]) -> None:
         elif plan.has_time(name, 35):
             with plan.step(name), open_rig(plan, count, restorers) as rig:
                 for work in works:
-                    rig.rate(work, 4.0)  # until every restorer has every inverse transform
+                    warm_up(rig, work)
                     table[work.name]["triton"][count] = rig.rate(work, seconds)
     print("instances", table, flush=True)
 

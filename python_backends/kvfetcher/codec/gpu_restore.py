@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from kvfetcher.codec.transform import Place, RestorePlan
     from kvfetcher.codec.unit import Unit
     from kvfetcher.layout import RowGrid
-    from kvfetcher.spec import KVSpec
     from kvfetcher.transform.artifact import Calibration, InverseFactors
     from kvfetcher.transform.rope import LayerRope
 
@@ -150,10 +149,6 @@ class _Inverse(NamedTuple):
     """[n]."""
     num_bytes: int
     """Of the matrix, without padding."""
-    row_stride: int
-    """Of the matrix, with padding."""
-    offsets: dict[int, tuple[torch.Tensor, int]]
-    """`_pair_offsets` by tokens per block."""
 
 
 class _Rows(NamedTuple):
@@ -205,6 +200,7 @@ class GpuRestorer:
         self._weights = self._upload(digest.word_weights().view(np.int64))
         self._block_weights = self._upload(digest.block_weights().view(np.int64))
         self._inverses: OrderedDict[Any, _Inverse] = OrderedDict()
+        self._offsets: OrderedDict[Any, tuple[torch.Tensor, int]] = OrderedDict()
         self._rows: OrderedDict[Any, _Rows] = OrderedDict()
         self._angles: OrderedDict[Any, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
 
@@ -362,9 +358,15 @@ class GpuRestorer:
             plan.steps,
             plan.means,
         )
-        tables = self._without_low_bits(grid.num_rows)
+        depth = unit.geometry.bit_depth
+        rows_of: _Rows = _kept(
+            self._rows,
+            grid.num_rows,
+            MAX_MATRICES,
+            lambda: self._make_rows(grid.num_rows, [], [], depth),
+        )
         samples = self._new_rows(grid)
-        self._unpack(unit, planes, grid, samples, samples, sums, tables, sums)
+        self._unpack(unit, planes, grid, samples, samples, sums, rows_of.on_gpu, sums)
         integers = samples.float()
         integers.view(-1)[at] = escaped
         rows = torch.empty_like(integers)
@@ -475,7 +477,7 @@ class GpuRestorer:
         ):
             rank = rows.stop - rows.start
             inverse = self._inverse(calibration, place, rank)
-            offsets, run = self._pair_offsets(spec, inverse, to.tokens_per_block)
+            offsets, run = self._pair_offsets(calibration, place, inverse, to)
             n = len(inverse.heads)
             grid = -(-unit.num_tokens // tile["TOKENS"]), -(-n // tile["COLUMNS"])
             gpu_kernels.restore_columns[grid](
@@ -495,7 +497,7 @@ class GpuRestorer:
                 n,
                 rank,
                 num_high,
-                inverse.row_stride,
+                inverse.matrix.stride(0),
                 spec.head_dim // 2,
                 (to.first_layer + place.layers.start) * layer_stride,
                 block_stride,
@@ -588,8 +590,6 @@ class GpuRestorer:
             np.concatenate(groups),
             np.concatenate(dims),
             2 * columns * rank,
-            padded,
-            {},
         )
 
     def _multiplied_out(self, factors: InverseFactors) -> torch.Tensor:
@@ -603,55 +603,51 @@ class GpuRestorer:
         return inverse.view(count * dim, -1)
 
     def _rows_of(self, unit: Unit, plan: RestorePlan) -> _Rows:
-        depth = unit.geometry.bit_depth
-        key = plan.calibration.digest, plan.places[0].layer_group, plan.layout, plan.step, depth
+        layout, depth = plan.layout, unit.geometry.bit_depth
+        key = plan.calibration.digest, plan.places[0].layer_group, layout, plan.step, depth
 
         def make() -> _Rows:
-            half = 1 << (depth - 1)
-            of = [plan.layout.rows_of(place) for place in plan.places]
-            num_high = [
-                int(np.count_nonzero(half << s.astype(np.int64) > gpu_kernels.EXACT_HALF))
-                for s in plan.shifts
-            ]
-            tables = self._row_tables(plan.layout.grid.num_rows, of, plan.shifts)
-            return _Rows(of, plan.shifts, num_high, tables)
+            of = [layout.rows_of(place) for place in plan.places]
+            return self._make_rows(layout.grid.num_rows, of, plan.shifts, depth)
 
         return _kept(self._rows, (*key, unit.flags), MAX_MATRICES, make)
 
-    def _row_tables(
-        self, num_rows: int, rows_of: Sequence[slice], shifts: Sequence[NDArray[np.uint8]]
-    ) -> _RowTables:
-        """Tables of a unit's low bits, which lie transform after transform and bit after bit."""
+    def _make_rows(
+        self,
+        num_rows: int,
+        rows_of: list[slice],
+        shifts: Sequence[NDArray[np.uint8]],
+        bit_depth: int,
+    ) -> _Rows:
+        """Low bits lie transform after transform and bit after bit."""
         of_rows = np.zeros(num_rows, np.uint8)
         lines = np.zeros((num_rows, MAX_SHIFT), np.int32)
-        line = 0
+        line, num_high, half = 0, [], 1 << (bit_depth - 1)
         for rows, of_transform in zip(rows_of, shifts, strict=True):
             of_rows[rows.start : rows.start + len(of_transform)] = of_transform
             for bit in range(int(of_transform.max(initial=0))):
                 count = int(np.count_nonzero(of_transform > bit))
                 lines[rows.start : rows.start + count, bit] = np.arange(line, line + count)
                 line += count
-        return _RowTables(self._upload(of_rows), self._upload(lines))
-
-    def _without_low_bits(self, num_rows: int) -> _RowTables:
-        def make() -> _Rows:
-            return _Rows([], [], [], self._row_tables(num_rows, [], []))
-
-        rows: _Rows = _kept(self._rows, num_rows, MAX_MATRICES, make)
-        return rows.on_gpu
+            is_high = half << of_transform.astype(np.int64) > gpu_kernels.EXACT_HALF
+            num_high.append(int(np.count_nonzero(is_high)))
+        tables = _RowTables(self._upload(of_rows), self._upload(lines))
+        return _Rows(rows_of, shifts, num_high, tables)
 
     def _pair_offsets(
-        self, spec: KVSpec, inverse: _Inverse, tokens_per_block: int
+        self, calibration: Calibration, place: Place, inverse: _Inverse, to: Destination
     ) -> tuple[torch.Tensor, int]:
         """Places [2, n / 2] of an inverse transform's columns, and how many follow each other."""
-        found = inverse.offsets.get(tokens_per_block)
-        if found is None:
-            head_stride = tokens_per_block * spec.head_dim
+        step = to.tokens_per_block
+        key = (calibration.digest, place.layer_group, place.head_group, step)
+        head_stride = step * calibration.spec.head_dim
+
+        def make() -> tuple[torch.Tensor, int]:
             offsets = (inverse.heads * head_stride + inverse.dims).astype(np.int32)
             pairs = np.ascontiguousarray(offsets.reshape(-1, 2).T)
-            found = self._upload(pairs), _run(pairs, spec.head_dim // 2)
-            inverse.offsets[tokens_per_block] = found
-        return found
+            return self._upload(pairs), _run(pairs, calibration.spec.head_dim // 2)
+
+        return _kept(self._offsets, key, MAX_MATRICES, make)
 
     def _angle_tables(
         self, calibration: Calibration, unit: Unit

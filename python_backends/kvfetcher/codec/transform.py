@@ -10,6 +10,7 @@ The integers are exact on any machine and have the digest; the floats after them
 from __future__ import annotations
 
 import functools
+import itertools
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -222,9 +223,8 @@ class RestorePlan:
     def low_bits(self, num_tokens: int) -> Iterator[LowBits | None]:
         """Of each transform."""
         if self.low_planes is None:
-            yield from (None for _ in self.places)
-        else:
-            yield from (p.unpack(num_tokens) for p in split(self.low_planes, self.shifts))
+            return itertools.repeat(None, len(self.places))
+        return (p.unpack(num_tokens) for p in split(self.low_planes, self.shifts))
 
 
 def plan_restore(unit: Unit) -> RestorePlan:

@@ -256,7 +256,7 @@ class UnitRestorer:
             for data in warm_up_units(config):
                 unit = parse_unit(data)
                 self._gpu.warm_up(gpu, unit, profiles.decode_parsed(unit, decoder))
-            for source in set(config.nvdec_gpus) - {gpu} if nvdec.has_driver() else ():
+            for source in set(config.nvdec_gpus) - {gpu}:
                 self._gpu.warm_up_copies(source, gpu)
         except Exception as exc:  # noqa: BLE001 - nothing here may keep the server from starting
             _log.warning("GPU %d is not warmed up: %s: %s", gpu, type(exc).__name__, exc)
