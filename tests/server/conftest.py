@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import tritonclient.grpc as grpcclient
@@ -17,6 +17,7 @@ from support.triton_server import TritonServer, server_config
 
 if TYPE_CHECKING:
     from kvfetcher.config import Config
+    from kvfetcher_client import Generation
 
 DOCUMENT = (
     Path(__file__).parents[1] / "data" / "documents" / "references_and_borrowing.txt"
@@ -57,6 +58,15 @@ class Running:
 
     def chunk_files(self) -> list[Path]:
         return sorted(p for p in self.store.glob("*/*/*/*") if p.is_file())
+
+    def generate_hit(self, text: str, **options: Any) -> Generation:
+        """An answer whose prefix comes from the store, however slow the machine is just now.
+
+        Not by policy `auto`: it computes where fetching falls behind.
+        """
+        answer = self.client.generate(text, kv_policy="fetch", **options)
+        assert answer.report.raw["outcome"] == "hit", answer.report.raw
+        return answer
 
     def settle(self, *, timeout_seconds: float = 2 * LEASE_TTL_SECONDS + 20) -> list[Path]:
         """The store's chunk files once no request runs and nothing is left to save."""

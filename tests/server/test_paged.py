@@ -39,7 +39,7 @@ def test_miss_is_saved_and_another_server_hits_it(tiny_model, tmp_path):
         tmp_path / "store", engine=engine, connector={"async_load_tokens": CHUNK_TOKENS}
     ) as second:
         hit = ask(second, kv_policy="fetch")
-        assert (hit.report.raw["outcome"], hit.report.hit_tokens) == ("hit", 3 * CHUNK_TOKENS)
+        assert hit.report.hit_tokens == 3 * CHUNK_TOKENS, hit.report.raw
         assert hit.report.raw["engine"]["cached_tokens"] == 3 * CHUNK_TOKENS
         assert hit.text == miss.text
         with ThreadPoolExecutor(8) as pool:
@@ -81,7 +81,7 @@ def test_tensorrt_llm_saves_and_another_server_hits_it(tmp_path, tmp_path_factor
         assert len(first.settle()) == 3
     with start_server(tmp_path / "store", **options) as second:
         hit = ask(second, kv_policy="fetch")
-        assert hit.report.raw["outcome"] == "hit"
+        assert hit.report.raw["outcome"] == "hit", hit.report.raw
         assert hit.report.raw["engine"]["cached_tokens"] == 3 * CHUNK_TOKENS
         assert hit.text == miss.text
         second.settle()

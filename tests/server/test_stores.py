@@ -44,8 +44,8 @@ def test_a_remote_store_and_copies_near_by_that_outlive_it(remote, tmp_path):
         miss = running.client.generate(QUESTION, max_tokens=8)
         assert miss.report.raw["outcome"] == "miss"
         running.settle()
-        hit = running.client.generate(QUESTION, max_tokens=8, kv_policy="fetch")
-        assert (hit.report.raw["outcome"], hit.report.hit_tokens) == ("hit", 3 * CHUNK_TOKENS)
+        hit = running.generate_hit(QUESTION, max_tokens=8)
+        assert hit.report.hit_tokens == 3 * CHUNK_TOKENS
         assert hit.output_ids == miss.output_ids
         server.kill()
         near = running.client.generate(QUESTION, max_tokens=8, kv_policy="fetch")
