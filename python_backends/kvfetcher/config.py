@@ -226,6 +226,11 @@ class CodecConfig(_Section):
         False,
         "chunks hold their values uncompressed, too: fetched where the link is faster than decoding",
     )
+    packed_copy: bool = _option(
+        False,
+        "near, balanced, compact and tiny: chunks hold their integers without video, too, for links"
+        " faster than the decoders; as large as the video and a third, which it stands beside",
+    )
     paper_bits: int = _option(8, "bits of the lossy quantiser of `paper`", low=2, high=12)
     decoder: Literal["auto", "cpu", "nvdec"] = _option(
         "auto",

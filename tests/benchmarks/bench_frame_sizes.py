@@ -24,7 +24,7 @@ import numpy as np
 from kvfetcher import __version__
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.paper import PaperProfile
-from kvfetcher.codec.profiles import encode_unnamed, restore_unit
+from kvfetcher.codec.profiles import decode_parsed, encode_unnamed, restore_unit
 from kvfetcher.codec.transform import TransformProfile
 from kvfetcher.codec.unit import BITSTREAM, parse_unit
 from kvfetcher.codec.video import VideoDecoder
@@ -64,7 +64,7 @@ def measure(profile, bits: np.ndarray, spec: KVSpec, first_position: int) -> dic
             seconds = []
             for _ in range(REPEATS):
                 began = time.process_time()
-                planes = decoder.decode(unit.packets(), unit.geometry)
+                planes = decode_parsed(unit, decoder)
                 seconds.append(time.process_time() - began)
             began = time.process_time()
             parts.append(restore_unit(unit_data, planes).values)
@@ -79,7 +79,9 @@ def measure(profile, bits: np.ndarray, spec: KVSpec, first_position: int) -> dic
         found[variant] = {
             "units": units,
             "pictures": sum(p.num_frames for p in pictures),
-            "picture": f"{pictures[0].width}x{pictures[0].height}",
+            "picture": f"{pictures[0].width}x{pictures[0].height}"
+            if pictures[0].num_frames
+            else "",
             "samples": sum(3 * p.num_frames * p.width * p.height for p in pictures),
         }
     return found
@@ -99,11 +101,11 @@ def row(name: str, tokens: int, variant: str, chunks: list[dict], elements: int)
         "units_per_chunk": len(units) // len(chunks),
         "pictures_per_chunk": chunks[0]["pictures"],
         "bits_per_element": 8 * sum(unit[0] for unit in units) / elements,
-        "video_bits_per_sample": video_bits / samples,
+        "video_bits_per_sample": video_bits / samples if samples else 0.0,
         "samples_per_element": samples / elements,
         "unit_decode_seconds": statistics.median(unit[2] for unit in units),
-        "decode_elements_per_second": elements / decode,
-        "decode_video_bits_per_second": video_bits / decode,
+        "decode_elements_per_second": elements / decode if samples else None,
+        "decode_video_bits_per_second": video_bits / decode if samples else 0.0,
         "restore_elements_per_second": elements / sum(unit[3] for unit in units),
     }
 
@@ -112,6 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--documents", type=int, default=3)
+    parser.add_argument("--profiles", default="", help="of them, separated by commas; none = all")
     args = parser.parse_args()
     calibration = Calibration.load(args.calibration)
     register_calibration(calibration)
@@ -121,13 +124,15 @@ def main() -> None:
     caches = [model.prefill(model.encode(text.text)[:2048]).to_array() for text in texts]
     profiles = {
         **{
-            name: TransformProfile(name, calibration, frame_sizes=TRANSFORM_SIZES)
+            name: TransformProfile(name, calibration, TRANSFORM_SIZES, packed_copy=True)
             for name in ("balanced", "compact")
         },
         "exact": ExactProfile(frame_sizes=EXACT_SIZES),
         "paper 8 bit": PaperProfile(PAPER_SIZES, bits=8),
         "paper 4 bit": PaperProfile(PAPER_SIZES, bits=4),
     }
+    if args.profiles:
+        profiles = {name: profiles[name] for name in args.profiles.split(",")}
     rows = []
     for name, profile in profiles.items():
         for tokens in (256, 1024):
@@ -145,7 +150,7 @@ def main() -> None:
                 sys.stderr.write(
                     f"{name:12} {tokens:5} {variant:10} {found['picture']:10}"
                     f" {found['bits_per_element']:.3f} bits"
-                    f" {found['decode_elements_per_second'] / 1e6:.1f} M elements/s decoded\n"
+                    f" {(found['decode_elements_per_second'] or 0) / 1e6:.1f} M elements/s decoded\n"
                 )
     report = {
         "model": MODEL,
@@ -161,7 +166,12 @@ def main() -> None:
             "python": platform.python_version(),
             "kvfetcher": __version__,
         },
-        "command": "python tests/benchmarks/bench_frame_sizes.py --calibration FILE",
+        "command": " ".join(
+            [
+                "python tests/benchmarks/bench_frame_sizes.py --calibration FILE",
+                *([f"--profiles {args.profiles}"] if args.profiles else []),
+            ]
+        ),
     }
     sys.stdout.write(json.dumps(report, indent=1) + "\n")
 

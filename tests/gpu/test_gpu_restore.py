@@ -18,7 +18,14 @@ from kvfetcher.codec.profiles import decode_unit, encode_chunk, restore_parsed
 from kvfetcher.codec.symbols import ESCAPE_INDICES, ESCAPE_VALUES, escapes
 from kvfetcher.codec.transform import TransformProfile, plan_restore
 from kvfetcher.codec.uncalibrated import UncalibratedProfile
-from kvfetcher.codec.unit import HAS_LOW_BITS, packed_section, parse_unit, write_unit
+from kvfetcher.codec.unit import (
+    HAS_LOW_BITS,
+    IS_PACKED,
+    RAW_VALUES,
+    packed_section,
+    parse_unit,
+    write_unit,
+)
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.container import parse_header
 from kvfetcher.errors import ChecksumError, LayoutError
@@ -202,6 +209,42 @@ def test_joined_layer_groups_head_groups_and_partial_blocks(restorer, heads, nam
         assert_same_rounding(got, expected, spec.dtype)
 
 
+@pytest.mark.parametrize("heads", [0, 1])
+@pytest.mark.parametrize("num_tokens", [TOKENS, TOKENS - 3])  # words of the digest, and not
+@pytest.mark.parametrize("name", ["near", "compact"])
+@pytest.mark.parametrize("outlier", [1, 400])
+def test_packed_rows_give_the_bits_of_pictures(restorer, name, num_tokens, heads, outlier):
+    spec = spec_of()
+    calibration = make_calibration(spec, layers=2, heads=heads)
+    register_calibration(calibration)
+    values = correlated_values(spec, num_tokens)
+    values[:, :, :, 17] *= outlier
+    bits = float32_to_bits(values, spec.dtype)
+    pictures, packed = (
+        units_of(profile, spec, bits)
+        for profile in (
+            TransformProfile(name, calibration, ("160x1040",)),
+            OnlyPacked(name, calibration, packed_copy=True),
+        )
+    )
+    found = [
+        np.concatenate([restore_both(restorer, unit)[1] for unit in units])
+        for units in (pictures, packed)
+    ]
+    np.testing.assert_array_equal(*found)
+    for unit in packed:
+        assert parse_unit(unit).flags & IS_PACKED
+        expected, got, errors = restore_both(restorer, unit)
+        assert errors == [None]
+        if outlier == 1:
+            assert_same_rounding(got, expected, spec.dtype)
+
+
+class OnlyPacked(TransformProfile):
+    def variants(self):
+        return ("packed",)
+
+
 @pytest.mark.skipif(IS_INTERPRETED, reason="nothing is compiled")
 def test_values_are_stored_16_bytes_at_a_time(restorer, monkeypatch):
     from kvfetcher.codec import gpu_kernels
@@ -270,7 +313,7 @@ def test_golden_chunks(restorer, name):
     for entry in parse_header(chunk).units:
         data = chunk[entry.offset : entry.stop]
         unit = parse_unit(data)
-        if name.startswith("paper") or not unit.geometry.num_frames:  # raw copies
+        if name.startswith("paper") or unit.profile == RAW_VALUES:
             assert not restorer.can_restore(unit)
             continue
         expected, got, errors = restore_both(restorer, data)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
+import tritonclient.grpc as grpcclient
 
+from kvfetcher import wire
+from kvfetcher.container import parse_header
 from support.engine_rig import write_model
 
 from .conftest import CHUNK_TOKENS, DOCUMENT, start_server
@@ -51,15 +55,17 @@ def test_a_lossy_profile_is_saved_hit_and_smaller(profile, tiny_model, tmp_path,
     codec = {"profile": profile}
     if profile == "balanced":
         codec["calibration"] = str(request.getfixturevalue("calibration"))
+        codec["packed_copy"] = True
     with start_server(
         tmp_path / "store", engine={"model": str(tiny_model)}, codec=codec
     ) as running:
         miss = running.client.generate(QUESTION, max_tokens=4)
         assert len(running.settle()) == miss.report.prompt_tokens // CHUNK_TOKENS
-        # Not `auto`: a model this small computes faster than it fetches.
-        hit = running.client.generate(QUESTION, max_tokens=4, kv_policy="fetch")
-        assert (hit.report.raw["outcome"], hit.report.hit_tokens) == ("hit", 3 * CHUNK_TOKENS)
+        hit = running.generate_hit(QUESTION, max_tokens=4)
+        assert hit.report.hit_tokens == 3 * CHUNK_TOKENS
         assert hit.report.raw["profile"].startswith(profile)
+        if profile == "balanced":
+            check_packed_copy(running, hit)
         assert hit.report.raw["engine"]["cached_tokens"] == hit.report.hit_tokens
 
 
@@ -84,9 +90,8 @@ def test_a_raw_profile_is_hit_without_a_decoder(tiny_model, tmp_path):
     ) as running:
         miss = running.client.generate(QUESTION, max_tokens=4)
         running.settle()
-        # Not `auto`: a model this small computes faster than it fetches.
-        hit = running.client.generate(QUESTION, max_tokens=4, kv_policy="fetch")
-        assert (hit.report.raw["outcome"], hit.report.hit_tokens) == ("hit", 3 * CHUNK_TOKENS)
+        hit = running.generate_hit(QUESTION, max_tokens=4)
+        assert hit.report.hit_tokens == 3 * CHUNK_TOKENS
         assert set(hit.report.raw["decoders"]) == {"none"}
         assert hit.output_ids == miss.output_ids
         running.settle()
@@ -101,10 +106,43 @@ def test_a_chunk_in_several_sizes_is_hit_in_some_of_them(tiny_model, tmp_path):
     ) as running:
         miss = running.client.generate(QUESTION, max_tokens=4, kv_policy="recompute")
         running.settle()
-        hit = running.client.generate(QUESTION, max_tokens=4, kv_policy="fetch")
-        assert (hit.report.raw["outcome"], hit.report.hit_tokens) == ("hit", 3 * CHUNK_TOKENS)
+        hit = running.generate_hit(QUESTION, max_tokens=4)
+        assert hit.report.hit_tokens == 3 * CHUNK_TOKENS
         taken = hit.report.raw["variants"]
         assert set(taken) <= {*sizes, "raw"}
         assert sum(taken.values()) == hit.report.raw["units"] > 0
         assert hit.output_ids == miss.output_ids
         running.settle()
+
+
+def check_packed_copy(running, hit):
+    """Packed units restore to what the pictures do, also without passing through `kv_decode`."""
+    assert set(hit.report.raw["variants"]) <= {"-", "packed"}
+    assert sum(hit.report.raw["variants"].values()) == hit.report.raw["units"] > 0
+    chunk = running.chunk_files()[0].read_bytes()
+    header = parse_header(chunk)
+    assert header.variants == ("-", "packed")
+    whole = {
+        (variant, model): b"".join(
+            restore(running, chunk[e.offset : e.stop], model) for e in header.units_of(variant)
+        )
+        for variant, model in (
+            ("-", wire.KV_PIPELINE),
+            ("packed", wire.KV_PIPELINE),
+            ("packed", wire.KV_RESTORE),
+        )
+    }
+    assert len(set(whole.values())) == 1
+    assert len(whole["-", wire.KV_PIPELINE]) == header.spec.elements_per_token * 2 * CHUNK_TOKENS
+
+
+def restore(running, unit, model):
+    """A unit's values; `kv_restore` itself takes units without video as they are."""
+    arrays = {wire.UNIT: np.frombuffer(unit, np.uint8)[None]}
+    if model == wire.KV_RESTORE:
+        arrays[wire.PLANES] = np.zeros((1, 1, 1, 1, 1), np.uint8)
+    inputs = []
+    for name, array in arrays.items():
+        inputs.append(grpcclient.InferInput(name, array.shape, "UINT8"))
+        inputs[-1].set_data_from_numpy(array)
+    return running.triton.infer(model, inputs).as_numpy(wire.KV_VALUES).tobytes()

@@ -92,11 +92,12 @@ def read_unit(data, artifact=None, *, integers_only=False):
     magic, version, flags, header_bytes, unit_bytes = struct.unpack_from("<8sHHIQ", data, 0)
     assert (magic, version, unit_bytes) == (b"KVFUNIT\0", 1, len(data))
     profile, dtype, factor = struct.unpack_from("<HBB", data, 24)
-    assert flags == 0 or (flags, profile) == (1, 3)
+    assert flags == 0 or (flags in (1, 2, 3) and profile == 3)
     _, heads, dim, _, layers, tokens = struct.unpack_from("<6I", data, 28)
     num_frames, width, height, depth, chroma, codec, zero = struct.unpack_from("<IHHBBBB", data, 60)
     digest, num_sections, zero_too, params_bytes = struct.unpack_from("<QHHI", data, 72)
-    assert (codec, chroma, zero, zero_too) == ((0, 0, 0, 0) if profile == 5 else (1, 3, 0, 0))
+    has_video = profile != 5 and flags < 2
+    assert (codec, chroma, zero, zero_too) == ((1, 3, 0, 0) if has_video else (0, 0, 0, 0))
     assert struct.unpack_from("<I", data, header_bytes - 4)[0] == zlib.crc32(
         data[: header_bytes - 4]
     )
@@ -124,7 +125,12 @@ def read_unit(data, artifact=None, *, integers_only=False):
         values = np.frombuffer(sections[16], "<u2" if dtype < 3 else np.uint8).reshape(shape)
         assert integer_digest(values) == digest
         return values
-    planes = decode_video(sections[1], sections[2], num_frames, width, height, depth)
+    planes = None
+    if has_video:
+        planes = decode_video(sections[1], sections[2], num_frames, width, height, depth)
+    else:
+        assert (num_frames, width, height, depth) == (0, 0, 0, 0)
+        assert not {1, 2} & set(sections)
     if profile == 1:
         values = read_exact(sections, params, planes, shape, dtype)
         assert integer_digest(values) == digest
@@ -271,12 +277,19 @@ def read_integers_profile(
         assert found == calibration
         per_group = metadata["heads_per_group"]
         ranges = [(h, min(h + per_group, heads)) for h in range(0, heads, per_group)]
-        stride = -(-sum(ranks) // (3 * frame_rows)) * 3 * frame_rows
+        stride = sum(ranks)
+        if planes is not None:
+            stride = -(-sum(ranks) // (3 * frame_rows)) * 3 * frame_rows
         num_rows = (len(ranges) - 1) * stride + sum(ranks)
     else:
         frame_rows, frame_columns, escapes, exact = struct.unpack("<IIII", params)
         num_rows = layers * factor * heads * dim
-    samples = read_rows(planes, num_rows, tokens, frame_rows, frame_columns)
+    if planes is None:
+        assert (frame_rows, frame_columns) == (0, 0)
+        samples, depth = unpack_rows(sections[25], sections[26], tokens), 8
+        assert len(samples) == num_rows
+    else:
+        samples = read_rows(planes, num_rows, tokens, frame_rows, frame_columns)
     assert integer_digest(samples) == digest
     integers = samples.astype(np.int64) - 2 ** (depth - 1)
     for position, integer in zip(
@@ -285,7 +298,7 @@ def read_integers_profile(
         strict=True,
     ):
         integers[position // tokens, position % tokens] = integer
-    if data[10] == 1:
+    if data[10] & 1:
         first_rows = [
             (g * stride + sum(ranks[:part]), f"basis.{group + part}.{g}", rank)
             for g in range(len(ranges))
@@ -337,6 +350,22 @@ def read_integers_profile(
     for index, token in enumerate(numbers):
         result[:, :, :, token] = raw[:, :, :, index]
     return result
+
+
+def unpack_rows(widths, lines, tokens):
+    """Samples [num_rows, T] of packed rows (FORMAT.md, section 8)."""
+    rows, at, size = [], 0, -(-tokens // 8)
+    for width in widths:
+        assert width <= 8
+        code = [0] * tokens
+        for bit in range(width):
+            for t in range(tokens):
+                code[t] += (lines[at + t // 8] >> t % 8 & 1) << bit
+            assert tokens % 8 == 0 or lines[at + tokens // 8] >> tokens % 8 == 0
+            at += size
+        rows.append([c + 128 - (1 << width >> 1) for c in code])
+    assert at == len(lines)
+    return np.array(rows, np.uint8)
 
 
 def add_low_bits(integers, section, first_rows, tensors, step):

@@ -78,6 +78,37 @@ def _digest(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _line_bits(  # type: ignore[no-untyped-def]
+    data,
+    lines,
+    has,
+    stride,
+    first,
+    mask,
+    bit,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WHOLE_BYTES: tl.constexpr,
+):
+    """One bit of integers [ROWS, COLUMNS] from column `first` on, in its place.
+
+    Row i's are in line ``lines[i]`` of ``data`` if ``has[i]``; a line is ``stride`` bytes of a bit for
+    each column, the lowest bit of a byte first. `WHOLE_BYTES`: `first` is a multiple of 8.
+    """
+    starts = (lines * stride)[:, None]
+    if WHOLE_BYTES:  # a byte is loaded once
+        some = first // 8 + tl.arange(0, COLUMNS // 8)
+        has_byte = has[:, None] & (some < stride)[None, :]
+        byte = tl.load(data + starts + some[None, :], mask=has_byte, other=0).to(tl.int32)
+        bits = byte[:, :, None] >> tl.arange(0, 8)[None, None, :]
+        found = (tl.reshape(bits, (ROWS, COLUMNS)) & 1) << bit
+    else:
+        each = (first + tl.arange(0, COLUMNS))[None, :]
+        found = _low_bit(data, starts, each, bit, has[:, None] & mask)
+    return found
+
+
+@triton.jit
 def _low_bit(low_planes, lines, token, bit, mask):  # type: ignore[no-untyped-def]
     """One of the low bits of integers, in its place, from the lines that have it (`low_bits.PackedLowBits`)."""
     byte = tl.load(low_planes + lines + token // 8, mask=mask, other=0).to(tl.int32)
@@ -102,7 +133,7 @@ def _store(value, index, has_high, mask, out, high):  # type: ignore[no-untyped-
         "height",
         "half",
         "shift",
-        "low_stride",
+        "line_bytes",
     ]
 )
 def unpack_rows(  # type: ignore[no-untyped-def]
@@ -115,7 +146,9 @@ def unpack_rows(  # type: ignore[no-untyped-def]
     row_shifts,
     low_rows,
     low_planes,
-    low_stride,
+    line_bytes,
+    widths,
+    first_lines,
     num_rows,
     num_tokens,
     frame_rows,
@@ -126,6 +159,7 @@ def unpack_rows(  # type: ignore[no-untyped-def]
     width,
     half,
     shift,
+    PACKED: tl.constexpr,
     ITEM_BYTES: tl.constexpr,
     WORD: tl.constexpr,
     ROWS: tl.constexpr,
@@ -136,8 +170,11 @@ def unpack_rows(  # type: ignore[no-untyped-def]
     One program: `ROWS` rows of `COLUMNS` columns of one picture, of which there are ``blocks_per_frame``
     beside each other. Rows that have low bits, ``row_shifts`` [rows] of them, go to ``out`` and ``high``,
     others to ``out`` alone. ``low_rows`` [rows, MAX_SHIFT] is the line of each bit in ``low_planes``,
-    whose lines are ``low_stride`` bytes long. `WORD` as for `_digest`; if it is not 1, pictures begin
-    with a whole byte of the low bits, too.
+    whose lines are ``line_bytes`` long. `WORD` as for `_digest`; if it is not 1, pictures begin with a
+    whole byte of the low bits, too.
+
+    `PACKED`: samples are no pictures but ``widths`` [rows] lines of each row, from ``first_lines``
+    [rows] of ``planes`` on (`packed.PackedRows`); ``half`` is their neutral sample.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < num_rows
@@ -150,10 +187,29 @@ def unpack_rows(  # type: ignore[no-untyped-def]
     # Two conditions, for the compiler knows both limits' alignment and not their minimum's.
     mask = (columns < frame_columns) & (first + columns < num_tokens)
     mask = row_mask[:, None] & mask[None, :]
-    at = (frame * num_blocks * 3 * height * width + line * width)[:, None] + columns[None, :]
-    sample = tl.load(planes + at, mask=mask, other=0).to(tl.int32)
-    if ITEM_BYTES == 2:
-        sample = (sample & 0xFFFF) >> shift
+    if PACKED:
+        bits = tl.load(widths + rows, mask=row_mask, other=0).to(tl.int32)
+        lines = tl.load(first_lines + rows, mask=row_mask, other=0)
+        sample = tl.zeros((ROWS, COLUMNS), tl.int32) + (half - ((1 << bits) >> 1))[:, None]
+        for bit in range(tl.max(bits, axis=0)):
+            sample += _line_bits(
+                planes,
+                lines + bit,
+                bits > bit,
+                line_bytes,
+                first + left,
+                mask,
+                bit,
+                ROWS,
+                COLUMNS,
+                WORD > 1,
+            )
+        sample = tl.where(mask, sample, 0)
+    else:
+        at = (frame * num_blocks * 3 * height * width + line * width)[:, None] + columns[None, :]
+        sample = tl.load(planes + at, mask=mask, other=0).to(tl.int32)
+        if ITEM_BYTES == 2:
+            sample = (sample & 0xFFFF) >> shift
     starts = rows * num_tokens
     index = starts[:, None] + (first + columns)[None, :]
     low_bits = tl.load(row_shifts + rows, mask=row_mask, other=0).to(tl.int32)
@@ -163,18 +219,19 @@ def unpack_rows(  # type: ignore[no-untyped-def]
         low = tl.zeros_like(value)
         for bit in range(num_low):
             has = low_bits > bit
-            lines = tl.load(low_rows + rows * _MAX_SHIFT + bit, mask=has, other=0) * low_stride
-            if WORD > 1:  # a byte is loaded once
-                some = (first + left) // 8 + tl.arange(0, COLUMNS // 8)
-                has_byte = has[:, None] & (some < low_stride)[None, :]
-                byte = tl.load(
-                    low_planes + lines[:, None] + some[None, :], mask=has_byte, other=0
-                ).to(tl.int32)
-                bits = byte[:, :, None] >> tl.arange(0, 8)[None, None, :]
-                low |= (tl.reshape(bits, (ROWS, COLUMNS)) & 1) << bit
-            else:
-                each = (first + columns)[None, :]
-                low |= _low_bit(low_planes, lines[:, None], each, bit, has[:, None] & mask)
+            lines = tl.load(low_rows + rows * _MAX_SHIFT + bit, mask=has, other=0)
+            low |= _line_bits(
+                low_planes,
+                lines,
+                has,
+                line_bytes,
+                first + left,
+                mask,
+                bit,
+                ROWS,
+                COLUMNS,
+                WORD > 1,
+            )
         value = (value << low_bits[:, None]) + low
         _store(value, index, (low_bits > 0)[:, None], mask, out, high)
     else:

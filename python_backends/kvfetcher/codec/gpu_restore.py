@@ -30,7 +30,7 @@ from kvfetcher.codec.raw_tokens import exact_tokens
 from kvfetcher.codec.symbols import check_digest, escapes
 from kvfetcher.codec.transform import plan_restore
 from kvfetcher.codec.uncalibrated import plan_uncalibrated
-from kvfetcher.codec.unit import EXACT, TRANSFORM, UNCALIBRATED
+from kvfetcher.codec.unit import EXACT, IS_PACKED, TRANSFORM, UNCALIBRATED
 from kvfetcher.errors import ChecksumError, LayoutError
 
 if TYPE_CHECKING:
@@ -172,6 +172,14 @@ class _RowTables(NamedTuple):
     """int32 [rows, MAX_SHIFT]."""
 
 
+class _PackedOnGpu(NamedTuple):
+    """`packed.PackedRows`."""
+
+    lines: torch.Tensor
+    widths: torch.Tensor
+    first_lines: torch.Tensor
+
+
 class _Integers(NamedTuple):
     """A unit's integers, being unpacked: ``high * 2**HIGH_BITS + samples``."""
 
@@ -206,7 +214,8 @@ class GpuRestorer:
 
     def can_restore(self, unit: Unit) -> bool:
         """Whether a unit is of a kind and size for the GPU; others are for the CPU."""
-        if unit.geometry.num_bytes // unit.geometry.dtype.itemsize > MAX_SAMPLES:
+        packed = unit.num_elements if unit.flags & IS_PACKED else 0
+        if max(packed, unit.geometry.num_bytes // unit.geometry.dtype.itemsize) > MAX_SAMPLES:
             return False
         return unit.profile in (EXACT, UNCALIBRATED) or (
             unit.profile == TRANSFORM and unit.spec.head_dim % 2 == 0
@@ -395,8 +404,11 @@ class GpuRestorer:
             high = torch.empty_like(samples)
         found = (places.astype(np.int32), values) if len(places) else ()
         low_planes = _NONE if plan.low_planes is None else plan.low_planes.reshape(-1)
-        sums, low, *escaped = self._upload_all(_ZERO, low_planes, *found)
-        self._unpack(unit, planes, grid, samples, high, sums, rows.on_gpu, low)
+        found = (*found, *_packed_arrays(plan))
+        sums, low, *others = self._upload_all(_ZERO, low_planes, *found)
+        packed = None if plan.packed is None else _PackedOnGpu(*others[-3:])
+        escaped = others[:2] if len(places) else []
+        self._unpack(unit, planes, grid, samples, high, sums, rows.on_gpu, low, packed)
         if escaped:
             gpu_kernels.put_escapes[(-(-len(places) // _ESCAPES_BLOCK),)](
                 *escaped,
@@ -426,16 +438,20 @@ class GpuRestorer:
         sums: torch.Tensor,
         tables: _RowTables,
         low: torch.Tensor,
+        packed: _PackedOnGpu | None = None,
     ) -> None:
-        """Centred integers of the pictures into float16 [rows, T]."""
+        """Centred integers of the pictures, or of packed rows, into float16 [rows, T]."""
         geometry = unit.geometry
-        columns = min(grid.num_columns, grid.frame_columns)
-        blocks = -(-columns // _UNPACK_COLUMNS)
+        tiles, tile_columns = grid.num_tiles, grid.frame_columns
+        if packed is not None:
+            tiles, tile_columns = 1, grid.num_columns
+        blocks = -(-min(grid.num_columns, tile_columns) // _UNPACK_COLUMNS)
         word = 4 // geometry.dtype.itemsize
-        if grid.num_columns % word or (grid.num_tiles > 1 and grid.frame_columns % 8):
+        if grid.num_columns % word or (tiles > 1 and tile_columns % 8):
             word = 1
-        gpu_kernels.unpack_rows[-(-grid.num_rows // _UNPACK_ROWS), grid.num_tiles * blocks](
-            planes.data,
+        lines, widths, first_lines = packed or (planes.data, tables.shifts, tables.lines)
+        gpu_kernels.unpack_rows[-(-grid.num_rows // _UNPACK_ROWS), tiles * blocks](
+            lines,
             samples,
             high,
             sums,
@@ -445,16 +461,19 @@ class GpuRestorer:
             tables.lines,
             low,
             -(-grid.num_columns // 8),
+            widths,
+            first_lines,
             grid.num_rows,
             grid.num_columns,
             grid.frame_rows,
-            grid.frame_columns,
+            tile_columns,
             blocks,
             grid.num_blocks,
             geometry.height,
             geometry.width,
             1 << (geometry.bit_depth - 1),
             planes.shift,
+            PACKED=packed is not None,
             ITEM_BYTES=geometry.dtype.itemsize,
             WORD=word,
             ROWS=_UNPACK_ROWS,
@@ -789,6 +808,14 @@ def _large_rows(
         is_large = whole > gpu_kernels.EXACT_HALF
         found.append(1 + int(row[is_large].max(initial=-1)))
     return found
+
+
+def _packed_arrays(plan: RestorePlan) -> tuple[NDArray[Any], ...]:
+    """What `_PackedOnGpu` holds, on the host; nothing for pictures."""
+    if plan.packed is None:
+        return ()
+    widths, lines = plan.packed
+    return (lines.reshape(-1) if lines.size else _NONE), widths, plan.packed.first_lines
 
 
 def _num_bytes(unit: Unit, grid: RowGrid) -> int:

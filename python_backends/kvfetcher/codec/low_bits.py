@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from kvfetcher.errors import FormatError
 from kvfetcher.transform.inverse import LowBits
 
 if TYPE_CHECKING:
@@ -87,18 +86,6 @@ def cut(integers: NDArray[np.int32], shifts: NDArray[np.uint8]) -> bytes:
 def packed_bytes(shifts: Iterable[NDArray[np.uint8]], num_tokens: int) -> int:
     """Bytes of the section, from the shifts of every transform."""
     return sum(int(s.sum(dtype=np.int64)) for s in shifts) * (-(-num_tokens // 8))
-
-
-def read_planes(data: bytes | memoryview, num_tokens: int) -> NDArray[np.uint8]:
-    """The section's lines [lines, ceil(T / 8)], transform after transform; a view of it.
-
-    Raises:
-        FormatError: a bit behind a row's last token is set.
-    """
-    planes = np.frombuffer(data, np.uint8).reshape(-1, -(-num_tokens // 8))
-    if num_tokens % 8 and np.any(planes[:, -1] >> (num_tokens % 8)):
-        raise FormatError("unused bits of the unit's low bits must be 0")
-    return planes
 
 
 def split(

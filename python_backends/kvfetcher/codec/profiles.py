@@ -69,6 +69,11 @@ def make_profile(config: CodecConfig) -> Profile:
     Raises:
         ConfigError: there is no such profile, or a parameter does not fit it.
     """
+    if config.packed_copy and config.profile not in LADDER:
+        raise ConfigError(
+            f"codec.packed_copy needs codec.profile {', '.join(LADDER[:-1])} or {LADDER[-1]}, got"
+            f" {config.profile!r}; turn one of them off"
+        )
     if config.profile == "raw":
         return RawProfile(unit_layers=config.unit_layers)
     coded = _coded_profile(config)
@@ -93,6 +98,7 @@ def _coded_profile(config: CodecConfig) -> Profile:
                 config.calibration, config.profile, allow_uncertified=config.allow_uncertified
             ),
             frame_sizes=config.frame_sizes,
+            packed_copy=config.packed_copy,
         )
     raise ConfigError(f"codec.profile must be one of {(AUTO, *PROFILES)}, got {config.profile!r}")
 
@@ -241,8 +247,12 @@ def decode_parsed(unit: Unit, decoder: Decoder) -> Integers:
         CodecError: as `decode_unit`.
     """
     if not unit.geometry.num_frames:
-        return np.empty(unit.geometry.shape, np.uint8)
+        return _no_planes(unit)
     return decoder.decode(unit.packets(), unit.geometry)
+
+
+def _no_planes(unit: Unit) -> Integers:
+    return np.empty(unit.geometry.shape, np.uint8)
 
 
 def restore_unit(data: bytes | memoryview, planes: NDArray[Any]) -> RestoredUnit:
@@ -251,7 +261,7 @@ def restore_unit(data: bytes | memoryview, planes: NDArray[Any]) -> RestoredUnit
     Args:
         data: the unit's bytes.
         planes: [F, P, Y, X] as from `decode_unit`; at more than 8 bits also as bytes,
-            uint8 [F, P, Y, 2 X] little-endian.
+            uint8 [F, P, Y, 2 X] little-endian. Not looked at where the unit has no video.
 
     Raises:
         FormatError: `data` is not a unit, or its profile is unknown.
@@ -270,7 +280,7 @@ def restore_parsed(unit: Unit, planes: NDArray[Any]) -> Integers:
         FormatError, ChecksumError, LayoutError: as `restore_unit`.
     """
     geometry = unit.geometry
-    planes = np.ascontiguousarray(planes)
+    planes = np.ascontiguousarray(planes) if geometry.num_frames else _no_planes(unit)
     if planes.dtype == np.uint8 and geometry.dtype != np.uint8 and planes.shape[-1] % 2 == 0:
         planes = planes.view(geometry.dtype)
     if planes.shape != geometry.shape or planes.dtype != geometry.dtype:

@@ -53,11 +53,18 @@ def to_symbols(integers: NDArray[np.int32]) -> Symbols:
     return Symbols(
         samples,
         bit_depth,
-        (
-            packed_section(ESCAPE_INDICES, escaped.astype("<u4").tobytes()),
-            packed_section(ESCAPE_VALUES, flat[escaped].astype("<i4").tobytes()),
-        ),
+        escape_sections(integers, escaped),
         int(escaped.size),
+    )
+
+
+def escape_sections(
+    integers: NDArray[np.int32], escaped: NDArray[np.int64]
+) -> tuple[Section, Section]:
+    """The two sections of integers that samples do not hold, at rising positions in C order."""
+    return (
+        packed_section(ESCAPE_INDICES, escaped.astype("<u4").tobytes()),
+        packed_section(ESCAPE_VALUES, integers.reshape(-1)[escaped].astype("<i4").tobytes()),
     )
 
 

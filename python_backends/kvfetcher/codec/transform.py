@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from kvfetcher.codec.base import ONLY_VARIANT
+from kvfetcher.codec.base import MAX_SIDE, NO_PICTURES, ONLY_VARIANT
 from kvfetcher.codec.digest import integer_digest
 from kvfetcher.codec.frame_size import (
     FrameSize,
@@ -25,13 +25,14 @@ from kvfetcher.codec.frame_size import (
     max_unit_layers,
     parse_frame_size,
 )
-from kvfetcher.codec.low_bits import (
-    LOW_BITS,
-    cut,
-    packed_bytes,
-    read_planes,
-    row_shifts,
-    split,
+from kvfetcher.codec.low_bits import LOW_BITS, cut, packed_bytes, row_shifts, split
+from kvfetcher.codec.packed import (
+    PACKED_ROWS,
+    PACKED_WIDTHS,
+    PackedRows,
+    pack,
+    read_lines,
+    read_packed,
 )
 from kvfetcher.codec.raw_tokens import (
     RAW_TOKENS,
@@ -45,11 +46,13 @@ from kvfetcher.codec.symbols import (
     ESCAPE_VALUES,
     check_integers,
     check_pictures,
+    escape_sections,
     read_corrections,
     to_symbols,
 )
 from kvfetcher.codec.unit import (
     HAS_LOW_BITS,
+    IS_PACKED,
     TRANSFORM,
     Unit,
     raw_section,
@@ -60,6 +63,7 @@ from kvfetcher.codec.video import encode_for
 from kvfetcher.errors import CodecError, ConfigError, FormatError, UnsupportedVersionError
 from kvfetcher.layout import NUM_PLANES, RowGrid
 from kvfetcher.quant import MAX_MAGNITUDE, bits_to_float32
+from kvfetcher.spec import PACKED_VARIANT
 from kvfetcher.transform.artifact import LADDER, Calibration
 from kvfetcher.transform.groups import from_vectors, to_vectors
 from kvfetcher.transform.library import find_calibration
@@ -71,7 +75,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from kvfetcher.codec.base import Integers, UnitSource
+    from kvfetcher.codec.base import Integers, PlaneGeometry, UnitSource
+    from kvfetcher.codec.unit import Section
     from kvfetcher.spec import KVSpec
     from kvfetcher.transform.artifact import F32
     from kvfetcher.transform.inverse import LowBits
@@ -84,6 +89,9 @@ _DEFAULT_SIZE = FrameSize(1024, 2048)
 _PARAMS = struct.Struct("<32sfIIIIII")
 _RANK = struct.Struct("<I")
 _MAX_KINDS = 512
+# Coefficients of a packed unit, at most, where a layer group has not more. On a GPU it is restored in a
+# fraction of a millisecond, but takes kv_restore about one of Python.
+_PACKED_SAMPLES = 5 << 19
 _NO_SHIFTS = np.empty(0, np.uint8)
 # |z / step| beyond this is an outlier whose token is kept exact; far inside int32 and float32.
 _MAX_INTEGER = 1 << 23
@@ -98,6 +106,8 @@ class TransformProfile:
     frame_sizes: tuple[str, ...] = ()
     """Largest picture of each variant, ``WIDTHxHEIGHT``; a unit has as many of the calibration's
     layer groups as fill one. None = one variant with a unit for each layer group."""
+    packed_copy: bool = False
+    """One more variant: the same integers packed, without video."""
 
     def __post_init__(self) -> None:
         if self.name not in LADDER:
@@ -109,7 +119,8 @@ class TransformProfile:
         return f"{self.name}/1 calibration={self.calibration.digest}"
 
     def variants(self) -> tuple[str, ...]:
-        return self.frame_sizes or (ONLY_VARIANT,)
+        pictures = self.frame_sizes or (ONLY_VARIANT,)
+        return (*pictures, PACKED_VARIANT) if self.packed_copy else pictures
 
     def layer_groups(
         self, spec: KVSpec, num_tokens: int, variant: str
@@ -119,7 +130,9 @@ class TransformProfile:
         groups = zip(grouping.layer_starts, grouping.layer_counts, strict=True)
         if variant == ONLY_VARIANT:
             return tuple(groups)
-        size = parse_frame_size(variant)
+        max_rows = _packed_rows(num_tokens)
+        if variant != PACKED_VARIANT:
+            max_rows = parse_frame_size(variant).rows
         most_layers = max_unit_layers(spec, num_tokens)
         joined: list[tuple[int, int]] = []
         rows_left = 0
@@ -130,7 +143,7 @@ class TransformProfile:
                 joined[-1] = (joined[-1][0], joined[-1][1] + count)
             else:
                 joined.append((start, count))
-                rows_left = size.rows - rank
+                rows_left = max_rows - rank
         return tuple(joined)
 
     def encode(self, source: UnitSource, variant: str) -> bytes:
@@ -159,7 +172,12 @@ class TransformProfile:
         )
         raw = np.union1d(raw, outliers)
         tokens = source.num_tokens
-        layout = Layout.fit(len(calibration.grouping.head_ranges), ranks, tokens, variant)
+        num_head_groups = len(calibration.grouping.head_ranges)
+        is_packed = variant == PACKED_VARIANT
+        if is_packed:
+            layout = Layout.packed(num_head_groups, ranks, tokens)
+        else:
+            layout = Layout.fit(num_head_groups, ranks, tokens, variant)
         integers = np.zeros((layout.grid.num_rows, tokens), np.int32)
         low_bits = bytearray()
         for place, part in parts:
@@ -168,11 +186,7 @@ class TransformProfile:
             rows = integers[layout.rows_of(place)]
             rows[:] = part
             low_bits += cut(rows, _shifts(calibration, place, len(part), float(step)))
-        symbols = to_symbols(integers)
-        grid = layout.grid
-        planes = grid.place(
-            symbols.samples, bit_depth=symbols.bit_depth, padding=1 << (symbols.bit_depth - 1)
-        )
+        coded = _pack(integers) if is_packed else _draw(integers, layout.grid, source)
         unit = Unit(
             profile=TRANSFORM,
             spec=source.spec,
@@ -180,28 +194,66 @@ class TransformProfile:
             num_layers=source.num_layers,
             num_tokens=tokens,
             first_position=source.first_position,
-            geometry=grid.geometry(symbols.bit_depth),
+            geometry=coded.geometry,
             params=_PARAMS.pack(
                 bytes.fromhex(calibration.digest),
                 float(step),
                 groups[0],
                 ranks[0],
-                grid.frame_rows,
-                grid.frame_columns,
-                symbols.num_escapes,
+                *layout.frame,
+                coded.num_escapes,
                 len(raw),
             )
             + b"".join(_RANK.pack(rank) for rank in ranks[1:]),
-            integer_digest=integer_digest(symbols.samples),
+            integer_digest=integer_digest(coded.samples),
             sections=(
-                *video_sections(encode_for(source, planes, bit_depth=symbols.bit_depth)),
-                *symbols.sections,
+                *coded.video,
+                *coded.escapes,
                 *raw_sections(source.values, raw),
                 *((raw_section(LOW_BITS, bytes(low_bits)),) if low_bits else ()),
+                *coded.packed,
             ),
-            flags=HAS_LOW_BITS if low_bits else 0,
+            flags=(HAS_LOW_BITS if low_bits else 0) | (IS_PACKED if is_packed else 0),
         )
         return write_unit(unit)
+
+
+class _Coded(NamedTuple):
+    """A unit's integers, coded one way or the other."""
+
+    samples: Integers
+    geometry: PlaneGeometry
+    num_escapes: int
+    escapes: tuple[Section, ...]
+    video: tuple[Section, ...] = ()
+    packed: tuple[Section, ...] = ()
+
+
+def _draw(integers: NDArray[np.int32], grid: RowGrid, source: UnitSource) -> _Coded:
+    """As H.265."""
+    symbols = to_symbols(integers)
+    depth = symbols.bit_depth
+    planes = grid.place(symbols.samples, bit_depth=depth, padding=1 << (depth - 1))
+    packets = encode_for(source, planes, bit_depth=depth)
+    return _Coded(
+        symbols.samples,
+        grid.geometry(depth),
+        symbols.num_escapes,
+        symbols.sections,
+        video=video_sections(packets),
+    )
+
+
+def _pack(integers: NDArray[np.int32]) -> _Coded:
+    """Without video."""
+    packing = pack(integers)
+    return _Coded(
+        packing.samples,
+        NO_PICTURES,
+        len(packing.escaped),
+        escape_sections(integers, packing.escaped),
+        packed=packing.sections,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +271,8 @@ class RestorePlan:
     """Low bits of each transform's rows, those that have any in this unit."""
     low_planes: NDArray[np.uint8] | None
     """Them, [lines, ceil(T / 8)] (`low_bits.split`); None = the samples are whole integers."""
+    packed: PackedRows | None
+    """Its samples; None = they are in pictures."""
 
     def low_bits(self, num_tokens: int) -> Iterator[LowBits | None]:
         """Of each transform."""
@@ -240,8 +294,12 @@ def plan_restore(unit: Unit) -> RestorePlan:
             f"a transform unit has {_PARAMS.size} parameter bytes and {_RANK.size} for each further"
             f" layer group, got {len(params)}"
         )
-    more = (LOW_BITS,) if unit.flags & HAS_LOW_BITS else ()
-    unit.require_sections(ESCAPE_INDICES, ESCAPE_VALUES, RAW_TOKENS, RAW_VALUES, *more)
+    has_low_bits, is_packed = unit.flags & HAS_LOW_BITS, unit.flags & IS_PACKED
+    unit.require_sections(
+        *(ESCAPE_INDICES, ESCAPE_VALUES, RAW_TOKENS, RAW_VALUES),
+        *((LOW_BITS,) if has_low_bits else ()),
+        *((PACKED_WIDTHS, PACKED_ROWS) if is_packed else ()),
+    )
     digest, *fixed, num_escapes, num_raw_tokens = _PARAMS.unpack_from(params)
     try:
         calibration = find_calibration(digest.hex())
@@ -254,11 +312,17 @@ def plan_restore(unit: Unit) -> RestorePlan:
         unit.num_layers,
         unit.num_tokens,
     )
-    check_pictures(unit, kind.layout.grid)
+    if bool(is_packed) != kind.layout.is_packed:
+        raise FormatError("a packed transform unit, and no other, has picture sides of 0")
+    packed = None
+    if is_packed:
+        packed = read_packed(unit, kind.layout.grid.num_rows)
+    else:
+        check_pictures(unit, kind.layout.grid)
     shifts, low_planes = (_NO_SHIFTS,) * len(kind.places), None
-    if more:
+    if has_low_bits:
         shifts, data = kind.shifts, unit.section(LOW_BITS, num_bytes=kind.low_bytes)
-        low_planes = read_planes(data, unit.num_tokens)
+        low_planes = read_lines(data, unit.num_tokens)
     return RestorePlan(
         calibration,
         kind.step,
@@ -268,6 +332,7 @@ def plan_restore(unit: Unit) -> RestorePlan:
         kind.places,
         shifts,
         low_planes,
+        packed,
     )
 
 
@@ -283,7 +348,10 @@ def restore_transform(unit: Unit, planes: Integers) -> Integers:
     """
     plan = plan_restore(unit)
     calibration, layout = plan.calibration, plan.layout
-    samples = layout.grid.gather(planes)
+    if plan.packed is None:
+        samples = layout.grid.gather(planes)
+    else:
+        samples = plan.packed.unpack(unit.num_tokens)
     check_integers(unit, samples)
     neutral = 1 << (unit.geometry.bit_depth - 1)
     corrections = read_corrections(unit, plan.num_escapes, samples, neutral)
@@ -340,10 +408,17 @@ def _kind_of(
             f" {len(groups)} from {groups[0]} on"
         )
     num_head_groups = len(calibration.grouping.head_ranges)
-    layout = Layout.of(num_head_groups, ranks, num_tokens, frame_rows, frame_columns)
+    if frame_rows or frame_columns:
+        layout = Layout.of(num_head_groups, ranks, num_tokens, frame_rows, frame_columns)
+    else:
+        layout = Layout.packed(num_head_groups, ranks, num_tokens)
     places = tuple(_places(calibration, groups))
     shifts = tuple(_shifts(calibration, p, ranks[p.number], step) for p in places)
     return _Kind(step, layout, places, shifts, packed_bytes(shifts, num_tokens))
+
+
+def _packed_rows(num_tokens: int) -> int:
+    return _PACKED_SAMPLES // num_tokens
 
 
 class Place(NamedTuple):
@@ -397,8 +472,10 @@ class Layout:
     """
 
     grid: RowGrid
+    """Of packed rows, only the numbers of rows and columns count."""
     rows_per_head_group: int
     ranks: tuple[int, ...]
+    is_packed: bool = False
 
     @classmethod
     def fit(
@@ -423,6 +500,18 @@ class Layout:
         rows = one.num_blocks * NUM_PLANES * frame_rows
         total = rows * (num_head_groups - 1) + sum(ranks)
         return cls(RowGrid(total, num_tokens, frame_rows, frame_columns), rows, ranks)
+
+    @classmethod
+    def packed(cls, num_head_groups: int, ranks: tuple[int, ...], num_tokens: int) -> Layout:
+        """Without pictures, and so without padding."""
+        rows = sum(ranks)
+        grid = RowGrid(rows * num_head_groups, num_tokens, 1, min(num_tokens, MAX_SIDE))
+        return cls(grid, rows, ranks, is_packed=True)
+
+    @property
+    def frame(self) -> tuple[int, int]:
+        """Lines and columns used of a picture, as the parameters have them."""
+        return (0, 0) if self.is_packed else (self.grid.frame_rows, self.grid.frame_columns)
 
     def rows_of(self, place: Place) -> slice:
         """The rows of one transform's coefficients."""

@@ -44,6 +44,8 @@ RAW_VALUES = 5
 
 HAS_LOW_BITS = 1
 """Flag of a transform unit: the low bits of wide rows are in a section of their own."""
+IS_PACKED = 2
+"""Flag of a transform unit: its rows are packed, there is no video."""
 
 # Section kinds. 16 and up belong to the profile.
 PACKET_LENGTHS = 1
@@ -70,6 +72,7 @@ _FIXED = struct.Struct("<8sHHIQHBBIIIIIIQIHHBBBBQHHI")
 # kind, encoding, reserved, crc32, stored_bytes, raw_bytes
 _SECTION = struct.Struct("<HBBIQQ")
 _CRC = struct.Struct("<I")
+_NUM_FRAMES = struct.Struct("<60xI")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,7 @@ class Unit:
     """`digest.integer_digest` of the integers that the profile names."""
     sections: tuple[Section, ...]
     flags: int = 0
-    """0 or `HAS_LOW_BITS`."""
+    """`HAS_LOW_BITS` and `IS_PACKED`, or 0."""
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
@@ -161,6 +164,11 @@ class Unit:
         stops = np.cumsum(lengths, dtype=np.int64).tolist()
         starts = [0, *stops[:-1]]
         return [stream[start:stop] for start, stop in zip(starts, stops, strict=True)]
+
+
+def has_video(data: bytes | memoryview) -> bool:
+    """Whether a unit says that it has pictures; of bytes that are not a unit, nobody knows."""
+    return len(data) < _NUM_FRAMES.size or _NUM_FRAMES.unpack_from(data)[0] > 0
 
 
 def video_sections(packets: Sequence[bytes]) -> tuple[Section, Section]:
@@ -281,8 +289,8 @@ def parse_unit(data: bytes | memoryview, *, checks_video: bool = True) -> Unit:
         raise UnsupportedVersionError(
             f"unit is of format version {version}, this build reads {FORMAT_VERSION}"
         )
-    is_known = not flags or (profile == TRANSFORM and flags == HAS_LOW_BITS)
-    if not is_known or reserved_a or reserved_b:
+    known = HAS_LOW_BITS | IS_PACKED if profile == TRANSFORM else 0
+    if flags & ~known or reserved_a or reserved_b:
         raise UnsupportedVersionError(
             "unit has a flag or reserved field that this build does not know; upgrade kvfetcher"
         )

@@ -405,6 +405,8 @@ class GpuInput:
 
         geometry = unit.geometry
         device = torch.device("cuda", gpu)
+        if not geometry.num_frames:  # nothing is looked at
+            return GpuPlanes(torch.empty(geometry.shape, dtype=torch.uint8, device=device), 0)
         if ticket is not None:
             tensor = self._tensor(unit, ticket)
             return GpuPlanes(tensor.to(device), ticket.shift)

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvfetcher.arena import storage_dtype
-from kvfetcher.codec.base import UnitSource
+from kvfetcher.codec.base import ONLY_VARIANT, UnitSource
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.profiles import make_profile
 from kvfetcher.codec.transform import TransformProfile
-from kvfetcher.spec import KVSpec
+from kvfetcher.spec import PACKED_VARIANT, KVSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,15 +43,17 @@ def warm_up_units(config: Config) -> Iterator[bytes]:
     dtype = config.engine.kv_dtype
     for head_dim in _HEAD_DIMS:
         spec = KVSpec(num_layers=1, num_kv_heads=1, head_dim=head_dim, dtype=dtype)
-        yield _first_unit(ExactProfile(), spec, config.codec.chunk_tokens)
+        yield _first_unit(ExactProfile(), spec, config.codec.chunk_tokens, ONLY_VARIANT)
     profile = make_profile(replace(config.codec, raw_copy=False))
     if isinstance(profile, TransformProfile):
         spec = replace(profile.calibration.spec, dtype=dtype)
-        yield _first_unit(profile, spec, config.codec.chunk_tokens)
+        variants = profile.variants()
+        # All picture sizes are alike to the kernels.
+        for variant in (variants[0], *(v for v in variants if v == PACKED_VARIANT)):
+            yield _first_unit(profile, spec, config.codec.chunk_tokens, variant)
 
 
-def _first_unit(profile: Profile, spec: KVSpec, num_tokens: int) -> bytes:
-    variant = profile.variants()[0]
+def _first_unit(profile: Profile, spec: KVSpec, num_tokens: int, variant: str) -> bytes:
     first, count = profile.layer_groups(spec, num_tokens, variant)[0]
     shape = (count, spec.kv_factor, spec.num_kv_heads, num_tokens, spec.head_dim)
     values = np.zeros(shape, storage_dtype(spec))

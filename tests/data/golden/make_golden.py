@@ -55,7 +55,17 @@ LADDER_CASES = {
     "ladder_joined_groups": (KVSpec(5, 2, 8), 1, 36, "balanced", 1, ("144x144",), 0),
     "ladder_low_bits": (KVSpec(5, 2, 8), 1, 37, "near", 1, ("144x144",), 512),
     "ladder_low_bits_escapes": (KVSpec(3, 1, 16, dtype="float16"), 0, 24, "near", 100, (), 2),
+    "ladder_packed": (KVSpec(5, 2, 8), 1, 37, "near", 3, ("packed",), 512),
 }
+
+
+class OnlyPacked(TransformProfile):
+    """Without the pictures that a packed copy is kept beside."""
+
+    def variants(self) -> tuple[str, ...]:
+        return ("packed",)
+
+
 UNCALIBRATED_CASES = {
     "uncalibrated_bf16": KVSpec(3, 2, 8),
     "uncalibrated_fp8": KVSpec(2, 1, 12, dtype="float8_e4m3fn"),
@@ -139,7 +149,10 @@ def main(folder: Path) -> None:
             calibration = make_calibration(spec, heads=heads)
             artifact = folder / f"{name}.safetensors"
             calibration.save(artifact)
-            profile = TransformProfile(rung, calibration, frame_sizes=sizes)
+            if sizes == ("packed",):
+                profile = OnlyPacked(rung, calibration)
+            else:
+                profile = TransformProfile(rung, calibration, frame_sizes=sizes)
             values = ladder_values(spec, tokens, factor, calibration, position)
             data = write(folder, name, values, spec, profile, position)
             _, values = reference_reader.read_chunk(data, artifact=artifact)

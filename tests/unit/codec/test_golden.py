@@ -129,6 +129,17 @@ def test_low_bits_are_covered_with_escapes_later_positions_and_both_rotations():
         assert {k.style for k in rope.layers if k.inv_freq} == {"half", "interleaved"}
 
 
+def test_packed_rows_are_covered_with_low_bits_escapes_and_head_groups():
+    data, _, _ = read_ladder("ladder_packed")
+    (entry,) = parse_header(data).units
+    unit = parse_unit(data[entry.offset : entry.stop])
+    sizes = {section.kind: section.raw_bytes for section in unit.sections}
+    assert (entry.variant, unit.flags, unit.geometry.num_frames) == ("packed", 3, 0)
+    assert min(sizes[17], sizes[24], sizes[25], sizes[26]) > 0
+    calibration = Calibration.load(GOLDEN / "ladder_packed.safetensors")
+    assert len(calibration.grouping.head_ranges) == 2
+
+
 @pytest.mark.parametrize("depth", [8, 10, 12])
 def test_uncalibrated_quantises_most_tokens_at_every_bit_depth(depth):
     data = (GOLDEN / f"uncalibrated_{depth}bit.kvf").read_bytes()

@@ -11,10 +11,10 @@ from kvfetcher.codec.low_bits import (
     LOW_BITS,
     cut,
     packed_bytes,
-    read_planes,
     row_shifts,
     split,
 )
+from kvfetcher.codec.packed import read_lines
 from kvfetcher.codec.profiles import decode_unit, restore_unit
 from kvfetcher.codec.transform import TransformProfile
 from kvfetcher.codec.unit import HAS_LOW_BITS, parse_unit, raw_section, write_unit
@@ -57,7 +57,7 @@ def test_integers_come_back_from_their_parts(tokens):
     high = [integers.copy() for integers in whole]
     data = b"".join(map(cut, high, shifts))
     assert len(data) == packed_bytes(shifts, tokens)
-    found = split(read_planes(data, tokens), shifts)
+    found = split(read_lines(data, tokens), shifts)
     for integers, top, of_rows, packed in zip(whole, high, shifts, found, strict=True):
         low = packed.unpack(tokens)
         count = len(of_rows)
@@ -68,9 +68,9 @@ def test_integers_come_back_from_their_parts(tokens):
 
 def test_bits_behind_the_last_token_are_refused():
     data = cut(np.full((2, 9), 3, np.int32), np.uint8([2, 1]))
-    assert read_planes(data, 9).shape == (3, 2)
+    assert read_lines(data, 9).shape == (3, 2)
     with pytest.raises(FormatError, match="unused bits"):
-        read_planes(data[:-1] + b"\2", 9)
+        read_lines(data[:-1] + b"\2", 9)
 
 
 def test_restored_values_are_those_of_whole_samples(unit, monkeypatch):
@@ -106,7 +106,7 @@ def test_flag_and_section_go_together(unit):
     planes = decode_unit(unit, VideoDecoder())
     with pytest.raises(FormatError, match="has sections"):
         restore_unit(resealed_unit(unit, 10, b"\0\0"), planes)
-    for flags in (2, 3, 0x8001):
+    for flags in (4, 5, 0x8001):
         with pytest.raises(UnsupportedVersionError, match="flag"):
             parse_unit(resealed_unit(unit, 10, flags.to_bytes(2, "little")))
     for profile in (1, 2, 4, 5, 6):
