@@ -82,6 +82,8 @@ class DecodeTable:
     points: tuple[DecodePoint, ...]
     source: str
     """Where the numbers are from, for people."""
+    restore_unit_seconds: float = 0.0
+    """What a unit takes all restoring processes together, on top of its elements; 0 = not known."""
     _latency_seconds: _Curve = field(init=False, repr=False, compare=False)
     _alone_seconds: _Curve = field(init=False, repr=False, compare=False)
     _busy_seconds: _Curve = field(init=False, repr=False, compare=False)
@@ -121,6 +123,12 @@ class DecodeTable:
             return busy
         share = (min(num_busy, self.num_decoders) - 1) / (self.num_decoders - 1)
         return alone + (busy - alone) * share
+
+    def unit_pace_seconds(self, num_elements: int) -> float:
+        """So often the restoring processes together end units of so many elements; 0 = not known."""
+        if not self.restore_unit_seconds:
+            return 0.0
+        return self.restore_unit_seconds + self.restore_seconds(num_elements)
 
     def restore_seconds(self, num_elements: int) -> float:
         """Planes to values of so many KV elements, in one process."""
@@ -259,6 +267,9 @@ H100_NVDEC = DecodeTable(
     num_decoders=7,
     # An inverse transform of 1024 tokens and 2048 coefficients takes 0.08 ms (bf16 GEMM).
     restore_elements_per_second=25e9,
+    # Four kv_restore under MPS restore 2665 units of 256x817 in a second, bound by their CPU time
+    # (results/gpu_path_h100_mps.json).
+    restore_unit_seconds=1 / 2665,
     points=(
         _nvdec(256, 640, 0.96e-3, 0.72, 2.40),
         _nvdec(1024, 640, 3.25e-3, 0.80, 3.47),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class StageLearning:
-    """Watches units go to the decoders and come back. Not thread-safe.
+    """Watches units go to the decoders and come back; not those that need none. Not thread-safe.
 
     Args:
         num_decoders: units that are decoded side by side.
@@ -32,6 +32,7 @@ class StageLearning:
         """On top of the latency's: where units alone take longer, so do units side by side."""
         self._restore = DecodeCorrection()
         self._pace = DecodePace(num_decoders)
+        self._num_decoders = num_decoders
 
     @property
     def factors(self) -> Factors:
@@ -51,16 +52,15 @@ class StageLearning:
         """A unit is restored.
 
         Args:
-            option: its times as they were predicted; no time of a raw unit is in the table.
+            option: its times as they were predicted.
             factors: with which they were predicted.
             status: what it took.
             now: seconds, monotonic.
         """
-        if not option.decode_seconds:
-            self.drop()
-            return
         was_alone = not self._pace.is_saturated
-        stretch = self._pace.end(option.decode_seconds / factors.decode, now)
+        # Where restoring is slower, it sets the pace, and nothing is learnt of the decoders.
+        restoring = self._num_decoders * option.restore_pace_seconds
+        stretch = self._pace.end(max(option.decode_seconds / factors.decode, restoring), now)
         if stretch is not None:
             expected = stretch.predicted_seconds * self._latency.factor
             self._busy.observe(expected, stretch.actual_seconds)

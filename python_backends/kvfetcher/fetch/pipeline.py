@@ -37,6 +37,8 @@ class Machine:
     a decoder, and that are on their way."""
     network_queue_bytes: int = 0
     """Asked for by others and not arrived: these share the link first."""
+    restore_queue_seconds: float = 0.0
+    """Work of all restoring processes together, of units that were asked for and are not restored."""
 
 
 def finish_times(

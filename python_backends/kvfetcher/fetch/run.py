@@ -95,7 +95,8 @@ class _Group:
     has_place: bool = False
     """Among the reads under way."""
     has_arrived: bool = False
-    undecoded_seconds: float = 0.0
+    undone: Backlog = field(default_factory=Backlog)
+    """What of its units is not decoded and restored."""
 
     @property
     def start(self) -> int:
@@ -185,7 +186,7 @@ class ChunkRun:
                     num_bytes=int(share * cost.num_bytes)
                     + sum(group.num_bytes for group in mine if not group.has_arrived),
                     decode_seconds=share * cost.decode_seconds
-                    + sum(group.undecoded_seconds for group in mine),
+                    + sum(group.undone.decode_seconds for group in mine),
                     tail_seconds=cost.tail_seconds,
                     restore_seconds=cost.restore_seconds
                     * (share + sum(group.share for group in mine)),
@@ -366,8 +367,10 @@ class ChunkRun:
         left = self._unrequested[index] - group.share
         self._unrequested[index] = left if left > _ROUNDING else 0.0
         stages.planned.add(self._planned([index]))
-        group.undecoded_seconds = sum(option.decode_seconds for option in group.options)
-        stages.requested.add(Backlog(group.num_bytes, group.undecoded_seconds))
+        for option in group.options:
+            group.undone.add(_work_of(option))
+        stages.requested.add(Backlog(group.num_bytes))
+        stages.requested.add(group.undone)
         task = asyncio.create_task(self._carry_out(group))
         # Not in the task itself: one that is cancelled before it began runs no line of its own.
         task.add_done_callback(lambda _: self._end_group(group))
@@ -382,8 +385,8 @@ class ChunkRun:
     def _end_group(self, group: _Group) -> None:
         self._end_transfer(group)
         self._stages.budget.give(group.num_bytes)
-        self._stages.requested.decode_seconds -= group.undecoded_seconds
-        group.undecoded_seconds = 0.0
+        self._stages.requested.remove(group.undone)
+        group.undone = Backlog()
 
     def _planned(self, indices: Sequence[int]) -> Backlog:
         """What is not requested yet of some chunks."""
@@ -397,7 +400,7 @@ class ChunkRun:
         groups = [group for task, group in self._groups.items() if not task.done()]
         return Backlog(
             sum(group.num_bytes for group in groups if not group.has_arrived),
-            sum(group.undecoded_seconds for group in groups),
+            sum(group.undone.decode_seconds for group in groups),
         )
 
     # One group
@@ -476,19 +479,24 @@ class ChunkRun:
         first = entry.offset - group.start
         # Whatever arrived first: earlier runs, and the chunks that a shorter hit would keep, go
         # first.
-        async with stages.unit_places.hold((self._number, group.chunk_index, option.layer_start)):
+        places = stages.unit_places if option.needs_decoder else stages.copy_places
+        async with places.hold((self._number, group.chunk_index, option.layer_start)):
             unit = data[first : first + entry.length]
             target = self._part(group.chunk_index)
-            stages.learning.begin()
+            if option.needs_decoder:
+                stages.learning.begin()
             try:
                 status = await _finish_even_if_cancelled(stages.run_unit(unit, target))
             except BaseException:
-                stages.learning.drop()
+                if option.needs_decoder:
+                    stages.learning.drop()
                 raise
-            stages.learning.end(option, self._factors, status, stages.clock())
+            if option.needs_decoder:
+                stages.learning.end(option, self._factors, status, stages.clock())
         self._progress += 1
-        group.undecoded_seconds -= option.decode_seconds
-        stages.requested.decode_seconds -= option.decode_seconds
+        work = _work_of(option)
+        group.undone.remove(work)
+        stages.requested.remove(work)
         facts.num_units += 1
         facts.decoders[status.decoder] = facts.decoders.get(status.decoder, 0) + 1
         facts.variants[entry.variant] = facts.variants.get(entry.variant, 0) + 1
@@ -518,6 +526,11 @@ class ChunkRun:
             if group.chunk_index >= self._end and task not in self._cancelled:
                 self._cancelled.add(task)  # once only: a second cancel would end its draining
                 task.cancel()
+
+
+def _work_of(option: UnitOption) -> Backlog:
+    """What a unit is for the stages behind its transfer."""
+    return Backlog(0, option.decode_seconds, option.restore_pace_seconds)
 
 
 def _is_good(task: asyncio.Task[None]) -> bool:

@@ -56,16 +56,20 @@ class Backlog:
 
     num_bytes: int = 0
     decode_seconds: float = 0.0
+    restore_seconds: float = 0.0
+    """Of all restoring processes together, `UnitOption.restore_pace_seconds`."""
 
     def add(self, work: Backlog) -> None:
         """More was promised."""
         self.num_bytes += work.num_bytes
         self.decode_seconds += work.decode_seconds
+        self.restore_seconds += work.restore_seconds
 
     def remove(self, work: Backlog) -> None:
         """This much was done, or will not be."""
         self.num_bytes -= work.num_bytes
         self.decode_seconds -= work.decode_seconds
+        self.restore_seconds -= work.restore_seconds
 
 
 class Stages:
@@ -80,7 +84,7 @@ class Stages:
         max_inflight_reads: range reads under way.
         one_read_fills_link: else only many reads at one time do.
         max_inflight_bytes: bytes requested and not restored yet.
-        max_inflight_units: units at the decoders.
+        max_inflight_units: units at the decoders; as many that need none are being restored.
         max_read_bytes: neighbouring units are read together up to this.
         clock: seconds, monotonic.
     """
@@ -107,6 +111,8 @@ class Stages:
         self.read_places = ReadPlaces(max_inflight_reads, window_bytes=self._window_bytes)
         self.budget = ByteBudget(max_inflight_bytes)
         self.unit_places = Places(max_inflight_units)
+        self.copy_places = Places(max_inflight_units)
+        """For units that need no decoder: behind those that wait for one they would do nothing."""
         self.run_numbers = count()
         """Of the runs, in the order in which they began."""
         self.clock = clock
@@ -140,6 +146,7 @@ class Stages:
             num_decoders=self._num_decoders,
             decode_queue_seconds=max(0.0, ahead.decode_seconds) / self._num_decoders,
             network_queue_bytes=max(0, ahead.num_bytes),
+            restore_queue_seconds=max(0.0, ahead.restore_seconds),
         )
 
     def walk(

@@ -1,7 +1,7 @@
 """Which variant of each unit to fetch: picture sizes against bandwidth and decoders. Pure.
 
 Small pictures decode with little latency, large ones at a higher rate (NVDEC has a cost per
-picture), and their sizes differ a little; a raw copy is many bytes and no work for a decoder. Units
+picture), and their sizes differ a little; packed and raw copies are more bytes and no work for a decoder. Units
 are chosen one at a time, when a transfer may start, with what is known then: the link's rate and
 what waits in front of the decoders.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kvfetcher.fetch.decode_times import AS_IN_TABLE, picture_load
 from kvfetcher.fetch.pipeline import ChunkCost
-from kvfetcher.spec import RAW_VARIANT
+from kvfetcher.spec import PACKED_VARIANT, RAW_VARIANT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -37,10 +37,16 @@ _OTHER_STAGE = 0.05
 # with no loss allowed at all, 14 % lost on a CPU at 1 Gbit/s (bench_fetch, `exact`).
 _RAW_SLOW_PART = 0.35
 _RAW_RISK = 0.4
+# A packed unit costs the link a third more at most. Simulated: with 0.4 a link that has become faster is
+# used late (7.7 % lost where it goes from 4 to 40 Gbit/s).
+_PACKED_RISK = 1.0
 # Decoders with work for less than this run dry when the link stalls: there the loss is that of a fall
 # to this smaller part. Simulated: without it twice as much lost where the link stalls.
 _RAW_SAFE_QUEUE_SECONDS = 0.05
 _RAW_SLOW_PART_HUNGRY = 0.25
+# Decoders with work for longer gain nothing by more of it, but bytes that wait for them keep others from
+# being asked for (`fetch.max_inflight_bytes`).
+_FULL_QUEUE_SECONDS = 0.02
 # Bits of an element that lie beside the video in profile `exact`.
 _RAW_BITS = {"bfloat16": 8, "float16": 11, "float8_e4m3fn": 4}
 # Checking and copying values as they are: bound by memory, measured on one core of a Xeon.
@@ -60,10 +66,17 @@ class UnitOption:
     latency_seconds: float
     """From the unit's last byte to its planes on an idle decoder."""
     restore_seconds: float
+    restore_pace_seconds: float = 0.0
+    """Of all restoring processes while they all work; 0 = not known, never the bottleneck."""
 
     @property
     def layer_stop(self) -> int:
         return self.layer_start + self.num_layers
+
+    @property
+    def needs_decoder(self) -> bool:
+        """Whether it is video."""
+        return self.decode_seconds > 0
 
 
 ChunkOptions = tuple[UnitOption, ...]
@@ -90,7 +103,13 @@ def _option(
 ) -> UnitOption:
     spec = header.spec
     samples = entry.num_layers * spec.elements_per_layer_token * header.num_tokens
-    if entry.variant == RAW_VARIANT:
+    restore_seconds = factors.restore * table.restore_seconds(samples)
+    restore_pace = table.unit_pace_seconds(samples)
+    if entry.variant in (PACKED_VARIANT, RAW_VARIANT):
+        if entry.variant == RAW_VARIANT:
+            restore_seconds = min(
+                table.restore_seconds(samples), samples / _RAW_ELEMENTS_PER_SECOND
+            )
         return UnitOption(
             variant=entry.variant,
             layer_start=entry.layer_start,
@@ -98,7 +117,8 @@ def _option(
             num_bytes=entry.length,
             decode_seconds=0.0,
             latency_seconds=0.0,
-            restore_seconds=min(table.restore_seconds(samples), samples / _RAW_ELEMENTS_PER_SECOND),
+            restore_seconds=restore_seconds,
+            restore_pace_seconds=restore_pace,
         )
     bits = 8 * entry.length
     if header.profile.startswith("exact/"):
@@ -115,7 +135,8 @@ def _option(
         num_bytes=entry.length,
         decode_seconds=factors.decode * pictures * busy,
         latency_seconds=factors.latency * table.latency_seconds(load, num_pictures=pictures),
-        restore_seconds=factors.restore * table.restore_seconds(samples),
+        restore_seconds=restore_seconds,
+        restore_pace_seconds=restore_pace,
     )
 
 
@@ -129,6 +150,8 @@ class Ahead(NamedTuple):
     """Decoding of its last unit while all decoders work; 0 where there is none."""
     latency_seconds: float
     """Of its last unit, on an idle decoder; 0 where there is none."""
+    restore_seconds: float = 0.0
+    """Of all restoring processes."""
 
 
 NOTHING_AHEAD = Ahead(0.0, 0.0, 0.0, 0.0)
@@ -183,6 +206,7 @@ def choose_variant(
         option = options[name]
         arrived = (queued_bytes + option.num_bytes) / rate
         own = max(arrived + option.latency_seconds, max(arrived, queue) + option.decode_seconds)
+        restoring = machine.restore_queue_seconds + option.restore_pace_seconds
         best = math.inf
         for bound, rest in plans[name]:
             if all_coded and rest.num_bytes and not rest.decode_seconds:
@@ -195,7 +219,8 @@ def choose_variant(
             free = max(queue, arrived if option.decode_seconds else bound_arrived)
             # The decoders do not finish together: the last unit is waited for.
             decode = free + work / decoders + last.unit_seconds * (decoders - 1) / decoders
-            done = max(network + last.latency_seconds, decode if work else 0.0, own)
+            restore = restoring + bound.restore_seconds + rest.restore_seconds
+            done = max(network + last.latency_seconds, decode if work else 0.0, own, restore)
             best = min(best, done + _OTHER_STAGE * min(network, decode))
         return best
 
@@ -216,15 +241,23 @@ def choose_variant(
             """Over fetching all the rest coded."""
             return min(seconds(n, rate, all_coded=True) for n in coded) - seconds(name, rate)
 
+        def risk(name: str) -> float:
+            return _PACKED_RISK if name == PACKED_VARIANT else _RAW_RISK
+
         costs = {
             name: cost
             for name, cost in costs.items()
-            if name in coded or gain(name, slow) + _RAW_RISK * max(0.0, gain(name, rate)) > 0
+            if name in coded or gain(name, slow) + risk(name) * max(0.0, gain(name, rate)) > 0
         }
         if len(costs) == len(coded):
             # What is too risky now is not to be counted on later: with all the rest raw, small
             # pictures seem best, unit after unit.
             costs = {name: cost(name, all_coded=True) for name in coded}
+        elif queue > _FULL_QUEUE_SECONDS and min(costs[n] for n in coded) < min(
+            cost(n, all_coded=True) for n in coded
+        ):
+            # Copies will be fetched in any case: now, while the decoders have enough to do.
+            costs = {name: cost for name, cost in costs.items() if name not in coded}
     chosen = min(costs, key=lambda name: (costs[name], name))
     if current is None or current not in costs:
         return chosen
@@ -376,7 +409,13 @@ class UnitWalk:
 
 
 def _work(unit: UnitOption) -> Ahead:
-    return Ahead(unit.num_bytes, unit.decode_seconds, unit.decode_seconds, unit.latency_seconds)
+    return Ahead(
+        unit.num_bytes,
+        unit.decode_seconds,
+        unit.decode_seconds,
+        unit.latency_seconds,
+        unit.restore_pace_seconds,
+    )
 
 
 def _plus(first: Ahead, then: Ahead) -> Ahead:
@@ -386,6 +425,7 @@ def _plus(first: Ahead, then: Ahead) -> Ahead:
         first.decode_seconds + then.decode_seconds,
         last.unit_seconds,
         last.latency_seconds,
+        first.restore_seconds + then.restore_seconds,
     )
 
 
@@ -393,7 +433,9 @@ def _part(work: Ahead, share: float) -> Ahead:
     if share <= 0:
         return NOTHING_AHEAD
     return work._replace(
-        num_bytes=share * work.num_bytes, decode_seconds=share * work.decode_seconds
+        num_bytes=share * work.num_bytes,
+        decode_seconds=share * work.decode_seconds,
+        restore_seconds=share * work.restore_seconds,
     )
 
 

@@ -379,7 +379,7 @@ def _restore_status(job: RestoreJob, synced: float, batch: int) -> str:
         "layer_start": unit.layer_start,
         "num_layers": unit.num_layers,
         "num_tokens": unit.num_tokens,
-        "decoder": "",
+        "decoder": "" if unit.geometry.num_frames else "none",
         "decode_ms": 0.0,
         **decoded,
         "restorer": "cpu" if job.on_gpu is None else job.on_gpu.restorer,

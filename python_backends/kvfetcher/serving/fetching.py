@@ -1,4 +1,4 @@
-"""`kv_fetch`: the fetcher with Triton's `kv_pipeline` as its decoder."""
+"""`kv_fetch`: the fetcher with Triton's `kv_pipeline` as its decoder; units without video go to `kv_restore`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from kvfetcher import wire
+from kvfetcher.codec.unit import has_video
 from kvfetcher.config import cache_home
 from kvfetcher.errors import CodecError, DecoderUnavailableError, RequestCancelledError
 from kvfetcher.fetch.decode_times import H100_NVDEC, cpu_table, load_table
@@ -37,6 +40,9 @@ _SHOW_SECONDS = 0.5
 # Of an error that a unit's own bytes may have caused (`respond.triton_error` puts it into the text).
 # What Triton says itself of a lost process, and errors of no class of ours, say nothing of the unit.
 _DATA_STATUS = re.compile(r"\b(INVALID_ARG|INTERNAL): (?!\w+; the server log)")
+
+# An empty tensor does not pass every version of Triton.
+_NO_PLANES = np.zeros((1, 1, 1, 1, 1), np.uint8)
 
 _log = logging.getLogger(__name__)
 
@@ -73,10 +79,10 @@ class FetchService:
         return fetched
 
     def _open(self) -> Fetcher:
-        # Every unit in a decoder holds a thread of the loop's executor (Triton's async_exec blocks
-        # one). Store, copies near by and leases have threads of their own.
+        # Every unit in a decoder, and every one that needs none, holds a thread of the loop's executor
+        # (Triton's async_exec blocks one). Store, copies near by and leases have threads of their own.
         units = self._config.fetch.units_in_flight(decode_instances(self._config))
-        threads = units + _OTHER_THREADS
+        threads = 2 * units + _OTHER_THREADS
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(threads))
         observe = store_observer(self._metrics, "kvfetcher_store")
         store = open_store(self._config.store, observe=observe)
@@ -137,16 +143,21 @@ class FetchService:
 
     async def _run_unit(self, unit: bytes, target: BlockTarget) -> UnitStatus:
         pb_utils = self._pb_utils
+        model = wire.KV_PIPELINE
+        inputs = [
+            bytes_tensor(wire.UNIT, unit, pb_utils, batched=True),
+            text_tensor(wire.KV_TARGET, target.to_json(), pb_utils, batched=True),
+        ]
+        if not has_video(unit):  # else it would wait for a decoder behind pictures
+            model = wire.KV_RESTORE
+            inputs.append(pb_utils.Tensor(wire.PLANES, _NO_PLANES))
         response = await pb_utils.InferenceRequest(
-            model_name=wire.KV_PIPELINE,
+            model_name=model,
             requested_output_names=[wire.KV_STATUS],
-            inputs=[
-                bytes_tensor(wire.UNIT, unit, pb_utils, batched=True),
-                text_tensor(wire.KV_TARGET, target.to_json(), pb_utils, batched=True),
-            ],
+            inputs=inputs,
         ).async_exec()
         if response.has_error():
-            raise _unit_error(response.error().message())
+            raise _unit_error(model, response.error().message())
         status = pb_utils.get_output_tensor_by_name(response, wire.KV_STATUS).as_numpy()
         facts = json.loads(status.reshape(-1)[0])
         count_unit(self._metrics, facts)
@@ -158,14 +169,14 @@ class FetchService:
         self._leases.close()
 
 
-def _unit_error(message: str) -> CodecError:
-    """The error of a unit that `kv_pipeline` refused.
+def _unit_error(model: str, message: str) -> CodecError:
+    """The error of a unit that a model refused.
 
     `CodecError` itself where the unit may be what is wrong, `DecoderUnavailableError` where it was
     not looked at: no GPU, no room, no model.
     """
     kind = CodecError if _DATA_STATUS.search(message) else DecoderUnavailableError
-    return kind(f"kv_pipeline: {message}")
+    return kind(f"{model}: {message}")
 
 
 def _decode_table(config: Config) -> DecodeTable:

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from kvfetcher import container
+from kvfetcher.codec.raw import RawProfile
+from kvfetcher.codec.unit import has_video
 from kvfetcher.errors import (
     ArenaFullError,
     EngineError,
@@ -961,6 +963,32 @@ async def test_a_chunk_is_warmed_in_reads_of_whole_units(world):
     near = await world.fetch(fetcher, tokens=tokens, policy="fetch")
     assert near.report.hit_tokens == CHUNK_TOKENS
     assert len(store.spans) == 1 + len(parts), "what lies near is not read again"
+
+
+async def test_units_without_video_do_not_wait_for_a_decoder(world):
+    await world.save(0)
+    await world.store.put(world.keys[1].name, world.chunk(1, profile=RawProfile()))
+    came = asyncio.Event()
+
+    async def run_unit(unit, target):
+        if has_video(unit):
+            await asyncio.wait_for(came.wait(), 20)
+        status = await world.units(unit, target)
+        if not has_video(unit):
+            came.set()
+        return status
+
+    class RawComesLast(RecordingStore):
+        async def get_range(self, name, start, end):
+            if name == world.keys[1].name and start:
+                await asyncio.sleep(0.2)
+            return await super().get_range(name, start, end)
+
+    fetcher = world.fetcher(
+        store=RawComesLast(world.store), run_unit=run_unit, max_inflight_units=1
+    )
+    report = (await world.fetch(fetcher, policy="fetch")).report
+    assert report.chunks_hit == 2, report
 
 
 async def test_how_long_this_machine_decodes_and_restores_is_learnt(world):

@@ -133,7 +133,7 @@ def test_each_store_has_series_of_its_own():
 def test_only_what_a_units_own_bytes_may_have_caused_counts_against_its_chunk(
     message, may_be_the_unit
 ):
-    error = fetching._unit_error(message)
+    error = fetching._unit_error("kv_pipeline", message)
     assert isinstance(error, CodecError)
     assert isinstance(error, DecoderUnavailableError) is not may_be_the_unit
     assert str(error) == f"kv_pipeline: {message}"
