@@ -8,8 +8,9 @@ fixed SIZE   every unit in one picture size: only that one is stored
 nominal      one size, chosen once by the paper's rule for the trace's mean bandwidth
 previous     the paper's rule: the bandwidth of the chunk before picks the next chunk's size, so that
              its transfer and its decoding take most nearly the same time
-ours         `UnitWalk`, unit by unit, from all five picture sizes; from two of them; from the five
-             and an uncompressed copy
+ours         `UnitWalk`, unit by unit, from all five picture sizes and the copy without video that
+             `codec.packed_copy` stores; and from fewer: one picture size and that copy, the five
+             sizes alone, two of them, the five and an uncompressed copy
 gated        ours with kv_policy=auto: computing what is not worth fetching. All others fetch whatever
              it takes (kv_policy=fetch)
 ideal        no policy: the link is never idle with the fewest bytes of all sizes, all decoders work
@@ -49,7 +50,7 @@ from kvfetcher.fetch.decode_times import H100_NVDEC, picture_load
 from kvfetcher.fetch.gate import Prompt
 from kvfetcher.fetch.variants import UnitOption, UnitWalk, chunk_options
 from kvfetcher.prefill_rate import PrefillModel
-from kvfetcher.spec import RAW_VARIANT, KVSpec
+from kvfetcher.spec import PACKED_VARIANT, RAW_VARIANT, KVSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -81,23 +82,24 @@ class PictureSize:
     @property
     def variant(self) -> str:
         """Its name in a chunk's table: the largest picture that holds so many layers."""
-        if self.name == RAW:
-            return RAW_VARIANT
+        if self.name in COPIES:
+            return COPIES[self.name]
         lines = self.layers * _LAYER_CHANNELS * self.samples_per_element / _SAMPLES_PER_PIXEL
         return f"1024x{math.ceil(lines / 16) * 16}"
 
 
-# Profile balanced, chunks of 256 tokens, SmolLM2-135M with 5 layer groups of 2304 channels, in pictures
-# of 1, 2, 3 and 5 groups (tests/benchmarks/results/frame_sizes.json): sizes differ by 0.4 %. A
-# layer of an 8B or 70B model has 2048 channels, so a group stands for a layer of it here; 4, 8 and 19
-# layers have the bits of 3, 5 and 5 groups. 19 layers fill NVDEC's largest picture, 8192 lines.
-# `raw` is the uncompressed copy that codec.raw_copy stores beside them.
+# Profile balanced, chunks of 256 tokens, SmolLM2-135M with 3 layer groups of 3840 channels, in pictures
+# of 405, 809, 1538 and 2252 lines (tests/benchmarks/results/frame_sizes_packed.json): sizes differ by
+# 1 %. A layer of an 8B or 70B model has 2048 channels: so many layers have the bits of so many lines here
+# as make the nearest picture; 19 layers fill NVDEC's largest, 8192 lines. `packed` is what
+# codec.packed_copy stores beside them, `raw` the uncompressed copy of codec.raw_copy.
 PICTURE_SIZES = (
-    PictureSize("small", 1, 1.8001, 2.978, 0.603),
-    PictureSize("medium", 2, 1.8033, 2.987, 0.603),
-    PictureSize("large", 4, 1.8014, 2.985, 0.603),
-    PictureSize("huge", 8, 1.8065, 2.993, 0.603),
-    PictureSize("largest", 19, 1.8065, 2.993, 0.603),
+    PictureSize("small", 1, 1.6745, 2.514, 0.5875),
+    PictureSize("medium", 2, 1.6582, 2.489, 0.5867),
+    PictureSize("large", 4, 1.6578, 2.490, 0.5867),
+    PictureSize("huge", 8, 1.6561, 2.490, 0.5865),
+    PictureSize("largest", 19, 1.6561, 2.490, 0.5865),
+    PictureSize("packed", 8, 2.1304, 0.0, 0.0),
     PictureSize("raw", 4, 16.0, 0.0, 0.0),
 )
 DEFAULT_SIZE = "medium"
@@ -106,8 +108,15 @@ where `codec.frame_sizes` names no sizes (groups of 4096 values)."""
 TWO_SIZES = ("large", "largest")
 """A pair that is about as good as all five, at two fifths of the storage."""
 RAW = "raw"
+PACKED = "packed"
+COPIES = {RAW: RAW_VARIANT, PACKED: PACKED_VARIANT}
+"""Names of sizes that are no video, and of their variants."""
+OURS_SIZES = "ours, sizes alone"
 OURS_TWO = "ours, two sizes"
-OURS_WITH_RAW = "ours, with raw"
+OURS_ONE = "ours, one size and packed"
+OURS_WITH_RAW = "ours, sizes and raw"
+ONE_SIZE = "large"
+"""What a packed copy is best kept beside: four layers of 2048 channels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +163,10 @@ REQUESTS = (
 RTT_SECONDS = 1e-3
 """Of the simulated link; what the fetcher expects is `FetchConfig`'s."""
 
-PLANNED = ("nominal", "previous", "ours", OURS_TWO, "gated", OURS_WITH_RAW)
+PLANNED = (
+    *("nominal", "previous", "gated"),
+    *("ours", OURS_ONE, OURS_SIZES, OURS_TWO, OURS_WITH_RAW),
+)
 """Policies that are not one size for all traces."""
 
 
@@ -221,7 +233,12 @@ class Library:
     @property
     def pictures(self) -> tuple[str, ...]:
         """The sizes that are video."""
-        return tuple(name for name in self._sizes if name != RAW)
+        return tuple(name for name in self._sizes if name not in COPIES)
+
+    @property
+    def adaptive(self) -> tuple[str, ...]:
+        """What `ours` chooses from."""
+        return (*self.pictures, PACKED)
 
     def prompt(self, request: Request, sizes: Sequence[str]) -> SimPrompt:
         """A request whose prefix is stored in some sizes."""
@@ -255,8 +272,8 @@ class Library:
                 works.append(
                     UnitWork(
                         load=picture_load(samples, samples * size.video_bits_per_sample),
-                        num_pictures=0 if size.name == RAW else 1,
-                        restore_seconds=self._table.restore_seconds(elements),
+                        num_pictures=0 if size.name in COPIES else 1,
+                        restore_seconds=self._table.unit_pace_seconds(elements),
                     )
                 )
         header = make_header(spec, units)
@@ -403,12 +420,16 @@ def _start(burst: int) -> float:
 
 def _sizes(policy: str, library: Library, request: Request, trace: Trace) -> tuple[str, ...]:
     """The sizes that a policy may choose from."""
-    if policy in ("ours", "gated", "previous"):
+    if policy in ("ours", "gated"):
+        return library.adaptive
+    if policy in (OURS_SIZES, "previous"):
         return library.pictures
     if policy == OURS_TWO:
         return TWO_SIZES
+    if policy == OURS_ONE:
+        return (ONE_SIZE, PACKED)
     if policy == OURS_WITH_RAW:
-        return library.names
+        return (*library.pictures, RAW)
     if policy == "nominal":
         rate = trace.mean_bytes_per_second
         return (library.matching_size(request, bytes_per_second=rate),)
@@ -423,9 +444,11 @@ def trace_row(trace: Trace, runs: dict[str, list[Run]]) -> dict[str, Any]:
     """JSON of one trace."""
     means = {name: _mean_ttft(found) for name, found in runs.items()}
     fixed = {name: mean for name, mean in means.items() if name.startswith("fixed ")}
-    best_of_all = min(fixed, key=lambda name: fixed[name])
-    del fixed[fixed_name(RAW)]
-    best = min(fixed, key=lambda name: fixed[name])
+    best = min((name for name in fixed if name != fixed_name(RAW)), key=lambda n: fixed[n])
+    best_with_raw = min(
+        (name for name in fixed if name != fixed_name(PACKED)), key=lambda n: fixed[n]
+    )
+    best_size = min((name for name in fixed if name[6:] not in COPIES), key=lambda n: fixed[n])
     return {
         "trace": trace.name,
         "family": trace.family,
@@ -433,9 +456,14 @@ def trace_row(trace: Trace, runs: dict[str, list[Run]]) -> dict[str, Any]:
         "best_fixed": best,
         "loss_vs_best_fixed": means["ours"] / means[best] - 1,
         "loss_by_prompt": _loss_by_prompt(runs),
-        "two_sizes_loss_vs_best_fixed": means[OURS_TWO] / means[best] - 1,
-        "best_fixed_with_raw": best_of_all,
-        "with_raw_loss_vs_best_fixed": means[OURS_WITH_RAW] / means[best_of_all] - 1,
+        "one_size_loss_vs_best_fixed": means[OURS_ONE]
+        / min(means[fixed_name(name)] for name in (ONE_SIZE, PACKED))
+        - 1,
+        "best_fixed_size": best_size,
+        "sizes_alone_loss_vs_best_fixed": means[OURS_SIZES] / means[best_size] - 1,
+        "two_sizes_loss_vs_best_fixed": means[OURS_TWO] / means[best_size] - 1,
+        "best_fixed_with_raw": best_with_raw,
+        "with_raw_loss_vs_best_fixed": means[OURS_WITH_RAW] / means[best_with_raw] - 1,
         "worst_gated_over_compute": max(
             run.ttft_seconds / run.compute_seconds for run in runs["gated"]
         ),
@@ -523,43 +551,50 @@ def run(
     jitter = [runs for trace, runs in everywhere if trace.family == "jitter"]
     means = {name: _mean_ttft(r for runs in jitter for r in runs[name]) for name in jitter[0]}
     gains = {name: 1 - means["ours"] / mean for name, mean in means.items()}
-    fixed = {name: gains[fixed_name(name)] for name in library.pictures}
+    fixed = {name: gains[fixed_name(name)] for name in library.adaptive}
+    sizes_alone = {
+        name: 1 - means[OURS_SIZES] / means[fixed_name(name)] for name in library.pictures
+    }
     ideal = statistics.fmean(ideals[library.pictures])
     possible = {name: 1 - ideal / means[fixed_name(name)] for name in library.pictures}
     possible_by_size = {
         name: 1 - ideal / statistics.fmean(ideals[name,]) for name in library.pictures
     }
-    best_of_all = min(means[fixed_name(name)] for name in library.names)
+    best_with_raw = min(means[fixed_name(name)] for name in (*library.pictures, RAW))
     bytes_of_one = PICTURE_SIZES[0].bits_per_element
     return {
         "jitter_gain_vs_fixed": gains[fixed_name(DEFAULT_SIZE)],
         "jitter_gain_vs_fixed_is_against": (
             f"{fixed_name(DEFAULT_SIZE)}: two layers of 2048 channels per picture, what calibrated"
             " profiles store of such a model where codec.frame_sizes names no sizes; mean time to"
-            " first token over all jitter traces and requests. The goal of 20 % is reached only"
-            " against the smallest pictures, see jitter_gain_vs_each_fixed: sizes cost nearly the"
-            " same bits, and NVDEC decodes larger pictures faster up to about 3000 lines, so that"
-            " a large fixed size is nearly best. jitter_gain_possible_vs_each_fixed is what a"
-            " fetcher that waits for nothing but bytes would gain over the fixed size as it is fetched,"
-            " jitter_gain_possible_by_size over the fixed size fetched without waiting either"
+            " first token over all jitter traces and requests. sizes_alone: without the packed copy."
+            " There jitter_gain_possible_vs_each_fixed is what a fetcher that waits for nothing but"
+            " bytes would gain over the fixed size as it is fetched, jitter_gain_possible_by_size"
+            " over the fixed size fetched without waiting either"
         ),
         "jitter_gain_vs_each_fixed": fixed,
         "jitter_gain_possible_vs_each_fixed": possible,
         "jitter_gain_possible_by_size": possible_by_size,
         "jitter_gain_vs_best_fixed": min(fixed.values()),
-        "jitter_gain_with_raw_vs_best_fixed": 1 - means[OURS_WITH_RAW] / best_of_all,
+        "jitter_gain_vs_best_fixed_size": min(fixed[name] for name in library.pictures),
+        "one_size_jitter_gain_vs_each_fixed": {
+            name: 1 - means[OURS_ONE] / means[fixed_name(name)] for name in library.adaptive
+        },
+        "sizes_alone_jitter_gain_vs_each_fixed": sizes_alone,
+        "jitter_gain_with_raw_vs_best_fixed": 1 - means[OURS_WITH_RAW] / best_with_raw,
         "jitter_gain_vs_nominal_fixed": gains["nominal"],
         "jitter_gain_vs_previous_chunk_rule": gains["previous"],
+        "sizes_alone_jitter_gain_vs_previous_chunk_rule": 1 - means[OURS_SIZES] / means["previous"],
         "worst_loss_vs_best_fixed": max(row["loss_vs_best_fixed"] for row in rows),
         "worst_loss_vs_best_fixed_of_one_prompt": max(
             max(row["loss_by_prompt"].values()) for row in rows
         ),
-        "two_sizes_worst_loss_vs_best_fixed": max(
-            row["two_sizes_loss_vs_best_fixed"] for row in rows
-        ),
-        "with_raw_worst_loss_vs_best_fixed": max(
-            row["with_raw_loss_vs_best_fixed"] for row in rows
-        ),
+        **{
+            f"{name}_worst_loss_vs_best_fixed": max(
+                row[f"{name}_loss_vs_best_fixed"] for row in rows
+            )
+            for name in ("one_size", "sizes_alone", "two_sizes", "with_raw")
+        },
         "worst_gated_over_compute": max(row["worst_gated_over_compute"] for row in rows),
         "worst_gated_over_ungated": max(row["gated_over_ungated"] for row in rows),
         "worst_gated_over_better_of_both": max(row["gated_over_better_of_both"] for row in rows),
@@ -580,9 +615,11 @@ def run(
         "stored_bytes_over_one_size": {
             name: sum(s.bits_per_element for s in PICTURE_SIZES if s.name in sizes) / bytes_of_one
             for name, sizes in (
-                ("ours", library.pictures),
+                ("ours", library.adaptive),
+                (OURS_ONE, (ONE_SIZE, PACKED)),
+                (OURS_SIZES, library.pictures),
                 (OURS_TWO, TWO_SIZES),
-                (OURS_WITH_RAW, library.names),
+                (OURS_WITH_RAW, (*library.pictures, RAW)),
             )
         },
         "traces": rows,
