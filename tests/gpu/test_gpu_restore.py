@@ -34,7 +34,7 @@ from kvfetcher.spec import KVSpec
 from kvfetcher.transform import artifact
 from kvfetcher.transform.artifact import LADDER, Calibration
 from kvfetcher.transform.library import register_calibration
-from support.calibrations import correlated_values, make_calibration
+from support.calibrations import OnlyPacked, correlated_values, make_calibration
 from support.kv_values import special_values
 
 pytestmark = pytest.mark.gpu
@@ -224,7 +224,7 @@ def test_packed_rows_give_the_bits_of_pictures(restorer, name, num_tokens, heads
         units_of(profile, spec, bits)
         for profile in (
             TransformProfile(name, calibration, ("160x1040",)),
-            OnlyPacked(name, calibration, packed_copy=True),
+            OnlyPacked(name, calibration),
         )
     )
     found = [
@@ -238,11 +238,6 @@ def test_packed_rows_give_the_bits_of_pictures(restorer, name, num_tokens, heads
         assert errors == [None]
         if outlier == 1:
             assert_same_rounding(got, expected, spec.dtype)
-
-
-class OnlyPacked(TransformProfile):
-    def variants(self):
-        return ("packed",)
 
 
 @pytest.mark.skipif(IS_INTERPRETED, reason="nothing is compiled")

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from kvfetcher.codec.transform import TransformProfile
 from kvfetcher.spec import KVSpec
 from kvfetcher.transform.artifact import LADDER, Calibration
 from kvfetcher.transform.calibrate import solve
@@ -10,6 +11,13 @@ from kvfetcher.transform.rope import LayerRope, Rope
 from kvfetcher.transform.statistics import Statistics
 
 STEPS = {"near": 0.02, "balanced": 0.06, "compact": 0.12, "tiny": 0.25}
+
+
+class OnlyPacked(TransformProfile):
+    """Chunks of packed units, without the pictures that these are kept beside."""
+
+    def variants(self) -> tuple[str, ...]:
+        return ("packed",)
 
 
 def make_rope(spec: KVSpec) -> Rope:

@@ -443,12 +443,13 @@ def _mean_ttft(runs: Iterable[Run]) -> float:
 def trace_row(trace: Trace, runs: dict[str, list[Run]]) -> dict[str, Any]:
     """JSON of one trace."""
     means = {name: _mean_ttft(found) for name, found in runs.items()}
-    fixed = {name: mean for name, mean in means.items() if name.startswith("fixed ")}
-    best = min((name for name in fixed if name != fixed_name(RAW)), key=lambda n: fixed[n])
-    best_with_raw = min(
-        (name for name in fixed if name != fixed_name(PACKED)), key=lambda n: fixed[n]
-    )
-    best_size = min((name for name in fixed if name[6:] not in COPIES), key=lambda n: fixed[n])
+    pictures = [size.name for size in PICTURE_SIZES if size.name not in COPIES]
+
+    def best_of(*names: str) -> str:
+        return min(map(fixed_name, names), key=lambda name: means[name])
+
+    best, best_size = best_of(*pictures, PACKED), best_of(*pictures)
+    best_with_raw = best_of(*pictures, RAW)
     return {
         "trace": trace.name,
         "family": trace.family,
@@ -456,9 +457,7 @@ def trace_row(trace: Trace, runs: dict[str, list[Run]]) -> dict[str, Any]:
         "best_fixed": best,
         "loss_vs_best_fixed": means["ours"] / means[best] - 1,
         "loss_by_prompt": _loss_by_prompt(runs),
-        "one_size_loss_vs_best_fixed": means[OURS_ONE]
-        / min(means[fixed_name(name)] for name in (ONE_SIZE, PACKED))
-        - 1,
+        "one_size_loss_vs_best_fixed": means[OURS_ONE] / means[best_of(ONE_SIZE, PACKED)] - 1,
         "best_fixed_size": best_size,
         "sizes_alone_loss_vs_best_fixed": means[OURS_SIZES] / means[best_size] - 1,
         "two_sizes_loss_vs_best_fixed": means[OURS_TWO] / means[best_size] - 1,

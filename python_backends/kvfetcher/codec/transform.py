@@ -130,8 +130,9 @@ class TransformProfile:
         groups = zip(grouping.layer_starts, grouping.layer_counts, strict=True)
         if variant == ONLY_VARIANT:
             return tuple(groups)
-        max_rows = _packed_rows(num_tokens)
-        if variant != PACKED_VARIANT:
+        if variant == PACKED_VARIANT:
+            max_rows = _PACKED_SAMPLES // num_tokens
+        else:
             max_rows = parse_frame_size(variant).rows
         most_layers = max_unit_layers(spec, num_tokens)
         joined: list[tuple[int, int]] = []
@@ -415,10 +416,6 @@ def _kind_of(
     places = tuple(_places(calibration, groups))
     shifts = tuple(_shifts(calibration, p, ranks[p.number], step) for p in places)
     return _Kind(step, layout, places, shifts, packed_bytes(shifts, num_tokens))
-
-
-def _packed_rows(num_tokens: int) -> int:
-    return _PACKED_SAMPLES // num_tokens
 
 
 class Place(NamedTuple):

@@ -27,7 +27,7 @@ from kvfetcher.spec import KVSpec
 from kvfetcher.transform.artifact import Calibration
 from kvfetcher.transform.rope import rotate_keys
 from support import reference_reader
-from support.calibrations import correlated_values, make_calibration
+from support.calibrations import OnlyPacked, correlated_values, make_calibration
 from support.kv_values import SPECIALS, finite_values, special_values
 
 TWO = ("160x144", "144x200")
@@ -57,13 +57,6 @@ LADDER_CASES = {
     "ladder_low_bits_escapes": (KVSpec(3, 1, 16, dtype="float16"), 0, 24, "near", 100, (), 2),
     "ladder_packed": (KVSpec(5, 2, 8), 1, 37, "near", 3, ("packed",), 512),
 }
-
-
-class OnlyPacked(TransformProfile):
-    """Without the pictures that a packed copy is kept beside."""
-
-    def variants(self) -> tuple[str, ...]:
-        return ("packed",)
 
 
 UNCALIBRATED_CASES = {
