@@ -178,9 +178,7 @@ def test_chunks_look_to_the_planner_as_they_are():
         chunk_options(prompt.header, H100_NVDEC), prompt.header.units, strict=True
     ):
         really = H100_NVDEC.picture_seconds(prompt.works[entry.offset].load, num_busy=7)
-        # A header does not say how many samples there are: two bits of each element are a little too
-        # much. By how much, the fetcher learns.
-        assert really <= option.decode_seconds < 1.4 * really
+        assert option.decode_seconds == pytest.approx(really, rel=0.2)
 
 
 def test_requests_that_come_together_share_the_link():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kvfetcher.container import ChunkHeader, UnitEntry
 from kvfetcher.fetch.bandwidth import LinkEstimate
-from kvfetcher.fetch.decode_times import H100_NVDEC, Factors, cpu_table
+from kvfetcher.fetch.decode_times import H100_NVDEC, Factors, cpu_table, picture_load
 from kvfetcher.fetch.pipeline import Machine
 from kvfetcher.fetch.variants import (
     NOTHING_AHEAD,
@@ -205,6 +205,38 @@ def test_pictures_smaller_than_a_unit_are_counted():
     whole = chunk_options(header(variants=("-",), layers=(5,)), cpu_table(2))
     halves = chunk_options(header(variants=("256x320",), layers=(5,)), cpu_table(2))
     assert halves[0].decode_seconds >= whole[0].decode_seconds
+
+
+@pytest.mark.parametrize(
+    ("profile", "variant", "bits", "video_bits", "samples"),
+    [  # per element; video bits per sample
+        ("near", "1024x1040", 2.728, 2.811, 0.796),
+        ("balanced", "1024x1040", 1.658, 2.489, 0.587),
+        ("compact", "1024x1040", 0.987, 2.207, 0.410),
+        ("tiny", "1024x1040", 0.503, 1.916, 0.248),
+        ("balanced", "-", 1.658, 2.489, 0.587),
+    ],
+)
+def test_the_ladder_s_pictures_weigh_what_is_in_them(profile, variant, bits, video_bits, samples):
+    """Much of a unit's elements is nearly always zero, and not in its pictures."""
+    elements = 30 * 384 * 256
+    stored = header(f"{profile}/1", (variant,), (30,), length=round(elements * bits / 8 / 6))
+    (option,) = chunk_options(stored, H100_NVDEC)
+    load = picture_load(samples * elements, video_bits * samples * elements)
+    really = H100_NVDEC.picture_seconds(load, num_busy=7)
+    assert really <= option.decode_seconds < 1.2 * really
+    assert option.latency_seconds >= H100_NVDEC.latency_seconds(load)
+
+
+def test_a_picture_of_the_ladder_that_holds_the_whole_unit_is_one_picture():
+    """1024x2560 holds fewer samples than this unit has elements, but all that are in pictures."""
+    spec = KVSpec(num_layers=30, num_kv_heads=3, head_dim=64)
+    num_bytes = round(30 * spec.elements_per_layer_token * 1024 * 0.985 / 8)
+    unit = UnitEntry(0, 30, "1024x2560", 0, num_bytes, b"")
+    stored = replace(header("compact/1"), token_ids=tuple(range(1024)), units=(unit,))
+    (option,) = chunk_options(stored, H100_NVDEC)
+    whole = H100_NVDEC.picture_seconds(8 * num_bytes, num_busy=7)
+    assert option.decode_seconds == pytest.approx(whole)
 
 
 def test_raw_bits_of_exact_are_no_work_for_the_decoder():
