@@ -647,6 +647,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="kvfetcher bench sim", description=__doc__)
     parser.add_argument("--seeds", type=int, default=4, help="of each shape of jitter")
+    parser.add_argument(
+        "--first-seed", type=int, default=0, help="of those; what is tuned is tuned on 0 to 3"
+    )
     parser.add_argument("--rounds", type=int, default=2, help="times that each request comes")
     parser.add_argument("--together", type=int, default=1, help="requests that come at one time")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the traces")
@@ -661,15 +664,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Those that come together are of one kind.
     requests = [r for r in REQUESTS for _ in range(args.together)] * args.rounds
     report = run(
-        all_traces(seeds=args.seeds),
+        all_traces(seeds=args.seeds, first_seed=args.first_seed),
         requests,
         num_together=args.together,
         num_jobs=args.jobs,
         say=say,
     )
     report["command"] = (
-        f"kvfetcher bench sim --json --seeds {args.seeds} --rounds {args.rounds}"
-        f" --together {args.together} --jobs {args.jobs}"
+        f"kvfetcher bench sim --json --seeds {args.seeds} --first-seed {args.first_seed}"
+        f" --rounds {args.rounds} --together {args.together} --jobs {args.jobs}"
     )
     if args.json:
         sys.stdout.write(json.dumps(report, indent=1) + "\n")

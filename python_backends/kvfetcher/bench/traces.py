@@ -52,11 +52,12 @@ def make_trace(name: str, family: str, pieces: list[tuple[float, float]]) -> Tra
     return Trace(name, family, scaled, tuple(accumulate(seconds for seconds, _ in scaled)))
 
 
-def all_traces(*, seeds: int) -> list[Trace]:
+def all_traces(*, seeds: int, first_seed: int = 0) -> list[Trace]:
     """The benchmark's traces.
 
     Args:
         seeds: of each shape of jitter.
+        first_seed: the first of them; the others follow.
     """
     traces = [
         make_trace(f"constant {rate:g} Gbit/s", "constant", [(1.0, rate)])
@@ -70,7 +71,7 @@ def all_traces(*, seeds: int) -> list[Trace]:
         make_trace("stalls, 16 Gbit/s", "stalls", [(0.5, 16), (0.2, 0)]),
         make_trace("short stalls, 8 Gbit/s", "stalls", [(0.1, 8), (0.03, 0)]),
     ]
-    for seed in range(seeds):
+    for seed in range(first_seed, first_seed + seeds):
         traces += [
             lognormal_jitter(16, sigma=0.8, dwell_seconds=0.02, seed=seed),
             lognormal_jitter(16, sigma=0.8, dwell_seconds=0.2, seed=seed),

@@ -158,6 +158,9 @@ def test_every_family_is_there_and_seeds_differ():
     assert {t.family for t in traces} == {"constant", "steps", "jitter", "stalls"}
     assert len({t.name for t in traces}) == len({t.pieces for t in traces}) == len(traces)
     assert traces == all_traces(seeds=2)
+    jitter = [[t for t in all_traces(seeds=n) if t.family == "jitter"] for n in (1, 2)]
+    later = [t for t in all_traces(seeds=1, first_seed=1) if t.family == "jitter"]
+    assert jitter[1] == jitter[0] + later
     for trace in traces:
         rates = {rate / GBIT for _, rate in trace.pieces}
         assert max(rates) <= 40
@@ -294,13 +297,18 @@ def test_command_line_refuses_nonsense(capsys):
 
 def test_command_line_prints_json_or_shares(capsys, monkeypatch):
     monkeypatch.setattr(
-        sim, "all_traces", lambda seeds: [uniform_jitter(4, 40, dwell_seconds=0.1, seed=seeds)]
+        sim,
+        "all_traces",
+        lambda seeds, first_seed: [uniform_jitter(4, 40, dwell_seconds=0.1, seed=first_seed)],
     )
     monkeypatch.setattr(sim, "REQUESTS", (SHORT,))
-    assert bench_main(["sim", "--json", "--seeds", "2"]) == 0
+    assert bench_main(["sim", "--json", "--first-seed", "2"]) == 0
     printed = capsys.readouterr()
-    assert json.loads(printed.out)["command"].endswith("--seeds 2 --rounds 2 --together 1 --jobs 1")
+    assert json.loads(printed.out)["command"].endswith(
+        "--seeds 4 --first-seed 2 --rounds 2 --together 1 --jobs 1"
+    )
     assert "jitter uniform" in printed.err
+    assert "seed 2" in printed.err
     assert bench_main(["sim"]) == 0
     printed = capsys.readouterr().out
     assert "jitter_gain_vs_fixed +" in printed
