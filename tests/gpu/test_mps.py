@@ -8,12 +8,16 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from tritonclient.utils import InferenceServerException
 
 from kvfetcher import wire
+from kvfetcher.errors import KVFetcherError
 from kvfetcher.server import mps, supervise
 from kvfetcher.server.rundir import processes_of
 from kvfetcher.server.stubs import is_running
@@ -24,6 +28,38 @@ from support.gpu_site import NUM_DECODERS, ON_CPU, QUESTIONS, open_site
 pytestmark = [pytest.mark.gpu, pytest.mark.triton, pytest.mark.slow]
 
 NUM_RESTORERS = 2
+RESTART_SECONDS = 120.0
+# A client of the daemon whose kernel writes where no memory is; says how its context ended.
+FAULTY_CLIENT = """
+import ctypes
+cuda = ctypes.CDLL("libcuda.so.1")
+source = b'''
+.version 7.0
+.target sm_70
+.address_size 64
+.visible .entry fault()
+{
+    .reg .u64 %place;
+    .reg .u32 %value;
+    mov.u64 %place, 64;
+    mov.u32 %value, 1;
+    st.global.u32 [%place], %value;
+    ret;
+}
+'''
+device, context, module, kernel = (ctypes.c_int(), *(ctypes.c_void_p() for _ in range(3)))
+one, none = ctypes.c_uint(1), ctypes.c_void_p()
+for status in (
+    cuda.cuInit(0),
+    cuda.cuDeviceGet(ctypes.byref(device), 0),
+    cuda.cuCtxCreate_v2(ctypes.byref(context), 0, device),
+    cuda.cuModuleLoadData(ctypes.byref(module), source),
+    cuda.cuModuleGetFunction(ctypes.byref(kernel), module, b"fault"),
+    cuda.cuLaunchKernel(kernel, one, one, one, one, one, one, 0, none, none, none),
+):
+    assert status == 0, status
+print("the context ended with", cuda.cuCtxSynchronize())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +134,44 @@ def test_a_killed_client_costs_no_answer_and_is_replaced(site, model, monkeypatc
     assert len(new) == len(old)
     assert not new & old
     site.expect_hit()
+
+
+def fail_fatally(site):
+    """A fatal GPU error in one more client; on a CPU, what it does to all others."""
+    if ON_CPU:
+        for model in (wire.KV_DECODE, wire.KV_RESTORE, wire.TENSORRT_LLM):
+            for process in site.stubs(model):
+                os.kill(process, signal.SIGKILL)
+        return
+    environ = {**os.environ, "CUDA_MPS_PIPE_DIRECTORY": str(site.running.server.run_dir / "mps")}
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTY_CLIENT], env=environ, capture_output=True, text=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+    found = re.search(r"the context ended with (\d+)", done.stdout)
+    assert found, done.stderr
+    assert int(found[1]) != 0, "the error was none"
+
+
+def test_a_fatal_gpu_error_ends_all_clients_and_the_server_is_started_again(site, record_property):
+    site.expect_hit()
+    before, old = site.used(), {stub.process_id for stub in site.running.server.stubs()}
+    fail_fatally(site)
+    # Who uses the GPU next finds that its context is lost.
+    repairs, deadline = [], time.monotonic() + RESTART_SECONDS
+    with ThreadPoolExecutor(1) as pool:
+        while not any(repair.kind == "restart" for repair in repairs):
+            assert time.monotonic() < deadline, f"not started again: {repairs}"
+            answer = pool.submit(site.ask)
+            repairs += watch(site.supervisor, [answer], seconds=RESTART_SECONDS)
+            error = answer.exception()
+            assert error is None or isinstance(error, (KVFetcherError, InferenceServerException))
+            if (repair := site.supervisor.look()) is not None:
+                repairs.append(repair)
+    record_property("repairs", [(each.kind, each.models) for each in repairs])
+    assert not old & {stub.process_id for stub in site.running.server.stubs()}
+    site.expect_hit()  # and the answer is the one of before
+    site.expect_nothing_left(before)
 
 
 def test_after_the_stop_neither_daemon_nor_folder_is_left(site):

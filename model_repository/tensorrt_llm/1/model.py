@@ -20,7 +20,13 @@ from kvfetcher.engines.host import EngineHost
 from kvfetcher.serving import setup
 from kvfetcher.serving.generating import Generation, SaveQueue
 from kvfetcher.serving.metrics import Metrics
-from kvfetcher.serving.respond import log_failure, send, send_error, settle_ensemble
+from kvfetcher.serving.respond import (
+    is_internal,
+    log_failure,
+    send,
+    send_error,
+    settle_ensemble,
+)
 
 
 class TritonPythonModel:
@@ -51,6 +57,8 @@ class TritonPythonModel:
             if is_begun:
                 await settle_ensemble()
             send_error(sender, exc, pb_utils)
+            if is_internal(exc):
+                setup.end_if_lost(await asyncio.to_thread(self.host.is_lost))
 
     def finalize(self):
         self.saves.close()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Self
 
 from kvfetcher.arena import Arena
 from kvfetcher.control import ControlServer, socket_path
+from kvfetcher.cuda import cuda_context
 from kvfetcher.engines.models import prepare_model
 from kvfetcher.engines.opening import prepare_engine
 from kvfetcher.engines.streams import Streams
@@ -53,6 +54,7 @@ class EngineHost:
             folder = prepare_model(config.engine.model, progress=progress)
             socket = socket_path(run_folder)
             opening = prepare_engine(config, folder.path, socket.parent, progress=progress)
+            self._gpus = {gpu for d in opening.devices if (gpu := _gpu_of(d)) is not None}
             removed = Arena.sweep(arena_folder, _arena_name("*"))
             if removed:
                 _log.warning("removed %d arena file(s) of engines that died", removed)
@@ -88,6 +90,10 @@ class EngineHost:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def is_lost(self) -> bool:
+        """Whether a GPU failed so that this process can use it no more; waits for its work there."""
+        return any(cuda_context(gpu).is_lost() for gpu in self._gpus)
+
     def close(self) -> None:
         """Close the socket, the engine and the arena, and remove their files. Safe to call twice."""
         self._stack.close()
@@ -110,17 +116,17 @@ def open_arena(
             heads cannot be dealt out to the ranks.
         ArenaError: there is not so much memory.
     """
-    has_gpus = all(device.startswith("cuda") for device in devices)
+    gpus = [_gpu_of(device) for device in devices]
+    has_gpus = None not in gpus
     if config.arena == "gpu" and not has_gpus:
         raise ConfigError(
             f"engine.arena = 'gpu', but the model runs on {devices[0]}; set engine.device to cuda or"
             " engine.arena to auto"
         )
     places: dict[HeadRange, int | None] = {}
-    for rank, device in enumerate(devices):
+    for rank, gpu in enumerate(gpus):
         heads = heads_of_rank(spec.num_kv_heads, rank=rank, num_ranks=len(devices))
-        on_gpu = config.arena != "host" and has_gpus
-        places.setdefault(heads, int(device.partition(":")[2] or 0) if on_gpu else None)
+        places.setdefault(heads, gpu if config.arena != "host" and has_gpus else None)
     return create_arena(
         path,
         spec=spec,
@@ -128,6 +134,12 @@ def open_arena(
         num_bytes=config.arena_bytes,
         places=places,
     )
+
+
+def _gpu_of(device: str) -> int | None:
+    """The index in a name as torch has it; None = it names no GPU."""
+    kind, _, index = device.partition(":")
+    return int(index or 0) if kind == "cuda" else None
 
 
 def _arena_name(run: str) -> str:

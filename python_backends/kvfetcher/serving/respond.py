@@ -33,6 +33,11 @@ def triton_error(exc: BaseException, pb_utils: Any) -> Any:
     )
 
 
+def is_internal(exc: BaseException) -> bool:
+    """Whether a failure is the server's own, so that it may happen again to the next request."""
+    return not isinstance(exc, KVFetcherError) or exc.triton_status == "INTERNAL"
+
+
 def respond_each(
     requests: Sequence[Any],
     handle: Callable[[Any], list[Any]],

@@ -1,10 +1,13 @@
 """The host: one call opens everything another process needs, one call leaves nothing behind."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from kvfetcher.config import CodecConfig, Config, EngineConfig
 from kvfetcher.control import ControlClient, socket_path
+from kvfetcher.engines import host as host_module
 from kvfetcher.engines.base import GenerateRequest, RopeFacts, SamplingParams
 from kvfetcher.engines.host import EngineHost
 from kvfetcher.errors import ArenaError, EngineError
@@ -98,3 +101,20 @@ def test_arenas_of_the_dead_are_swept_and_those_of_the_living_left(tmp_path, mod
             assert first.arena.path.exists()
             assert second.arena.path.exists()
     assert [p.name for p in (tmp_path / "shm").iterdir()] == ["somebody-elses"]
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_an_engine_is_lost_with_a_gpu_of_its_own(tmp_path, model_folder, monkeypatch, is_broken):
+    asked = []
+
+    def context(gpu):
+        asked.append(gpu)
+        return SimpleNamespace(is_lost=lambda: is_broken)
+
+    monkeypatch.setattr(host_module, "cuda_context", context)
+    with open_host(tmp_path, config_of(model_folder)) as host:
+        assert not host.is_lost(), "it has no GPU"
+        assert not asked
+        host._gpus = {3}
+        assert host.is_lost() is is_broken
+        assert asked == [3]

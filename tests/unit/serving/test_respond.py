@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 from kvfetcher import errors
-from kvfetcher.serving.respond import respond_each, respond_each_async
+from kvfetcher.serving.respond import is_internal, respond_each, respond_each_async
 from support import pb_utils
 
 
@@ -56,3 +56,10 @@ async def test_the_async_form_answers_each_request_too():
     good, bad = await respond_each_async(requests, handle, pb_utils)
     assert not good.has_error()
     assert bad.error.code == pb_utils.TritonError.UNAVAILABLE
+
+
+def test_what_the_next_request_may_meet_too_is_told_from_what_is_this_ones_own():
+    assert is_internal(RuntimeError("CUDA error"))
+    assert is_internal(errors.EngineError("request 1 failed"))
+    assert not is_internal(errors.EngineBusyError("the queue is full"))
+    assert not is_internal(errors.RequestError("no such token"))
