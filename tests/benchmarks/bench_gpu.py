@@ -14,8 +14,9 @@ rates         14 decoders through tritonserver, for each number of kv_restore pr
               memory for planes; where each unit's time went
 memory        GPU memory, from before the server's start to prefixes of 128k tokens
 interference  a matrix product and a running generation beside it (and beside CacheGen's decoder)
-more          other profiles, chunk lengths and picture sizes, with the best number of kv_restore
-instances     1 to 14 decoders
+more          other profiles, chunk lengths and picture sizes, and packed units, with the best number
+              of kv_restore
+instances     1 to 14 decoders, and what a running generation loses beside them
 
 With ``--mps`` all of them run under NVIDIA's Multi-Process Service, with ``--gpus 0,1`` decoders take
 turns on NVDEC of these GPUs; arena, restoring and what runs beside it stay on GPU 0, whose memory is told.
@@ -38,7 +39,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from gpu_bare import WAIT_SECONDS, Crew, decode_in_a_loop, rate_of, restore_in_a_loop
@@ -53,7 +54,7 @@ from kvfetcher.config import MPS_PIPE_VARIABLE, load_config
 from kvfetcher.container import parse_header
 from kvfetcher.cuda import cuda_context
 from kvfetcher.quant import bits_to_float32, float32_to_bits
-from kvfetcher.spec import KVSpec
+from kvfetcher.spec import PACKED_VARIANT, KVSpec
 from kvfetcher.transform.artifact import Calibration, StoredBasis
 from kvfetcher.transform.groups import Grouping, from_vectors
 from kvfetcher.transform.library import store_calibration
@@ -61,6 +62,7 @@ from kvfetcher.transform.rope import LayerRope, Rope, rotate_keys
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from multiprocessing.connection import Connection
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1] / "model_repository"
@@ -70,7 +72,7 @@ TOKENS_PER_BLOCK = 32
 FRONTS = 4
 LENGTHS = (4096, 32768, 131072)
 PARTS = ("bare", "rates", "memory", "interference", "more", "instances")
-# (tokens, profile, layer groups in a picture)
+# (tokens, profile, layer groups in a picture; 0 = packed units)
 MAIN = ((1024, "balanced", 1), (1024, "balanced", 2))
 MORE = (
     (1024, "near", 1),
@@ -78,7 +80,10 @@ MORE = (
     (256, "balanced", 4),
     (256, "near", 4),
     (1024, "balanced", 4),
+    (256, "balanced", 2),
     (256, "balanced", 1),
+    (1024, "balanced", 0),
+    (256, "balanced", 0),
 )
 SEED = 1
 
@@ -89,6 +94,8 @@ SIGMAS = (181.8, 96.3, 34.1, 12.0, 3.95, 1.78, 1.0, 0.61, 0.387, 0.248, 0.157, 0
 STEPS = {"near": 0.2, "balanced": 1.0, "compact": 2.345, "tiny": 4.78}
 NAMES = {"near": "dense", "balanced": "balanced", "compact": "compact"}
 UNIT_STEP = 0.02
+# A load that something runs beside, from before it is asked for its rate of a second.
+_LOAD_SECONDS, _LEAD_SECONDS, _ROUNDS = 2.2, 0.7, 3
 
 
 @dataclass(frozen=True)
@@ -111,9 +118,13 @@ class Workload:
     @property
     def video_bytes(self) -> list[int]:
         return [
-            next(s.raw_bytes for s in parse_unit(u).sections if s.kind == BITSTREAM)
+            sum(s.raw_bytes for s in parse_unit(u).sections if s.kind == BITSTREAM)
             for u in self.units
         ]
+
+    @property
+    def has_pictures(self) -> bool:
+        return parse_unit(self.units[0]).geometry.num_frames > 0
 
 
 def make_calibration() -> Calibration:
@@ -174,8 +185,9 @@ def make_workloads(
         if tokens not in bits:
             bits[tokens] = make_values(calibration, tokens)
         rank = calibration.unit_rank(0, profile)
-        size = f"{max(tokens, 144)}x{-(-rank * joined // 3)}"
-        coder = TransformProfile(profile, calibration, frame_sizes=(size,))
+        size = f"{max(tokens, 144)}x{-(-rank * max(joined, 1) // 3)}"
+        coder = TransformProfile(profile, calibration, frame_sizes=(size,), packed_copy=not joined)
+        variant = size if joined else PACKED_VARIANT
         chunk = encode_chunk(
             bits[tokens],
             spec=SPEC,
@@ -186,11 +198,13 @@ def make_workloads(
             first_position=0,
             num_threads=len(os.sched_getaffinity(0)),
         )
-        units = [chunk[e.offset : e.stop] for e in parse_header(chunk).units]
+        units = [
+            chunk[e.offset : e.stop] for e in parse_header(chunk).units if e.variant == variant
+        ]
         with ThreadPoolExecutor(8) as pool:
             parts = list(pool.map(_restore_on_cpu, units))
         made.append(
-            Workload(f"{NAMES[profile]}, {tokens} tokens, {size}", units, np.concatenate(parts))
+            Workload(f"{NAMES[profile]}, {tokens} tokens, {variant}", units, np.concatenate(parts))
         )
     return made
 
@@ -531,7 +545,8 @@ def run_more(plan: Plan, calibration: Calibration) -> None:
             works += make_workloads(calibration, [wanted], plan.bits)
     if works and plan.has_time("more", 60):
         with plan.step("more, bare"):
-            run_bare(plan, works, seconds=seconds, all_arms=False)
+            drawn = [work for work in works if work.has_pictures]
+            run_bare(plan, drawn, seconds=seconds, all_arms=False)
         with plan.step("more"), open_rig(plan, plan.args.decoders, restorers) as rig:
             for work in works:
                 if plan.has_time(work.name, 10):
@@ -542,23 +557,24 @@ def run_instances(plan: Plan, works: list[Workload]) -> None:
     restorers, seconds = best_restorers(plan), plan.args.seconds / 2
     table = plan.report["instances"] = {"restorers": restorers}
     for work in works:
-        table[work.name] = {"bare": {}, "triton": {}}
+        table[work.name] = {"bare": {}, "triton": {}, "generation": {}}
     with plan.step("instances, bare"), plan.bare_decoders(max(plan.args.counts)) as crew:
         for work in works:
             crew.load(work.units)
             for count in plan.args.counts:
                 table[work.name]["bare"][count] = 1e-9 * crew.rate(count, seconds)
-    for count in plan.args.counts:
-        name, key = f"{count} instances", f"triton_{count}_{restorers}"
-        known = [plan.row(work).get(key) for work in works]
-        if all(known):  # of the rates
-            for work, found in zip(works, known, strict=True):
-                table[work.name]["triton"][count] = found
-        elif plan.has_time(name, 35):
+    with Neighbour(_generate) as generation:
+        for count in plan.args.counts:
+            name = f"{count} instances"
+            if not plan.has_time(name, 45):
+                continue
             with plan.step(name), open_rig(plan, count, restorers) as rig:
                 for work in works:
                     warm_up(rig, work)
                     table[work.name]["triton"][count] = rig.rate(work, seconds)
+                    load = _path_load(rig, work)
+                    found = generation.beside({"path": load})["path"]
+                    table[work.name]["generation"][count] = found
     print("instances", table, flush=True)
 
 
@@ -626,9 +642,7 @@ def _free_bytes() -> int:
 def run_interference(rig: Rig, work: Workload, report: dict) -> None:
     """What a matrix product and a running generation lose beside decoding and restoring."""
     row = report["interference"] = {"workload": work.name}
-    loads: dict[str, Callable[[], float]] = {
-        "path": lambda: rig.rate(work, 2.2)["elements_g_per_s"]
-    }
+    loads = {"path": _path_load(rig, work)}
     with contextlib.ExitStack() as stack:
         if find_kernels() is None:
             row["cachegen"] = "no LMCache here: not measured"
@@ -638,40 +652,60 @@ def run_interference(rig: Rig, work: Workload, report: dict) -> None:
             except SystemExit as exc:
                 row["cachegen"] = str(exc)
             else:
-                loads["cachegen"] = lambda: 1e-9 * crew.rate(1, 2.0)
+                loads["cachegen"] = lambda: 1e-9 * crew.rate(1, _LOAD_SECONDS - 0.2)
         for name, target in (("gemm_tflop_per_s", _gemm), ("generation_tokens_per_s", _generate)):
-            row[name] = _interference(target, loads)
+            with Neighbour(target) as neighbour:
+                row[name] = neighbour.beside(loads)
             print("interference", name, row[name], flush=True)
 
 
-def _interference(target, loads: dict[str, Callable[[], float]]) -> dict:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    worker = context.Process(target=target, args=(theirs,), daemon=True)
-    worker.start()
-    if not ours.poll(WAIT_SECONDS):
-        raise SystemExit(f"{target.__name__} did not start")
-    ours.recv()
-    row: dict = {"alone": []}
-    for _ in range(3):
-        row["alone"].append(_ask(ours, 1.0))
-        for name, load in loads.items():
-            found = row.setdefault(name, {"beside": [], "elements_g_per_s": []})
-            with ThreadPoolExecutor(1) as pool:
-                running = pool.submit(load)
-                time.sleep(0.7)
-                found["beside"].append(_ask(ours, 1.0))
-                found["elements_g_per_s"].append(running.result())
-    ours.send(0)
-    worker.join(WAIT_SECONDS)
-    for name in loads:
-        row[name]["lost"] = 1 - float(np.median(row[name]["beside"]) / np.median(row["alone"]))
-    return row
+def _path_load(rig: Rig, work: Workload) -> Callable[[], float]:
+    return lambda: rig.rate(work, _LOAD_SECONDS)["elements_g_per_s"]
 
 
-def _ask(pipe, seconds: float) -> float:
-    pipe.send(seconds)
-    return pipe.recv()
+class Neighbour:
+    """A context manager: a process that uses the GPU beside what is measured.
+
+    Args:
+        target: (pipe) -> None; says when it is ready, then answers seconds with its rate over them.
+    """
+
+    def __init__(self, target: Callable[[Connection], None]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=target, args=(theirs,), daemon=True)
+        self._process.start()
+        if not self._pipe.poll(WAIT_SECONDS):
+            raise SystemExit(f"{target.__name__} did not start")
+        self._pipe.recv()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._pipe.send(0)
+        self._process.join(WAIT_SECONDS)
+
+    def rate(self, seconds: float) -> float:
+        """What it does in a second."""
+        self._pipe.send(seconds)
+        return self._pipe.recv()
+
+    def beside(self, loads: dict[str, Callable[[], float]]) -> dict:
+        """Its rate alone and beside each load, in turn; a load takes `_LOAD_SECONDS`, gives its own."""
+        row: dict = {"alone": []}
+        for _ in range(_ROUNDS):
+            row["alone"].append(self.rate(1.0))
+            for name, load in loads.items():
+                found = row.setdefault(name, {"beside": [], "elements_g_per_s": []})
+                with ThreadPoolExecutor(1) as pool:
+                    running = pool.submit(load)
+                    time.sleep(_LEAD_SECONDS)
+                    found["beside"].append(self.rate(1.0))
+                    found["elements_g_per_s"].append(running.result())
+        for name in loads:
+            row[name]["lost"] = 1 - float(np.median(row[name]["beside"]) / np.median(row["alone"]))
+        return row
 
 
 def _gemm(pipe) -> None:

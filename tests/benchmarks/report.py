@@ -203,6 +203,9 @@ def _instances(report: dict) -> list[str]:
         ours = [f"{row['triton'][count]['elements_g_per_s']:.2f}" for count in counts]
         lines.append(f"| {name}: bare, G elements/s | {' | '.join(bare)} |")
         lines.append(f"| through the server | {' | '.join(ours)} |")
+        if row.get("generation"):
+            lost = [f"{100 * row['generation'][count]['lost']:.1f} %" for count in counts]
+            lines.append(f"| 8B generation beside it loses | {' | '.join(lost)} |")
     return lines
 
 

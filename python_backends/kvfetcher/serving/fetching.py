@@ -143,14 +143,7 @@ class FetchService:
 
     async def _run_unit(self, unit: bytes, target: BlockTarget) -> UnitStatus:
         pb_utils = self._pb_utils
-        model = wire.KV_PIPELINE
-        inputs = [
-            bytes_tensor(wire.UNIT, unit, pb_utils, batched=True),
-            text_tensor(wire.KV_TARGET, target.to_json(), pb_utils, batched=True),
-        ]
-        if not has_video(unit):  # else it would wait for a decoder behind pictures
-            model = wire.KV_RESTORE
-            inputs.append(pb_utils.Tensor(wire.PLANES, _NO_PLANES))
+        model, inputs = unit_request(unit, target.to_json(), pb_utils)
         response = await pb_utils.InferenceRequest(
             model_name=model,
             requested_output_names=[wire.KV_STATUS],
@@ -167,6 +160,18 @@ class FetchService:
         """Close the connection to the engine and drop the series."""
         self._metrics.close()
         self._leases.close()
+
+
+def unit_request(unit: bytes, target_json: str, pb_utils: Any) -> tuple[str, list[Any]]:
+    """The model that turns a unit into KV values of a JSON `BlockTarget`, and its inputs."""
+    inputs = [
+        bytes_tensor(wire.UNIT, unit, pb_utils, batched=True),
+        text_tensor(wire.KV_TARGET, target_json, pb_utils, batched=True),
+    ]
+    if has_video(unit):
+        return wire.KV_PIPELINE, inputs
+    # It would wait for a decoder behind pictures.
+    return wire.KV_RESTORE, [*inputs, pb_utils.Tensor(wire.PLANES, _NO_PLANES)]
 
 
 def _unit_error(model: str, message: str) -> CodecError:

@@ -1,4 +1,4 @@
-"""bench_front: units from files through kv_pipeline, as fast as it takes them; for bench_gpu.py.
+"""bench_front: units from files through the models that kv_fetch calls, as fast as they take them.
 
 Inputs   plan    STRING [1]  JSON: units (paths), targets (BlockTargets), in_flight, and either
                  seconds (go round until then) or once (each pair of unit and target one time)
@@ -15,7 +15,8 @@ from pathlib import Path
 import triton_python_backend_utils as pb_utils
 
 from kvfetcher import wire
-from kvfetcher.serving.tensors import bytes_tensor, read_text, text_tensor
+from kvfetcher.serving.fetching import unit_request
+from kvfetcher.serving.tensors import read_text, text_tensor
 
 
 class TritonPythonModel:
@@ -60,13 +61,9 @@ class TritonPythonModel:
     async def _worker(self, plan, jobs, state):
         for unit, target in jobs:
             begun = time.perf_counter()
+            model, inputs = unit_request(self.units[unit], target, pb_utils)
             response = await pb_utils.InferenceRequest(
-                model_name=wire.KV_PIPELINE,
-                requested_output_names=[wire.KV_STATUS],
-                inputs=[
-                    bytes_tensor(wire.UNIT, self.units[unit], pb_utils, batched=True),
-                    text_tensor(wire.KV_TARGET, target, pb_utils, batched=True),
-                ],
+                model_name=model, requested_output_names=[wire.KV_STATUS], inputs=inputs
             ).async_exec()
             if response.has_error():
                 state["errors"].append(response.error().message())
