@@ -557,7 +557,8 @@ def run_instances(plan: Plan, works: list[Workload]) -> None:
     restorers, seconds = best_restorers(plan), plan.args.seconds / 2
     table = plan.report["instances"] = {"restorers": restorers}
     for work in works:
-        table[work.name] = {"bare": {}, "triton": {}, "generation": {}}
+        table[work.name] = {"bare": {}, "triton": {}}
+    beside = table[works[-1].name]["generation"] = {}
     with plan.step("instances, bare"), plan.bare_decoders(max(plan.args.counts)) as crew:
         for work in works:
             crew.load(work.units)
@@ -572,9 +573,7 @@ def run_instances(plan: Plan, works: list[Workload]) -> None:
                 for work in works:
                     warm_up(rig, work)
                     table[work.name]["triton"][count] = rig.rate(work, seconds)
-                    load = _path_load(rig, work)
-                    found = generation.beside({"path": load})["path"]
-                    table[work.name]["generation"][count] = found
+                beside[count] = generation.beside({"path": _path_load(rig, works[-1])})["path"]
     print("instances", table, flush=True)
 
 

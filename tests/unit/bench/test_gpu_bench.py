@@ -82,9 +82,16 @@ def test_workloads_are_units_with_what_the_cpu_restores(bench, monkeypatch, tmp_
     calibration = bench.make_calibration()
     bench.store_calibration(calibration)
     bits = {}
-    (work,) = bench.make_workloads(calibration, [(192, "balanced", 1)], bits)
+    work, packed = bench.make_workloads(
+        calibration, [(192, "balanced", 1), (192, "balanced", 0)], bits
+    )
     assert (len(work.units), work.num_tokens, set(bits)) == (2, 192, {192})
-    assert sum(work.elements) == work.values.size
+    assert work.has_pictures
+    assert not packed.has_pictures
+    assert set(packed.video_bytes) == {0}
+    for each in (work, packed):
+        assert sum(each.elements) == each.values.size
+    assert (packed.values == work.values).all()
     row = bench.describe(work)
     assert row["plane_bytes"] > 0
     assert 0 < row["bits_per_element"] < 16
@@ -147,6 +154,22 @@ class FakeRig:
         pass
 
 
+class FakeNeighbour:
+    """Loses a tenth beside anything."""
+
+    def __init__(self, target):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def beside(self, loads):
+        return {name: {"elements_g_per_s": [load()], "lost": 0.1} for name, load in loads.items()}
+
+
 class FakeContext:
     """100 MiB go when the server gets warm, 50 more while it works."""
 
@@ -173,7 +196,7 @@ def report_of(bench, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "Rig", FakeRig)
     context = FakeContext()
     monkeypatch.setattr(bench, "cuda_context", lambda gpu: context)
-    monkeypatch.setattr(bench, "_interference", lambda target, loads: {"lost": 0.1})
+    monkeypatch.setattr(bench, "Neighbour", FakeNeighbour)
     monkeypatch.setattr(FakeRig, "opened", [])
     for fake in (FakeCrew, FakeRig):
         monkeypatch.setattr(fake, "gpus", set())
@@ -187,7 +210,8 @@ def report_of(bench, monkeypatch, tmp_path):
 
 
 def work_of(wanted):
-    return Namespace(name=str(wanted), units=[b""], num_tokens=wanted[0])
+    tokens, _, joined = wanted
+    return Namespace(name=str(wanted), units=[b""], num_tokens=tokens, has_pictures=joined > 0)
 
 
 @pytest.mark.parametrize(("arguments", "gpus"), [((), (0,)), (("--gpus", "0,1"), (0, 1))])
@@ -209,11 +233,16 @@ def test_one_report_holds_every_part(report_of, bench):
     assert report["memory"]["extra_mib"] == {"4096": 50, "32768": 50, "131072": 50}
     assert report["memory"]["resident_mib"] == 100
     assert report["memory"]["server_start_mib"] == 1024
-    assert report["interference"]["gemm_tflop_per_s"] == {"lost": 0.1}
+    product = report["interference"]["gemm_tflop_per_s"]
+    assert product == {"path": {"elements_g_per_s": [4.0], "lost": 0.1}}
     assert "no LMCache" in report["interference"]["cachegen"]
     assert len(report["rates"]) == len(bench.MAIN) + len(bench.MORE)
+    packed = report["rates"][str(bench.MORE[-1])]
+    assert "triton_14_2" in packed
+    assert "bare_14" not in packed, "no decoder has anything to do with it"
     assert report["instances"]["restorers"] == 2, "the best one"
-    assert set(report["instances"][str(bench.MAIN[1])]["triton"]) == {"1", "2", "4", "7", "14"}
+    instances = report["instances"][str(bench.MAIN[1])]
+    assert set(instances["triton"]) == set(instances["generation"]) == {"1", "2", "4", "7", "14"}
     assert FakeRig.opened[:4] == [(14, 1, 0), (14, 2, 0), (14, 4, 0), (14, 4, 1 << 30)]
 
 
