@@ -17,6 +17,11 @@ from hypothesis import HealthCheck, settings
 from support.servers import RedisServer, S3Server, has_redis
 from support.triton_server import has_tritonserver
 
+# Of torch, here and in the processes that tests start; read once, when it is imported. The tests'
+# models are small: a second thread of each computation hardly helps, and while it waits for a core
+# that another process has, the first one spins.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Shared machines stall: how long an example takes says nothing about it.
 settings.register_profile(
     "shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]

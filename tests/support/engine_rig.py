@@ -56,7 +56,7 @@ class Rig:
         settings = {
             "prefill_slice_tokens": SLICE,
             "tokens_per_block": BLOCK,
-            "num_threads": 2,
+            "num_threads": 1,
         } | engine
         config = Config(
             engine=EngineConfig(**settings),
