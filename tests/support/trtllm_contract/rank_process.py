@@ -1,12 +1,11 @@
-"""One rank as a process of its own: `python -m support.trtllm_contract.rank_process JSON`.
+"""One rank as a process of its own, forked from one that has imported what takes seconds.
 
-Rank 0 reads one JSON object per line, {"submit": [[id, prompt, max_tokens], ...], "cancel": [id, ...]},
-steps all ranks once, and answers with what it has: {"tokens": {...}, "ends": {...}, "idle": bool}.
-The end of the input ends all ranks.
+Rank 0 receives dicts, {"submit": [(id, prompt, max_tokens), ...], "cancel": [id, ...]}, steps all
+ranks once, and answers with what it has: {"tokens": {...}, "ends": {...}, "idle": bool}.
+The end of its pipe ends all ranks.
 """
 
-import json
-import sys
+import multiprocessing
 from pathlib import Path
 
 import torch
@@ -20,8 +19,20 @@ from support.trtllm_contract.engine import BLOCK, PART, llm_args
 from support.trtllm_contract.loop import ContractLoop, GreedySink
 from support.trtllm_contract.ranks import ProcessRanks
 
+# What imports nearly all that a rank needs.
+_PRELOADED = ["kvfetcher.engines.paged.model", "transformers.models.llama.modeling_llama"]
 
-def main(settings):
+
+def start_rank(settings, pipe=None):
+    """Start `main` in a process of its own; the caller may close its own copy of `pipe`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    process = context.Process(target=main, args=(settings, pipe), daemon=True)
+    process.start()
+    return process
+
+
+def main(settings, pipe):
     torch.set_num_threads(1)
     ranks = ProcessRanks(settings["meeting"], settings["rank"], settings["num_ranks"])
     leads = ranks.rank == 0
@@ -48,7 +59,7 @@ def main(settings):
         sink=sink,
     )
     with torch.inference_mode():
-        while (command := ranks.broadcast(next_command() if leads else None)) is not None:
+        while (command := ranks.broadcast(next_command(pipe) if leads else None)) is not None:
             if leads:
                 for request_id, prompt, max_tokens in command["submit"]:
                     loop.submit(NewRequest(request_id, tuple(prompt), max_tokens, ""))
@@ -56,17 +67,13 @@ def main(settings):
                     loop.cancel(request_id)
             loop.step()
             if leads:
-                answer = {"tokens": sink.tokens, "ends": sink.ends, "idle": loop.is_idle}
-                sys.stdout.write(json.dumps(answer) + "\n")
-                sys.stdout.flush()
+                pipe.send({"tokens": sink.tokens, "ends": sink.ends, "idle": loop.is_idle})
     worker.close()
     ranks.close()
 
 
-def next_command():
-    line = sys.stdin.readline()
-    return json.loads(line) if line else None
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+def next_command(pipe):
+    try:
+        return pipe.recv()
+    except EOFError:
+        return None

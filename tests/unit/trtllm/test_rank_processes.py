@@ -1,13 +1,9 @@
 """Ranks in processes of their own: the connector over real process boundaries."""
 
 import contextlib
-import json
-import os
+import multiprocessing
 import random
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +13,8 @@ from kvfetcher.engines.loader import load_model
 from kvfetcher.leases import LeaseTable, tokens_digest
 from support.engine_rig import some_ids, write_model
 from support.trtllm_contract.engine import BLOCK, CHUNK, Reference, arena_of
+from support.trtllm_contract.rank_process import start_rank
 
-TESTS = Path(__file__).parents[2]
 PROMPTS = [tuple(some_ids(length, seed=length)) for length in (40, 64, 65, 97)]
 
 
@@ -48,50 +44,38 @@ class Engine:
             clock=time.monotonic,
         )
         self.stack.callback(self.hub.close)
+        self.commands, pipe = multiprocessing.Pipe()
         self.ranks = [
-            subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "support.trtllm_contract.rank_process",
-                    json.dumps(
-                        {
-                            "model": str(loaded.folder),
-                            "meeting": str(folder / "meeting"),
-                            "rank": rank,
-                            "num_ranks": num_ranks,
-                            "socket": str(self.hub.path),
-                            "layout": layout,
-                        }
-                    ),
-                ],
-                stdin=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-                stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-                text=True,
-                env={**os.environ, "PYTHONPATH": str(TESTS)},
+            start_rank(
+                {
+                    "model": str(loaded.folder),
+                    "meeting": str(folder / "meeting"),
+                    "rank": rank,
+                    "num_ranks": num_ranks,
+                    "socket": str(self.hub.path),
+                    "layout": layout,
+                },
+                pipe if rank == 0 else None,
             )
             for rank in range(num_ranks)
         ]
+        pipe.close()
         self.stack.callback(self.stop)
         self.hub.wait_ready(90)
         self.handles = {}
 
     def stop(self):
         self.hub.expect_end()
-        with contextlib.suppress(OSError):
-            self.ranks[0].stdin.close()
+        self.commands.close()
         for rank in self.ranks:
-            try:
-                rank.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                rank.kill()
-                rank.wait()
-        self.ranks[0].stdout.close()
+            rank.join(20)
+            rank.kill()
+            rank.join()
+            rank.close()
 
     def step(self, submit=(), cancel=()):
-        self.ranks[0].stdin.write(json.dumps({"submit": submit, "cancel": cancel}) + "\n")
-        self.ranks[0].stdin.flush()
-        return json.loads(self.ranks[0].stdout.readline())
+        self.commands.send({"submit": submit, "cancel": cancel})
+        return self.commands.recv()
 
     def announce(self, request_id, prompt, lease=None):
         handle = self.hub.announce(prompt, cache_salt="", lease=lease, save=True)
@@ -158,7 +142,7 @@ def test_saves_loads_and_cancels(four_heads, tmp_path, num_ranks, layout, async_
         # First everything is computed and saved ...
         engine.step(submit=[engine.announce(i, p) for i, p in enumerate(PROMPTS)])
         state, tickets = engine.drain()
-        tokens = {prompt: state["tokens"][str(i)] for i, prompt in enumerate(PROMPTS)}
+        tokens = {prompt: state["tokens"][i] for i, prompt in enumerate(PROMPTS)}
         values = {}
         for i, prompt in enumerate(PROMPTS):
             values[prompt] = np.concatenate(
@@ -183,10 +167,10 @@ def test_saves_loads_and_cancels(four_heads, tmp_path, num_ranks, layout, async_
         state, tickets = engine.drain()
         for ticket in filter(None, tickets.values()):
             engine.leases.release(ticket.lease_id, now=time.monotonic())
-        ended = [i for i in range(100, 130) if state["ends"][str(i)] == "length"]
+        ended = [i for i in range(100, 130) if state["ends"][i] == "length"]
         assert len(ended) > 10
         for request_id in ended:
-            assert state["tokens"][str(request_id)] == tokens[asked[request_id]]
+            assert state["tokens"][request_id] == tokens[asked[request_id]]
         assert engine.is_at_rest()
         assert engine.hub.counters.loaded_tokens > 30 * 32
 
@@ -205,7 +189,7 @@ def test_ranks_that_died_give_every_lease_back(loaded, tmp_path):
         assert handle.is_announced.result(timeout=10)
         engine.ranks[1].kill()
         assert handle.ticket.result(timeout=10) is None
-        assert engine.ranks[0].poll() is None
+        assert engine.ranks[0].is_alive()
         time.sleep(0.5)  # rank 0 lives, and was told of the lease
         assert engine.leases.usage()["claimed"] > 0
         engine.ranks[0].kill()
