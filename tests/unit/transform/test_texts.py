@@ -1,3 +1,4 @@
+import functools
 import gzip
 
 import pytest
@@ -15,14 +16,25 @@ from kvfetcher.transform.texts import (
     texts_digest,
 )
 
+SCANS = ("_code", "_reference", "_docstrings", "_readmes", "_licences")
+
 
 @pytest.fixture(scope="module")
-def texts():
+def _scanned_once():
+    """Reading all of this machine's Python takes seconds, and finds the same each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in SCANS:
+            patch.setattr(module, name, functools.cache(getattr(module, name)))
+        yield
+
+
+@pytest.fixture(scope="module")
+def texts(_scanned_once):
     return default_texts()
 
 
 @pytest.fixture(scope="module")
-def held_out():
+def held_out(_scanned_once):
     return default_texts(held_out=True)
 
 
@@ -81,7 +93,9 @@ def test_manual_pages_are_read_as_a_terminal_shows_them(tmp_path, monkeypatch):
     assert text.text.startswith("\nNAME\nx - of -y\n\nword word")
 
 
-def test_same_texts_have_the_same_digest(texts):
+def test_same_texts_have_the_same_digest(texts, monkeypatch):
+    for name in SCANS:  # read again
+        monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
     assert texts_digest(texts) == texts_digest(default_texts())
     assert texts_digest(texts) != texts_digest(texts[1:])
 
