@@ -110,9 +110,10 @@ def model():
     return prepare_model("smollm2-135m-instruct")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def running(tmp_path_factory):
-    with start_server(tmp_path_factory.mktemp("store")) as started:
+    """One server for all tests that need no other; those that kill its processes heal it again."""
+    with start_server(tmp_path_factory.mktemp("store"), server={"probe_seconds": 0}) as started:
         yield started
 
 

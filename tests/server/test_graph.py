@@ -399,16 +399,3 @@ def test_another_server_hits_what_one_saved_and_sets_a_corrupt_chunk_aside(runni
         assert set(second.settle()) == others | set(files)
         again = second.client.generate(question, max_tokens=8)
         assert again.output_ids == miss.output_ids
-
-
-def test_a_store_that_cannot_be_written_only_costs_the_saving(tmp_path, prompt):
-    not_a_folder = tmp_path / "store"
-    not_a_folder.write_text("in the way")
-    with start_server(not_a_folder) as running:
-        question = prompt(150)
-        first = running.client.generate(question, max_tokens=4)
-        second = running.client.generate(question, max_tokens=4)
-        assert first.text == second.text
-        assert (second.report.hit_tokens, second.report.raw["outcome"]) == (0, "miss")
-        assert second.report.raw["reason"] in ("store_error", "not_stored")
-        running.settle()  # no lease is left behind

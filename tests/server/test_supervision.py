@@ -18,8 +18,6 @@ from kvfetcher.control import ControlClient, socket_path
 from kvfetcher.errors import KVFetcherError
 from kvfetcher.server import Supervisor, probe, supervise
 
-from .conftest import start_server
-
 pytestmark = [pytest.mark.triton, pytest.mark.slow]
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -62,11 +60,10 @@ def heal(supervisor, *, seconds=ANSWER_SECONDS):
 
 
 @pytest.fixture(scope="module")
-def watched(tmp_path_factory):
-    with start_server(tmp_path_factory.mktemp("store"), server={"probe_seconds": 0}) as running:
-        supervisor = Supervisor(running.server)
-        yield running, supervisor
-        supervisor.close()
+def watched(running):
+    supervisor = Supervisor(running.server)
+    yield running, supervisor
+    supervisor.close()
 
 
 @pytest.mark.parametrize("model", [wire.KV_DECODE, wire.KV_RESTORE])
@@ -99,6 +96,22 @@ def test_a_codec_process_killed_under_load_costs_hits_not_answers(
     after = shared_memory(running)
     assert after[1] <= before[1] + (8 << 20), "less than what one instance's memory grows by"
     running.generate_hit(question, max_tokens=4)
+
+
+def test_requests_are_answered_without_decoders(watched, prompt):
+    """A lost decoder process is a miss with a reason, not a failed request."""
+    running, supervisor = watched
+    question = prompt(150)
+    first = running.client.generate(question, max_tokens=4)
+    running.settle()
+    kill(running, wire.KV_DECODE)
+    again = running.client.generate(question, max_tokens=4)
+    assert again.output_ids == first.output_ids
+    assert again.report.hit_tokens == 0
+    # Triton's error, or the gate's patience with a fetch that does not move: what ends first.
+    assert again.report.reason in ("decode_error", "fell_behind")
+    running.settle()  # every lease came back
+    assert heal(supervisor).models == (wire.KV_DECODE,)
 
 
 def test_a_corrupt_unit_is_refused_and_costs_no_process(watched):
