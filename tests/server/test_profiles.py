@@ -50,23 +50,60 @@ def calibration(tiny_model, tmp_path_factory):
     return output
 
 
-@pytest.mark.parametrize("profile", ["uncalibrated", "paper", "balanced"])
-def test_a_lossy_profile_is_saved_hit_and_smaller(profile, tiny_model, tmp_path, request):
-    codec = {"profile": profile}
-    if profile == "balanced":
+@pytest.fixture(scope="module")
+def lossy(request, tiny_model, tmp_path_factory):
+    """A server that keeps what it saves in the profile that the parameter names."""
+    codec = {"profile": request.param}
+    if request.param == "balanced":
         codec["calibration"] = str(request.getfixturevalue("calibration"))
         codec["packed_copy"] = True
+    store = {"tier_memory_bytes": 64 << 20} if request.param == "uncalibrated" else {}
     with start_server(
-        tmp_path / "store", engine={"model": str(tiny_model)}, codec=codec
+        tmp_path_factory.mktemp("store"),
+        engine={"model": str(tiny_model)},
+        codec=codec,
+        store=store,
     ) as running:
-        miss = running.client.generate(QUESTION, max_tokens=4)
-        assert len(running.settle()) == miss.report.prompt_tokens // CHUNK_TOKENS
-        hit = running.generate_hit(QUESTION, max_tokens=4)
-        assert hit.report.hit_tokens == 3 * CHUNK_TOKENS
-        assert hit.report.raw["profile"].startswith(profile)
-        if profile == "balanced":
-            check_packed_copy(running, hit)
-        assert hit.report.raw["engine"]["cached_tokens"] == hit.report.hit_tokens
+        yield running
+
+
+@pytest.mark.parametrize("lossy", ["uncalibrated", "paper", "balanced"], indirect=True)
+def test_a_lossy_profile_is_saved_hit_and_smaller(lossy):
+    profile = lossy.config.codec.profile
+    others = set(lossy.settle())
+    miss = lossy.client.generate(QUESTION, max_tokens=4)
+    saved = set(lossy.settle()) - others
+    assert len(saved) == miss.report.prompt_tokens // CHUNK_TOKENS
+    hit = lossy.generate_hit(QUESTION, max_tokens=4)
+    assert hit.report.hit_tokens == 3 * CHUNK_TOKENS
+    assert hit.report.raw["profile"].startswith(profile)
+    if profile == "balanced":
+        check_packed_copy(lossy, hit)
+    assert hit.report.raw["engine"]["cached_tokens"] == hit.report.hit_tokens
+
+
+@pytest.mark.parametrize("lossy", ["uncalibrated"], indirect=True)
+def test_warming_brings_a_prefix_near_and_generates_nothing(lossy):
+    question = f"Warm: {QUESTION}"
+    others = set(lossy.settle())
+    lossy.client.generate(question, max_tokens=2)
+    files = [path for path in lossy.settle() if path not in others]
+    warmed = lossy.client.generate(question, kv_policy="warm")
+    assert (warmed.text, warmed.output_ids, warmed.finish_reason) == ("", (), "warmed")
+    report = warmed.report.raw
+    assert (report["outcome"], report["hit_tokens"]) == ("warmed", 0)
+    assert report["chunks_hit"] == report["chunks_stored"] == len(files) > 1
+    assert report["bytes_fetched"] >= sum(path.stat().st_size for path in files)
+    for path in files:  # what is near needs the store no more
+        path.write_bytes(b"")
+    hit = lossy.generate_hit(question, max_tokens=2)
+    assert hit.report.raw["chunks_hit"] == report["chunks_hit"]
+    text = grpcclient.InferInput(wire.TEXT_INPUT, [1], "BYTES")
+    text.set_data_from_numpy(np.array([question.encode()], dtype=object))
+    ids = lossy.triton.infer(wire.PREPROCESSING, [text]).as_numpy(wire.INPUT_IDS).tolist()
+    again = lossy.client.warm(ids).raw
+    assert (again["outcome"], again["chunks_hit"]) == ("warmed", report["chunks_hit"])
+    lossy.settle()
 
 
 def test_a_profile_without_its_calibration_is_refused_before_any_request(tiny_model, tmp_path):

@@ -1,9 +1,11 @@
-"""Many requests for one prefix at a time: the store is read once."""
+"""What goes over the link to a store: of many requests each chunk once, of one that left no more."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
+import time
 from collections import Counter
 
 import numpy as np
@@ -13,6 +15,7 @@ import tritonclient.grpc as grpcclient
 
 from kvfetcher import wire
 from kvfetcher.control import ControlClient, socket_path
+from support.metrics import read_metrics, total
 from support.servers import RedisServer
 from support.shaping import LinkShape, ShapedLink
 
@@ -81,13 +84,15 @@ def fetch_at_once(url, ids, count, *, timeout=120.0):
     return results
 
 
-def test_200_requests_for_one_prefix_transfer_each_chunk_once(tmp_path, prompt, model):
-    question = prompt(220)
+@pytest.fixture(scope="module")
+def site(tmp_path_factory, model):
+    """A Redis, the link to it, and a server whose store it is."""
+    folder = tmp_path_factory.mktemp("site")
     with (
-        RedisServer(tmp_path / "redis") as store,
+        RedisServer(folder / "redis") as store,
         ShapedLink(("127.0.0.1", store.port)) as link,
         start_server(
-            tmp_path / "unused",
+            folder / "unused",
             store={"kind": "redis", "url": f"redis://{link.host}:{link.port}/0"},
             fetch={
                 "min_hit_tokens": CHUNK_TOKENS,
@@ -96,32 +101,97 @@ def test_200_requests_for_one_prefix_transfer_each_chunk_once(tmp_path, prompt, 
             },
         ) as running,
     ):
-        text = grpcclient.InferInput("text_input", [1], "BYTES")
-        text.set_data_from_numpy(np.array([question.encode()], dtype=object))
-        ids = running.triton.infer(wire.PREPROCESSING, [text]).as_numpy(wire.INPUT_IDS)
-        whole = (len(ids) - 1) // CHUNK_TOKENS
-        running.client.generate(question, max_tokens=1)
-        running.settle()
-        with redis.Redis(port=store.port) as raw:
-            sizes = {key.decode(): raw.strlen(key) for key in raw.keys("kvf:o:*")}
-        assert len(sizes) == whole
+        yield store, link, running
 
-        link.reshape(LinkShape(gbit_per_second=0.05, rtt_seconds=0.01))
-        before = link.stats().bytes_down
-        with KeyReads(store.port) as reads:
-            answers = fetch_at_once(running.server.grpc_url, ids, REQUESTS)
-        moved = link.stats().bytes_down - before
 
-        claims = [json.loads(answer.as_numpy(wire.KV_LEASE)[0]) for answer in answers]
+@contextlib.contextmanager
+def shaped(link, shape):
+    """The link is of this shape meanwhile. Gives the bytes it had carried before."""
+    link.reshape(shape)
+    try:
+        yield link.stats().bytes_down
+    finally:
+        link.reshape(LinkShape())
+
+
+def text_input(text):
+    tensor = grpcclient.InferInput(wire.TEXT_INPUT, [1], "BYTES")
+    tensor.set_data_from_numpy(np.array([text.encode()], dtype=object))
+    return tensor
+
+
+def object_sizes(store):
+    """Bytes of each object's value in Redis, by its key."""
+    with redis.Redis(port=store.port) as raw:
+        return {key.decode(): raw.strlen(key) for key in raw.keys("kvf:o:*")}
+
+
+def test_200_requests_for_one_prefix_transfer_each_chunk_once(site, prompt):
+    store, link, running = site
+    question = prompt(220)
+    result = running.triton.infer(wire.PREPROCESSING, [text_input(question)])
+    ids = result.as_numpy(wire.INPUT_IDS)
+    whole = (len(ids) - 1) // CHUNK_TOKENS
+    others = object_sizes(store)
+    running.client.generate(question, max_tokens=1)
+    running.settle()
+    sizes = {name: n for name, n in object_sizes(store).items() if name not in others}
+    assert len(sizes) == whole
+
+    with (
+        shaped(link, LinkShape(gbit_per_second=0.05, rtt_seconds=0.01)) as before,
+        KeyReads(store.port) as reads,
+    ):
+        answers = fetch_at_once(running.server.grpc_url, ids, REQUESTS)
+    moved = link.stats().bytes_down - before
+
+    claims = [json.loads(answer.as_numpy(wire.KV_LEASE)[0]) for answer in answers]
+    with ControlClient(socket_path(running.server.run_dir), timeout_seconds=10) as control:
+        for claim in claims:
+            control.release(claim["lease_id"])
+    assert {claim["num_tokens"] for claim in claims} == {whole * CHUNK_TOKENS}
+    assert {name for name, *_ in reads.ranges} == set(sizes)
+    # Requests that come before the fetch has begun look the chunks up: a few read the headers.
+    headers = {what: n for what, n in reads.ranges.items() if what[1] == FIRST_BYTE}
+    units = {what: n for what, n in reads.ranges.items() if what[1] != FIRST_BYTE}
+    assert set(units.values()) == {1}, "units were read more than once"
+    assert max(headers.values()) < REQUESTS / 10
+    assert moved < 1.1 * sum(sizes.values())
+    running.settle()
+
+
+def test_a_client_that_goes_away_stops_the_transfers_of_its_fetch(site, prompt):
+    _, link, running = site
+    question = prompt(300)
+    running.client.generate(question, max_tokens=1)
+    running.settle()
+    already = num_cancelled(running)
+    slow = LinkShape(gbit_per_second=0.0008)  # 100 kB/s: over ten seconds
+    with shaped(link, slow) as before:
+        with grpcclient.InferenceServerClient(running.server.grpc_url) as client:
+            client.start_stream(lambda result, error: None)
+            policy = grpcclient.InferInput(wire.KV_POLICY, [1], "BYTES")
+            policy.set_data_from_numpy(np.array([b"fetch"], dtype=object))
+            client.async_stream_infer(wire.KVFETCHER, [text_input(question), policy])
+            deadline = time.monotonic() + 20
+            while link.stats().bytes_down - before < 200_000:
+                assert time.monotonic() < deadline, "the fetch never began"
+                time.sleep(0.05)
+            client.stop_stream(cancel_requests=True)
         with ControlClient(socket_path(running.server.run_dir), timeout_seconds=10) as control:
-            for claim in claims:
-                control.release(claim["lease_id"])
-        assert {claim["num_tokens"] for claim in claims} == {whole * CHUNK_TOKENS}
-        assert {name for name, *_ in reads.ranges} == set(sizes)
-        # Requests that come before the fetch has begun look the chunks up: a few read the headers.
-        headers = {what: n for what, n in reads.ranges.items() if what[1] == FIRST_BYTE}
-        units = {what: n for what, n in reads.ranges.items() if what[1] != FIRST_BYTE}
-        assert set(units.values()) == {1}, "units were read more than once"
-        assert max(headers.values()) < REQUESTS / 10
-        assert moved < 1.1 * sum(sizes.values())
-        running.settle()
+            deadline = time.monotonic() + 3
+            while control.stats()["blocks"]["open"]:
+                assert time.monotonic() < deadline, "the fetch goes on for nobody"
+                time.sleep(0.05)
+            assert control.stats()["running"] == 0
+        time.sleep(1.0)  # what was on its way
+        settled = link.stats().bytes_down
+        time.sleep(1.0)
+        assert link.stats().bytes_down - settled < 40_000, "the link carries 100 kB in this time"
+        assert num_cancelled(running) == already + 1
+    running.generate_hit(question, max_tokens=1)
+
+
+def num_cancelled(running):
+    found = read_metrics(running.server.metrics_url)
+    return total(found, "kvfetcher_fetches_total", 'outcome="cancelled"')
