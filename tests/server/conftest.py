@@ -24,7 +24,8 @@ DOCUMENT = (
 ).read_text()
 CHUNK_TOKENS = 64  # short chunks keep prompts, and so the tests, short
 # What a killed decoder or restorer may still write to rests for as long again as its lease was for.
-LEASE_TTL_SECONDS = 40.0
+# Several tests wait for that.
+LEASE_TTL_SECONDS = 20.0
 
 
 def make_config(store: Path, /, **sections: dict[str, object]) -> Config:
@@ -34,7 +35,11 @@ def make_config(store: Path, /, **sections: dict[str, object]) -> Config:
         "store": {"path": str(store)},
         "codec": {"chunk_tokens": CHUNK_TOKENS},
         "engine": {"prefill_slice_tokens": CHUNK_TOKENS, "arena_bytes": 256 << 20},
-        "fetch": {"min_hit_tokens": CHUNK_TOKENS, "lease_ttl_seconds": LEASE_TTL_SECONDS},
+        "fetch": {
+            "min_hit_tokens": CHUNK_TOKENS,
+            "deadline_seconds": LEASE_TTL_SECONDS,
+            "lease_ttl_seconds": LEASE_TTL_SECONDS,
+        },
     }
     for name, values in sections.items():
         fields[name] = {**fields.get(name, {}), **values}
