@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from kvfetcher.codec.base import MAX_SIDE, NO_PICTURES, ONLY_VARIANT
+from kvfetcher.codec.base import MAX_SIDE, MIN_SIDE, NO_PICTURES, ONLY_VARIANT
 from kvfetcher.codec.digest import integer_digest
 from kvfetcher.codec.frame_size import (
     FrameSize,
@@ -83,15 +83,16 @@ if TYPE_CHECKING:
 
 
 # Largest picture where no frame size is asked for.
-_DEFAULT_SIZE = FrameSize(1024, 2048)
+_DEFAULT_SIZE = FrameSize(1024, 8192)
 # digest of the calibration, step, first layer group, its rank, frame_rows, frame_columns,
 # num_escapes, num_raw_tokens; then the rank of each further layer group
 _PARAMS = struct.Struct("<32sfIIIIII")
 _RANK = struct.Struct("<I")
 _MAX_KINDS = 512
-# Coefficients of a packed unit, at most, where a layer group has not more. On a GPU it is restored in a
-# fraction of a millisecond, but takes kv_restore about one of Python.
-_PACKED_SAMPLES = 5 << 19
+# Coefficients of a unit, at most, where a layer group has not more and no frame size is asked for. On a
+# GPU it is restored in a fraction of a millisecond, but takes kv_restore about one of Python: with a
+# unit for each layer group of 256 tokens an H100 restores 0.4 of what it decodes, with four in one all.
+_UNIT_SAMPLES = 5 << 19
 _NO_SHIFTS = np.empty(0, np.uint8)
 # |z / step| beyond this is an outlier whose token is kept exact; far inside int32 and float32.
 _MAX_INTEGER = 1 << 23
@@ -105,7 +106,7 @@ class TransformProfile:
     calibration: Calibration
     frame_sizes: tuple[str, ...] = ()
     """Largest picture of each variant, ``WIDTHxHEIGHT``; a unit has as many of the calibration's
-    layer groups as fill one. None = one variant with a unit for each layer group."""
+    layer groups as fill one. None = one variant whose units have up to `_UNIT_SAMPLES`."""
     packed_copy: bool = False
     """One more variant: the same integers packed, without video."""
 
@@ -128,10 +129,8 @@ class TransformProfile:
         """The calibration's layer groups, neighbours joined while they fit into one picture."""
         grouping = self.calibration.grouping
         groups = zip(grouping.layer_starts, grouping.layer_counts, strict=True)
-        if variant == ONLY_VARIANT:
-            return tuple(groups)
-        if variant == PACKED_VARIANT:
-            max_rows = _PACKED_SAMPLES // num_tokens
+        if variant in (ONLY_VARIANT, PACKED_VARIANT):
+            max_rows = _UNIT_SAMPLES // max(num_tokens, MIN_SIDE)
         else:
             max_rows = parse_frame_size(variant).rows
         most_layers = max_unit_layers(spec, num_tokens)

@@ -24,10 +24,10 @@ def cache_values(calibration, spec, num_tokens, first_position, seed=3):
     return float32_to_bits(values, spec.dtype)
 
 
-def code(profile, bits, spec, first_position, variant="-"):
-    """Every unit of a chunk, and the restored values."""
+def code(profile, bits, spec, first_position, variant="-", *, groups=None):
+    """Every unit of a chunk, of the profile's layer groups or of `groups`, and the restored values."""
     units, parts = [], []
-    for start, count in profile.layer_groups(spec, bits.shape[3], variant):
+    for start, count in groups or profile.layer_groups(spec, bits.shape[3], variant):
         part = np.ascontiguousarray(bits[start : start + count])
         data = profile.encode(UnitSource(part, spec, start, first_position), variant)
         units.append(data)
@@ -111,7 +111,9 @@ def test_a_picture_of_several_layer_groups_holds_the_same_values(heads):
     bits = cache_values(calibration, spec, 64, 2)
     sizes = ("144x144", "144x400")
     profile = TransformProfile("balanced", calibration, frame_sizes=sizes)
-    apart, expected = code(TransformProfile("balanced", calibration), bits, spec, 2)
+    grouping = calibration.grouping
+    groups = list(zip(grouping.layer_starts, grouping.layer_counts, strict=True))
+    apart, expected = code(TransformProfile("balanced", calibration), bits, spec, 2, groups=groups)
     small, restored = code(profile, bits, spec, 2, sizes[0])
     np.testing.assert_array_equal(restored, expected)
     large, restored = code(profile, bits, spec, 2, sizes[1])
@@ -120,6 +122,27 @@ def test_a_picture_of_several_layer_groups_holds_the_same_values(heads):
     assert len(large) < len(small) < 6
     pictures = {parse_unit(data).geometry.num_frames for data in large}
     assert pictures == {2 if heads else 1}
+
+
+def test_units_of_short_chunks_have_more_layer_groups():
+    spec = KVSpec(num_layers=64, num_kv_heads=2, head_dim=32)
+    calibration = make_calibration(spec, layers=1)
+    register_calibration(calibration)
+    profile = TransformProfile("near", calibration)
+    rank = max(calibration.unit_rank(group, "near") for group in range(64))
+
+    def most(num_tokens):
+        return max(count for _, count in profile.layer_groups(spec, num_tokens, "-"))
+
+    long = (5 << 19) // rank
+    assert [most(long), most(long // 4), most(long // 16)] == [1, 4, 16]
+    assert most(16) == most(144) == 64, "pictures of both are as wide"
+    # All in one picture, which has thousands of lines.
+    values = cache_values(calibration, spec, 32, 0)
+    (unit,), _ = code(profile, values, spec, 0)
+    geometry = parse_unit(unit).geometry
+    assert (geometry.num_frames, geometry.width) == (1, 144)
+    assert geometry.height > 2048
 
 
 def test_unit_whose_layer_groups_are_not_its_layers_is_refused(calibrated):
