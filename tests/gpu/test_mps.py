@@ -168,7 +168,6 @@ def test_a_fatal_gpu_error_ends_all_clients_and_the_server_is_started_again(site
             assert error is None or isinstance(error, (KVFetcherError, InferenceServerException))
             if (repair := site.supervisor.look()) is not None:
                 repairs.append(repair)
-    record_property("repairs", [(each.kind, each.models) for each in repairs])
     assert not old & {stub.process_id for stub in site.running.server.stubs()}
     site.expect_hit()  # and the answer is the one of before
     site.expect_nothing_left(before)
