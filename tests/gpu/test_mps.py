@@ -153,7 +153,7 @@ def fail_fatally(site):
     assert int(found[1]) != 0, "the error was none"
 
 
-def test_a_fatal_gpu_error_ends_all_clients_and_the_server_is_started_again(site, record_property):
+def test_a_fatal_gpu_error_ends_all_clients_and_the_server_is_started_again(site):
     site.expect_hit()
     before, old = site.used(), {stub.process_id for stub in site.running.server.stubs()}
     fail_fatally(site)
