@@ -247,10 +247,11 @@ def test_report_has_what_scripts_read(report):
 
 def test_promises_hold_on_a_few_traces(report):
     assert report["worst_loss_vs_best_fixed"] < 0.03
-    assert report["one_size_worst_loss_vs_best_fixed"] < 0.06
+    assert report["one_size_worst_loss_vs_best_fixed"] < 0.03
     gains = report["jitter_gain_vs_each_fixed"]
-    assert report["jitter_gain_vs_fixed"] == gains[sim.DEFAULT_SIZE] > 0.2
-    assert report["one_size_jitter_gain_vs_each_fixed"][sim.DEFAULT_SIZE] > 0.2
+    assert report["jitter_gain_vs_fixed"] == gains[sim.DEFAULT_SIZE] > 0.05
+    assert gains["medium"] > 0.2
+    assert report["one_size_jitter_gain_vs_each_fixed"]["medium"] > 0.2
     gains = report["sizes_alone_jitter_gain_vs_each_fixed"]
     assert gains["small"] > gains["medium"] > 0.2
     assert min(gains.values()) > -0.03
