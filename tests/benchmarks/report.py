@@ -144,7 +144,7 @@ def mixed_table(report: dict) -> str:
 
 
 def gpu_table(report: dict) -> str:
-    """Rates through the server against bare decoders, what else runs on the GPU, numbers of decoders."""
+    """Rates through the server against bare decoders, and what else runs on the GPU."""
     lines = [
         (
             "| units | bits per element | kv_restore | G elements/s | of 7 bare | of 14 bare"
@@ -186,14 +186,15 @@ def gpu_table(report: dict) -> str:
                 f" ({median(found['elements_g_per_s']):.1f})"
             )
         lines.append(f"| {' | '.join(cells)} |")
-    if "instances" in report:
-        lines += ["", *_instances(report)]
+    return "\n".join([*lines, "", _place(report)])
+
+
+def _place(report: dict) -> str:
     machine = report["machine"]
-    place = f"{machine['gpu']}, {machine['cores']} cores, {machine['time'][:10]}."
-    return "\n".join([*lines, "", place])
+    return f"{machine['gpu']}, {machine['cores']} cores, {machine['time'][:10]}."
 
 
-def _instances(report: dict) -> list[str]:
+def instances_table(report: dict) -> str:
     """G elements/s of bare decoders and through the server, by the number of decoders."""
     works = {name: row for name, row in report["instances"].items() if isinstance(row, dict)}
     counts = list(next(iter(works.values()))["bare"])
@@ -206,7 +207,7 @@ def _instances(report: dict) -> list[str]:
         if row.get("generation"):
             lost = [f"{100 * row['generation'][count]['lost']:.1f} %" for count in counts]
             lines.append(f"| 8B generation beside it loses | {' | '.join(lost)} |")
-    return lines
+    return "\n".join([*lines, "", _place(report)])
 
 
 if __name__ == "__main__":
@@ -220,6 +221,7 @@ if __name__ == "__main__":
         ("fetch_*.json", fetch_table),
         ("mixed_*.json", mixed_table),
         ("gpu_path_*.json", gpu_table),
+        ("gpu_instances_*.json", instances_table),
     ):
         texts += [make(json.loads(path.read_text())) for path in sorted(RESULTS.glob(name))]
     sys.stdout.write("\n\n".join(texts) + "\n")

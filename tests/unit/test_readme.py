@@ -75,10 +75,14 @@ def test_the_page_on_fetching_shows_the_results(report):
 def test_the_page_on_gpus_shows_the_results(report):
     page = (ROOT / "python_backends" / "GPU.md").read_text()
     results = ROOT / "tests" / "benchmarks" / "results"
-    paths = sorted(results.glob("gpu_path_*.json"))
-    assert paths
-    for path in paths:
-        assert report.gpu_table(json.loads(path.read_text())) in page, path.name
+    for pattern, make in (
+        ("gpu_path_*", report.gpu_table),
+        ("gpu_instances_*", report.instances_table),
+    ):
+        paths = sorted(results.glob(f"{pattern}.json"))
+        assert paths
+        for path in paths:
+            assert make(json.loads(path.read_text())) in page, path.name
 
 
 def test_its_files_exist():
