@@ -396,7 +396,8 @@ class GpuRestorer:
         places, values = escapes(unit, plan.num_escapes, grid.num_rows * grid.num_columns)
         num_high: Sequence[int] = rows.num_high
         samples = high = self._new_rows(grid)
-        if large := _large_rows(places, grid.num_columns, values, rows):
+        half = 1 << (unit.geometry.bit_depth - 1)
+        if large := _large_rows(places, grid.num_columns, values, rows, half):
             num_high = [max(pair) for pair in zip(num_high, large, strict=True)]
         if any(n > len(s) for s, n in zip(rows.shifts, num_high, strict=True)):
             high = torch.zeros_like(samples)  # for rows of which nothing but escapes is large
@@ -775,7 +776,7 @@ def _run(pairs: NDArray[np.int32], num_pairs: int) -> int:
 
 
 def _large_rows(
-    places: NDArray[np.int64], num_tokens: int, values: NDArray[np.int32], rows: _Rows
+    places: NDArray[np.int64], num_tokens: int, values: NDArray[np.int32], rows: _Rows, half: int
 ) -> list[int]:
     """How many first rows of each transform hold the escapes that one float16 does not.
 
@@ -784,6 +785,7 @@ def _large_rows(
         num_tokens: integers of a row.
         values: of the escapes, without low bits.
         rows: the unit's.
+        half: samples without low bits are from -half to half - 1.
 
     Returns:
         Nothing, where no escape is so large.
@@ -791,12 +793,12 @@ def _large_rows(
     Raises:
         LeftToCpuError: an integer is beyond two float16.
     """
-    if not len(values):
+    # Others are within one float16, or in a row whose samples are not. Packed units have thousands.
+    large = np.flatnonzero((values >= half) | (values <= -half))
+    if not len(large):
         return []
-    size = np.abs(values.astype(np.int64))
-    if not np.any(size > gpu_kernels.EXACT_HALF >> MAX_SHIFT):
-        return []
-    found, row_of = [], places // num_tokens
+    size = np.abs(values[large].astype(np.int64))
+    found, row_of = [], places[large] // num_tokens
     for part, wide in zip(rows.of, rows.shifts, strict=True):
         ours = (row_of >= part.start) & (row_of < part.stop)
         row = row_of[ours] - part.start

@@ -84,7 +84,7 @@ def escapes(
     indices = np.frombuffer(unit.section(ESCAPE_INDICES, num_bytes=4 * num_escapes), "<u4")
     values = np.frombuffer(unit.section(ESCAPE_VALUES, num_bytes=4 * num_escapes), "<i4")
     places = indices.astype(np.int64)
-    if num_escapes and (np.any(np.diff(places) <= 0) or int(places[-1]) >= num_integers):
+    if num_escapes and (np.any(indices[1:] <= indices[:-1]) or int(places[-1]) >= num_integers):
         raise FormatError(f"escape indices of the unit must rise and stay below {num_integers}")
     return places, values
 
