@@ -54,7 +54,6 @@ class EngineHost:
             folder = prepare_model(config.engine.model, progress=progress)
             socket = socket_path(run_folder)
             opening = prepare_engine(config, folder.path, socket.parent, progress=progress)
-            self._gpus = {gpu for d in opening.devices if (gpu := _gpu_of(d)) is not None}
             removed = Arena.sweep(arena_folder, _arena_name("*"))
             if removed:
                 _log.warning("removed %d arena file(s) of engines that died", removed)
@@ -66,6 +65,10 @@ class EngineHost:
             )
             stack.callback(self.arena.close)
             stack.callback(self.arena.unlink)
+            gpus = {part.gpu for part in self.arena.parts}
+            if config.engine.kind != "tensorrt_llm":  # its workers are processes that it watches
+                gpus |= {_gpu_of(device) for device in opening.devices}
+            self._contexts = [cuda_context(gpu) for gpu in gpus if gpu is not None]
             self.leases = LeaseTable(
                 num_blocks=self.arena.num_blocks, tokens_per_block=self.arena.tokens_per_block
             )
@@ -92,7 +95,7 @@ class EngineHost:
 
     def is_lost(self) -> bool:
         """Whether a GPU failed so that this process can use it no more; waits for its work there."""
-        return any(cuda_context(gpu).is_lost() for gpu in self._gpus)
+        return any(context.is_lost() for context in self._contexts)
 
     def close(self) -> None:
         """Close the socket, the engine and the arena, and remove their files. Safe to call twice."""

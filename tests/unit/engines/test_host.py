@@ -7,7 +7,6 @@ import pytest
 
 from kvfetcher.config import CodecConfig, Config, EngineConfig
 from kvfetcher.control import ControlClient, socket_path
-from kvfetcher.engines import host as host_module
 from kvfetcher.engines.base import GenerateRequest, RopeFacts, SamplingParams
 from kvfetcher.engines.host import EngineHost
 from kvfetcher.errors import ArenaError, EngineError
@@ -104,17 +103,11 @@ def test_arenas_of_the_dead_are_swept_and_those_of_the_living_left(tmp_path, mod
 
 
 @pytest.mark.parametrize("is_broken", [False, True])
-def test_an_engine_is_lost_with_a_gpu_of_its_own(tmp_path, model_folder, monkeypatch, is_broken):
-    asked = []
-
-    def context(gpu):
-        asked.append(gpu)
-        return SimpleNamespace(is_lost=lambda: is_broken)
-
-    monkeypatch.setattr(host_module, "cuda_context", context)
+def test_an_engine_is_lost_with_a_gpu_of_its_own(tmp_path, model_folder, is_broken):
     with open_host(tmp_path, config_of(model_folder)) as host:
-        assert not host.is_lost(), "it has no GPU"
-        assert not asked
-        host._gpus = {3}
+        assert host._contexts == [], "it has no GPU"
+        assert not host.is_lost()
+        host._contexts = [
+            SimpleNamespace(is_lost=lambda broken=broken: broken) for broken in (False, is_broken)
+        ]
         assert host.is_lost() is is_broken
-        assert asked == [3]
