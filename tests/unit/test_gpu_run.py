@@ -33,13 +33,14 @@ def script():
 def test_tests_that_did_not_run_fail(script, monkeypatch, tmp_path, cases, status, failed, not_run):
     def pytest_run(command, *, env, **_):
         assert env["KVFETCHER_REQUIRE_GPU"] == "1"
+        assert "tests/gpu/some.py" in command
         counts = f'tests="{len(cases)}" failures="{cases.count(FAILED)}" errors="0"'
         suite = f'<testsuite {counts} skipped="{cases.count(SKIPPED)}">{"".join(cases)}</testsuite>'
         (tmp_path / "junit.xml").write_text(f"<testsuites>{suite}</testsuites>")
         return subprocess.CompletedProcess(command, int(FAILED in cases))
 
     monkeypatch.setattr(script.subprocess, "run", pytest_run)
-    result = script.tests(tmp_path / "junit.xml")
+    result = script.tests(tmp_path / "junit.xml", ["tests/gpu/some.py"])
     assert (result["status"], result["failed"], result["not_run"]) == (status, failed, not_run)
 
 
