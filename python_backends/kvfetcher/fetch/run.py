@@ -482,17 +482,10 @@ class ChunkRun:
         places = stages.unit_places if option.needs_decoder else stages.copy_places
         async with places.hold((self._number, group.chunk_index, option.layer_start)):
             unit = data[first : first + entry.length]
-            target = self._part(group.chunk_index)
-            if option.needs_decoder:
-                stages.learning.begin()
-            try:
-                status = await _finish_even_if_cancelled(stages.run_unit(unit, target))
-            except BaseException:
-                if option.needs_decoder:
-                    stages.learning.drop()
-                raise
-            if option.needs_decoder:
-                stages.learning.end(option, self._factors, status, stages.clock())
+            running = _finish_even_if_cancelled(
+                stages.run_unit(unit, self._part(group.chunk_index))
+            )
+            status = await (self._learn_of(option, running) if option.needs_decoder else running)
         self._progress += 1
         work = _work_of(option)
         group.undone.remove(work)
@@ -502,6 +495,18 @@ class ChunkRun:
         facts.variants[entry.variant] = facts.variants.get(entry.variant, 0) + 1
         facts.add_ms("decode", status.decode_ms / 1e3)
         facts.add_ms("restore", status.restore_ms / 1e3)
+
+    async def _learn_of(self, option: UnitOption, running: Awaitable[UnitStatus]) -> UnitStatus:
+        """Await a unit that needs a decoder, and learn what it takes."""
+        stages = self._stages
+        stages.learning.begin()
+        try:
+            status = await running
+        except BaseException:
+            stages.learning.drop()
+            raise
+        stages.learning.end(option, self._factors, status, stages.clock())
+        return status
 
     def _part(self, chunk_index: int) -> BlockTarget:
         tokens = self._chunks[chunk_index].header.num_tokens
