@@ -18,8 +18,9 @@ from kvfetcher.errors import ConfigError
 FORMAT_VERSION = 1
 
 RAW_VARIANT = "raw"
-PACKED_VARIANT = "packed"
 """Variant name of units that hold the values as they are: nothing to decode."""
+PACKED_VARIANT = "packed"
+"""Variant name of units that hold a profile's integers without video: restored, but not decoded."""
 
 KVDtype = Literal["bfloat16", "float16", "float8_e4m3fn"]
 

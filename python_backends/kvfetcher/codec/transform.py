@@ -20,10 +20,10 @@ import numpy as np
 from kvfetcher.codec.base import MAX_SIDE, MIN_SIDE, NO_PICTURES, ONLY_VARIANT
 from kvfetcher.codec.digest import integer_digest
 from kvfetcher.codec.frame_size import (
-    FrameSize,
     check_frame_sizes,
     max_unit_layers,
     parse_frame_size,
+    row_grid,
 )
 from kvfetcher.codec.low_bits import LOW_BITS, cut, packed_bytes, row_shifts, split
 from kvfetcher.codec.packed import (
@@ -82,8 +82,6 @@ if TYPE_CHECKING:
     from kvfetcher.transform.inverse import LowBits
 
 
-# Largest picture where no frame size is asked for.
-_DEFAULT_SIZE = FrameSize(1024, 8192)
 # digest of the calibration, step, first layer group, its rank, frame_rows, frame_columns,
 # num_escapes, num_raw_tokens; then the rank of each further layer group
 _PARAMS = struct.Struct("<32sfIIIIII")
@@ -126,7 +124,7 @@ class TransformProfile:
     def layer_groups(
         self, spec: KVSpec, num_tokens: int, variant: str
     ) -> tuple[tuple[int, int], ...]:
-        """The calibration's layer groups, neighbours joined while they fit into one picture."""
+        """The calibration's layer groups, neighbours joined while they fit into one unit."""
         grouping = self.calibration.grouping
         groups = zip(grouping.layer_starts, grouping.layer_counts, strict=True)
         if variant in (ONLY_VARIANT, PACKED_VARIANT):
@@ -477,10 +475,7 @@ class Layout:
     def fit(
         cls, num_head_groups: int, ranks: tuple[int, ...], num_tokens: int, variant: str
     ) -> Layout:
-        size = _DEFAULT_SIZE if variant == ONLY_VARIANT else parse_frame_size(variant)
-        one = RowGrid.fit(
-            sum(ranks), num_tokens, max_frame_rows=size.height, max_frame_columns=size.width
-        )
+        one = row_grid(sum(ranks), num_tokens, variant)
         return cls.of(num_head_groups, ranks, num_tokens, one.frame_rows, one.frame_columns)
 
     @classmethod
