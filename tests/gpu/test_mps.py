@@ -77,11 +77,16 @@ def site(tmp_path_factory):
             yield opened
 
 
+def client_environ(site):
+    """Of a process that the server's daemon has as a client."""
+    folder = site.running.server.run_dir / "mps"
+    return {**os.environ, "CUDA_MPS_PIPE_DIRECTORY": str(folder)}
+
+
 def ask_daemon(site, command):
     """The numbers in the answer of the server's daemon."""
-    environ = {**os.environ, "CUDA_MPS_PIPE_DIRECTORY": str(site.running.server.run_dir / "mps")}
     done = subprocess.run(
-        [mps.MPS_CONTROL], env=environ, input=command + "\n", capture_output=True, text=True,
+        [mps.MPS_CONTROL], env=client_environ(site), input=command + "\n", capture_output=True, text=True,
         timeout=30, check=True,
     )  # fmt: skip
     return set(map(int, re.findall(r"\d+", done.stdout)))
@@ -102,7 +107,7 @@ def test_a_fetched_answer_is_the_computed_one_and_all_that_made_it_are_clients(s
     assert counts == {
         wire.KV_DECODE: NUM_DECODERS, wire.KV_RESTORE: NUM_RESTORERS, wire.TENSORRT_LLM: 1
     }  # fmt: skip
-    folder = str(site.running.server.run_dir / "mps")
+    folder = client_environ(site)["CUDA_MPS_PIPE_DIRECTORY"]
     every = set().union(*workers.values())
     assert {environ_of(process)["CUDA_MPS_PIPE_DIRECTORY"] for process in every} == {folder}
     servers = ask_daemon(site, "get_server_list")
@@ -143,10 +148,9 @@ def fail_fatally(site):
             for process in site.stubs(model):
                 os.kill(process, signal.SIGKILL)
         return
-    environ = {**os.environ, "CUDA_MPS_PIPE_DIRECTORY": str(site.running.server.run_dir / "mps")}
     done = subprocess.run(
-        [sys.executable, "-c", FAULTY_CLIENT], env=environ, capture_output=True, text=True,
-        timeout=60, check=False,
+        [sys.executable, "-c", FAULTY_CLIENT], env=client_environ(site), capture_output=True,
+        text=True, timeout=60, check=False,
     )  # fmt: skip
     found = re.search(r"the context ended with (\d+)", done.stdout)
     assert found, done.stderr

@@ -7,15 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import tritonclient.grpc as grpcclient
 
+from kvfetcher import wire
 from kvfetcher.control import ControlClient, socket_path
 from kvfetcher.engines.models import prepare_model
 from kvfetcher_client import Client
 from support.triton_server import TritonServer, server_config
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from kvfetcher.config import Config
     from kvfetcher_client import Generation
 
@@ -48,6 +52,13 @@ def make_config(store: Path, /, **sections: dict[str, object]) -> Config:
     )
 
 
+def text_input(text: str) -> grpcclient.InferInput:
+    """A prompt, for models that take one."""
+    tensor = grpcclient.InferInput(wire.TEXT_INPUT, [1], "BYTES")
+    tensor.set_data_from_numpy(np.array([text.encode()], dtype=object))
+    return tensor
+
+
 @dataclass
 class Running:
     """A ready server and its clients."""
@@ -72,6 +83,11 @@ class Running:
         answer = self.client.generate(text, kv_policy="fetch", **options)
         assert answer.report.raw["outcome"] == "hit", answer.report.raw
         return answer
+
+    def token_ids(self, text: str) -> NDArray[np.int32]:
+        """What `preprocessing` makes of a prompt."""
+        result = self.triton.infer(wire.PREPROCESSING, [text_input(text)])
+        return result.as_numpy(wire.INPUT_IDS)
 
     def settle(self, *, timeout_seconds: float = 2 * LEASE_TTL_SECONDS + 20) -> list[Path]:
         """The store's chunk files once no request runs and nothing is left to save."""

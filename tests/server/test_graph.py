@@ -101,7 +101,7 @@ async def own_kv(config, ids, folder):
 async def test_restored_kv_equals_the_engines_own_byte_for_byte(running, prompt, tmp_path):
     """kv_fetch -> kv_pipeline -> arena through the server, against an engine of our own."""
     question = prompt(150)
-    ids = _preprocess(running, question)
+    ids = running.token_ids(question)
     running.client.generate(question, max_tokens=2)
     running.settle()
     inputs = [tensor("input_ids", ids, "INT32"), tensor("kv_policy", text("fetch"), "BYTES")]
@@ -116,13 +116,6 @@ async def test_restored_kv_equals_the_engines_own_byte_for_byte(running, prompt,
         control.release(claim["lease_id"])
     own = await own_kv(running.config, ids, tmp_path)
     np.testing.assert_array_equal(restored, own[:, :, :, : claim["num_tokens"]])
-
-
-def _preprocess(running, question):
-    result = running.triton.infer(
-        wire.PREPROCESSING, [tensor("text_input", text(question), "BYTES")]
-    )
-    return result.as_numpy(wire.INPUT_IDS)
 
 
 def test_a_longer_prompt_hits_the_part_that_is_stored(running, prompt):

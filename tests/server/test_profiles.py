@@ -98,10 +98,7 @@ def test_warming_brings_a_prefix_near_and_generates_nothing(lossy):
         path.write_bytes(b"")
     hit = lossy.generate_hit(question, max_tokens=2)
     assert hit.report.raw["chunks_hit"] == report["chunks_hit"]
-    text = grpcclient.InferInput(wire.TEXT_INPUT, [1], "BYTES")
-    text.set_data_from_numpy(np.array([question.encode()], dtype=object))
-    ids = lossy.triton.infer(wire.PREPROCESSING, [text]).as_numpy(wire.INPUT_IDS).tolist()
-    again = lossy.client.warm(ids).raw
+    again = lossy.client.warm(lossy.token_ids(question).tolist()).raw
     assert (again["outcome"], again["chunks_hit"]) == ("warmed", report["chunks_hit"])
     lossy.settle()
 

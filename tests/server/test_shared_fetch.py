@@ -19,7 +19,7 @@ from support.metrics import read_metrics, total
 from support.servers import RedisServer
 from support.shaping import LinkShape, ShapedLink
 
-from .conftest import CHUNK_TOKENS, start_server
+from .conftest import CHUNK_TOKENS, start_server, text_input
 
 pytestmark = [pytest.mark.triton, pytest.mark.slow, pytest.mark.redis]
 
@@ -114,12 +114,6 @@ def shaped(link, shape):
         link.reshape(LinkShape())
 
 
-def text_input(text):
-    tensor = grpcclient.InferInput(wire.TEXT_INPUT, [1], "BYTES")
-    tensor.set_data_from_numpy(np.array([text.encode()], dtype=object))
-    return tensor
-
-
 def object_sizes(store):
     """Bytes of each object's value in Redis, by its key."""
     with redis.Redis(port=store.port) as raw:
@@ -129,8 +123,7 @@ def object_sizes(store):
 def test_200_requests_for_one_prefix_transfer_each_chunk_once(site, prompt):
     store, link, running = site
     question = prompt(220)
-    result = running.triton.infer(wire.PREPROCESSING, [text_input(question)])
-    ids = result.as_numpy(wire.INPUT_IDS)
+    ids = running.token_ids(question)
     whole = (len(ids) - 1) // CHUNK_TOKENS
     others = object_sizes(store)
     running.client.generate(question, max_tokens=1)
