@@ -4,7 +4,9 @@ Samples out of pictures with their low bits and digest, escapes, coefficients in
 product, dequantisation, rotation, rounding, scatter into blocks in one), and profile `exact`. Which
 element goes where is in tables that `gpu_restore` makes once per geometry; nothing here knows a model.
 
-An integer is a float16, or two where it may pass 2048: ``high * 2**HIGH_BITS + low``.
+Coefficients of leading rows (`transform.inverse`) are a float16 [rows, T], or two where they may pass
+2048: ``high * 2**HIGH_BITS + low``. Those of trailing rows are 8-bit integers [T, columns]: tensor cores
+take 8-bit operands only with what is summed over side by side.
 
 A 64-bit sum with wrap-around is the integer digest of `codec.digest`, term by term.
 """
@@ -21,7 +23,13 @@ HIGH_BITS = 10
 """The high part of an integer counts in 2**10: up to 2**21 float16 holds it and the rest exactly, and up
 to 2**25 both have 11 bits, as the inverse transform has."""
 RANK = 64
-"""Coefficients that `restore_columns` multiplies at one time."""
+"""Leading coefficients that `restore_columns` multiplies at one time."""
+RANK8 = 128
+"""Trailing ones."""
+RANK_EXTRA = 16
+"""Of those that are beyond 8 bits somewhere."""
+EXTRA_FACTOR = 256
+"""What is beyond may count so much more: then it is a float16 up to 2**24."""
 EXACT_HALF = 2048
 """Integers up to this are exact in float16."""
 
@@ -31,6 +39,9 @@ _HIGH_HALF = tl.constexpr(1 << (HIGH_BITS - 1))
 _EXACT_HALF = tl.constexpr(EXACT_HALF)
 _MAX_SHIFT = tl.constexpr(MAX_SHIFT)
 _RANK = tl.constexpr(RANK)
+_RANK8 = tl.constexpr(RANK8)
+_RANK_EXTRA = tl.constexpr(RANK_EXTRA)
+_EXTRA_FACTOR = tl.constexpr(EXTRA_FACTOR)
 _BLOCK_WORDS = tl.constexpr(BLOCK_WORDS)
 
 
@@ -138,8 +149,10 @@ def _store(value, index, has_high, mask, out, high):  # type: ignore[no-untyped-
 )
 def unpack_rows(  # type: ignore[no-untyped-def]
     planes,
+    tiles,
     out,
     high,
+    out8,
     digest,
     weights,
     block_weights,
@@ -151,6 +164,7 @@ def unpack_rows(  # type: ignore[no-untyped-def]
     first_lines,
     num_rows,
     num_tokens,
+    stride8,
     frame_rows,
     frame_columns,
     blocks_per_frame,
@@ -165,19 +179,22 @@ def unpack_rows(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Samples of a `RowGrid` -> centred integers [rows, T]; adds the samples' digest to ``digest[0]``.
+    """Samples of a `RowGrid` -> centred integers; adds the samples' digest to ``digest[0]``.
 
-    One program: `ROWS` rows of `COLUMNS` columns of one picture, of which there are ``blocks_per_frame``
-    beside each other. Rows that have low bits, ``row_shifts`` [rows] of them, go to ``out`` and ``high``,
-    others to ``out`` alone. ``low_rows`` [rows, MAX_SHIFT] is the line of each bit in ``low_planes``,
-    whose lines are ``line_bytes`` long. `WORD` as for `_digest`; if it is not 1, pictures begin with a
-    whole byte of the low bits, too.
+    One program: a tile of at most `ROWS` rows, and `COLUMNS` columns of one picture, of which there are
+    ``blocks_per_frame`` beside each other. ``tiles`` [tiles, 4] has the first row, the row behind the
+    last, and where they go: from which row of ``out`` [rows, T] on, or from which column of ``out8``
+    [T, `stride8`] on, a multiple of `ROWS`, with as many columns as that; -1 = not there. Rows that have
+    low bits, ``row_shifts`` [rows] of them, go to ``out`` and ``high``. ``low_rows`` [rows, MAX_SHIFT]
+    is the line of each bit in ``low_planes``, whose lines are ``line_bytes`` long. `WORD` as for
+    `_digest`; if it is not 1, pictures begin with a whole byte of the low bits, too.
 
     `PACKED`: samples are no pictures but ``widths`` [rows] lines of each row, from ``first_lines``
     [rows] of ``planes`` on (`packed.PackedRows`); ``half`` is their neutral sample.
     """
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row_mask = rows < num_rows
+    tile = tiles + tl.program_id(0) * 4
+    rows = tl.load(tile) + tl.arange(0, ROWS)
+    row_mask = rows < tl.load(tile + 1)
     line = rows // 3
     line = (line // frame_rows * 3 + rows % 3) * height + line % frame_rows
     frame = tl.program_id(1) // blocks_per_frame
@@ -185,8 +202,8 @@ def unpack_rows(  # type: ignore[no-untyped-def]
     columns = left + tl.arange(0, COLUMNS)
     first = frame * frame_columns
     # Two conditions, for the compiler knows both limits' alignment and not their minimum's.
-    mask = (columns < frame_columns) & (first + columns < num_tokens)
-    mask = row_mask[:, None] & mask[None, :]
+    token_mask = (columns < frame_columns) & (first + columns < num_tokens)
+    mask = row_mask[:, None] & token_mask[None, :]
     if PACKED:
         bits = tl.load(widths + rows, mask=row_mask, other=0).to(tl.int32)
         lines = tl.load(first_lines + rows, mask=row_mask, other=0)
@@ -210,38 +227,44 @@ def unpack_rows(  # type: ignore[no-untyped-def]
         sample = tl.load(planes + at, mask=mask, other=0).to(tl.int32)
         if ITEM_BYTES == 2:
             sample = (sample & 0xFFFF) >> shift
-    starts = rows * num_tokens
-    index = starts[:, None] + (first + columns)[None, :]
-    low_bits = tl.load(row_shifts + rows, mask=row_mask, other=0).to(tl.int32)
-    num_low = tl.max(low_bits, axis=0)
     value = sample - half
-    if num_low > 0:
-        low = tl.zeros_like(value)
-        for bit in range(num_low):
-            has = low_bits > bit
-            lines = tl.load(low_rows + rows * _MAX_SHIFT + bit, mask=has, other=0)
-            low |= _line_bits(
-                low_planes,
-                lines,
-                has,
-                line_bytes,
-                first + left,
-                mask,
-                bit,
-                ROWS,
-                COLUMNS,
-                WORD > 1,
-            )
-        value = (value << low_bits[:, None]) + low
-        _store(value, index, (low_bits > 0)[:, None], mask, out, high)
-    else:
-        tl.store(out + index, value.to(tl.float16), mask=mask)
-    num_bytes = num_rows * num_tokens * ITEM_BYTES
+    out_row = tl.load(tile + 2)
+    column = tl.load(tile + 3)
+    if out_row >= 0:
+        index = ((out_row + tl.arange(0, ROWS)) * num_tokens)[:, None] + (first + columns)[None, :]
+        low_bits = tl.load(row_shifts + rows, mask=row_mask, other=0).to(tl.int32)
+        num_low = tl.max(low_bits, axis=0)
+        if num_low > 0:
+            low = tl.zeros_like(value)
+            for bit in range(num_low):
+                has = low_bits > bit
+                lines = tl.load(low_rows + rows * _MAX_SHIFT + bit, mask=has, other=0)
+                low |= _line_bits(
+                    low_planes,
+                    lines,
+                    has,
+                    line_bytes,
+                    first + left,
+                    mask,
+                    bit,
+                    ROWS,
+                    COLUMNS,
+                    WORD > 1,
+                )
+            value = (value << low_bits[:, None]) + low
+            _store(value, index, (low_bits > 0)[:, None], mask, out, high)
+        else:
+            tl.store(out + index, value.to(tl.float16), mask=mask)
+    elif column >= 0:
+        column = tl.multiple_of(column, ROWS)
+        index = ((first + columns) * stride8)[:, None] + (column + tl.arange(0, ROWS))[None, :]
+        # All of the tile's columns: a mask along what is contiguous would make stores narrow.
+        tl.store(out8 + index, tl.trans(value.to(tl.int8)), mask=token_mask[:, None])
     total = _digest(
         sample,
-        starts,
+        rows * num_tokens,
         first + left,
-        num_bytes,
+        num_rows * num_tokens * ITEM_BYTES,
         weights,
         block_weights,
         ROWS,
@@ -252,42 +275,61 @@ def unpack_rows(  # type: ignore[no-untyped-def]
     tl.atomic_add(digest, total)
 
 
-@triton.jit(do_not_specialize=["count", "num_tokens", "low_stride"])
+@triton.jit(do_not_specialize=["count", "num_tokens", "low_stride", "stride8"])
 def put_escapes(  # type: ignore[no-untyped-def]
     places,
     values,
     count,
+    row_places,
     out,
     high,
+    out8,
     row_shifts,
     low_rows,
     low_planes,
     low_stride,
     num_tokens,
+    stride8,
     BLOCK: tl.constexpr,
 ):
-    """Escaped integers to their places in ``out`` and ``high``, as `unpack_rows` puts the others."""
+    """Escaped integers to their places, as `unpack_rows` puts the others; in ``out8`` as near as it has.
+
+    ``row_places`` [rows] is each row's in ``out`` and ``high``, or -1 - its column in ``out8``.
+    """
     escape = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = escape < count
     index = tl.load(places + escape, mask=mask, other=0)
     value = tl.load(values + escape, mask=mask, other=0)
     row = index // num_tokens
-    low_bits = tl.load(row_shifts + row, mask=mask, other=0).to(tl.int32)
     token = index % num_tokens
+    place = tl.load(row_places + row, mask=mask, other=0)
+    is_leading = place >= 0
+    small = tl.minimum(tl.maximum(value, -128), 127).to(tl.int8)
+    tl.store(out8 + token * stride8 - 1 - place, small, mask=mask & (place < 0))
+    mask = mask & is_leading
+    low_bits = tl.load(row_shifts + row, mask=mask, other=0).to(tl.int32)
     low = tl.zeros_like(value)
     for bit in tl.static_range(_MAX_SHIFT):
         has = low_bits > bit
         lines = tl.load(low_rows + row * _MAX_SHIFT + bit, mask=has, other=0) * low_stride
         low |= _low_bit(low_planes, lines, token, bit, has)
     value = (value << low_bits) + low
-    _store(value, index, (low_bits > 0) | (tl.abs(value) > _EXACT_HALF), mask, out, high)
+    has_high = (low_bits > 0) | (tl.abs(value) > _EXACT_HALF)
+    _store(value, place * num_tokens + token, has_high, mask, out, high)
 
 
-@triton.jit(do_not_specialize=["first_row", "rank", "num_high"])
+@triton.jit(
+    do_not_specialize=["first_row", "rank", "num_high", "first_tile8", "rank8", "num_extra"]
+)
 def restore_columns(  # type: ignore[no-untyped-def]
     samples,
     high,
     matrix,
+    samples8,
+    matrix8,
+    ratios,
+    extra,
+    extra_columns,
     means,
     pair_tables,
     cosines,
@@ -297,11 +339,16 @@ def restore_columns(  # type: ignore[no-untyped-def]
     block_ids,
     scale,
     first_row,
+    first_tile8,
     num_tokens,
     num_columns,
     rank,
     num_high,
+    rank8,
+    num_extra,
     matrix_stride,
+    stride8,
+    matrix8_stride,
     num_pairs,
     base_offset,
     block_stride,
@@ -312,11 +359,18 @@ def restore_columns(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,
     RUN: tl.constexpr,
 ):
-    """Coefficients [rank, T] x matrix [columns, rank] -> values in blocks.
+    """Coefficients x inverse transform -> values in blocks.
 
-    Coefficients are rows of ``samples`` from `first_row` on; the first `num_high` have a part in
-    ``high``, too. ``matrix`` goes on, with any finite
-    numbers, to the next multiple of RANK: a mask along what is contiguous would make loads narrow.
+    Leading ones [rank, T] x ``matrix`` [columns, rank]: rows of ``samples`` from `first_row` on; the
+    first `num_high` have a part in ``high``, too. ``matrix`` goes on, with any finite numbers, to the
+    next multiple of RANK: a mask along what is contiguous would make loads narrow.
+
+    Trailing ones [T, rank8] x ``matrix8`` [columns, rank8], a row of which counts in ``ratios``
+    [columns] of ``matrix``'s: RANK8 columns of ``samples8`` from ``first_tile8 * RANK8`` on, and so on;
+    what is more than there are coefficients has zeros in ``matrix8``. ``extra`` [num_extra,
+    T] is what they are beyond 8 bits, ``extra_columns`` [num_extra] where: twice the trailing one, and 1
+    more where it counts EXTRA_FACTOR times; a multiple of RANK_EXTRA.
+
     Columns come in pairs that are rotated together, `num_pairs` of them for each head: ``pair_tables``
     says which table of ``cosines`` and ``sines`` [tables, T, num_pairs] a pair uses, or -1 = not
     rotated; ``pair_offsets`` [2, pairs] the places of both columns within a block. Of `RUN` pairs that
@@ -325,12 +379,36 @@ def restore_columns(  # type: ignore[no-untyped-def]
     """
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    steps = tl.arange(0, _RANK)
     token_mask = tokens < num_tokens
     column_mask = columns < num_columns
+
+    steps8 = tl.arange(0, _RANK8)
+    sample_at8 = samples8 + (tokens * stride8)[:, None] + (first_tile8 * _RANK8 + steps8)[None, :]
+    columns_at8 = matrix8 + (columns.to(tl.int64) * matrix8_stride)[None, :]
+    matrix_at8 = columns_at8 + steps8[:, None]
+    total8 = tl.zeros((TOKENS, COLUMNS), dtype=tl.int32)
+    for _ in range(0, rank8, _RANK8):
+        a8 = tl.load(sample_at8, mask=token_mask[:, None], other=0)
+        b8 = tl.load(matrix_at8, mask=column_mask[None, :], other=0)
+        total8 = tl.dot(a8, b8, total8, out_dtype=tl.int32)
+        sample_at8 += _RANK8
+        matrix_at8 += _RANK8
+    total = total8.to(tl.float32)
+    for start in tl.range(0, num_extra, _RANK_EXTRA, num_stages=1):
+        some = start + tl.arange(0, _RANK_EXTRA)
+        at = (some * num_tokens)[:, None] + tokens[None, :]
+        a = tl.load(extra + at, mask=token_mask[None, :], other=0.0)
+        which = tl.load(extra_columns + some)
+        at = columns_at8 + (which // 2)[:, None]
+        b = tl.load(at, mask=column_mask[None, :], other=0).to(tl.int32)
+        b = tl.where((which % 2 == 1)[:, None], b * _EXTRA_FACTOR, b).to(tl.float16)
+        total = tl.dot(tl.trans(a), b, total)
+    ratio = tl.load(ratios + columns, mask=column_mask, other=0.0)
+    total *= (ratio * (1.0 / _HIGH_STEP))[None, :]
+
+    steps = tl.arange(0, _RANK)
     within = (first_row + steps)[:, None] * num_tokens + tokens[None, :]
     columns_at = matrix + columns[None, :].to(tl.int64) * matrix_stride + steps[:, None]
-    total = tl.zeros((TOKENS, COLUMNS), dtype=tl.float32)
     sample_at, matrix_at = high + within, columns_at
     for start in range(0, num_high, _RANK):
         left = steps < num_high - start

@@ -1,14 +1,16 @@
 """Decoded planes -> KV values in arena blocks, on the GPU that both lie on.
 
-What the CPU restore does in passes over arrays is here one kernel per layer group (`gpu_kernels`), on
-float16 operands: integers are exact in one of them, or in two where a row has low bits, and the inverse
-transform is rounded to 11 bits, eight times finer than bfloat16's result; sums are float32. Values so
-differ from the CPU's by at most one step of the KV dtype but for sums that cancel; `exact` and
+What the CPU restore does in passes over arrays is here one kernel per layer group (`gpu_kernels`).
+Trailing rows are multiplied in 8 bits, as a CPU with VNNI does (`transform.inverse`), leading ones as
+float16: integers are exact in one of them, or in two where a row has low bits, and the inverse transform
+is rounded to 11 bits, eight times finer than bfloat16's result; sums are exact and float32. Values so
+differ from such a CPU's by at most one step of the KV dtype but for sums that cancel; `exact` and
 `uncalibrated` give the CPU's bits. A unit's side data goes to the GPU in one copy, and it is the number
 of calls per unit that bounds the rate, so there are as few as can be.
 
 Memory beside the arena: up to four bytes per sample of the unit at hand (at most 4 * MAX_SAMPLES), with
-`restore` the unit's values, and per calibration the inverse transforms, which stay (two bytes per entry).
+`restore` the unit's values, and per calibration the inverse transforms, which stay (one or two bytes per
+entry).
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from kvfetcher.codec.transform import plan_restore
 from kvfetcher.codec.uncalibrated import plan_uncalibrated
 from kvfetcher.codec.unit import EXACT, IS_PACKED, TRANSFORM, UNCALIBRATED
 from kvfetcher.errors import ChecksumError, LayoutError
+from kvfetcher.transform.inverse import scale_of_8_bits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -54,21 +57,26 @@ MAX_MATRICES = 1024
 _MASK = (1 << 64) - 1
 # Larger integers are left to the CPU: encoders keep such tokens exact.
 _MAX_INTEGER = 1 << 25
+# In a trailing row. It is twice what encoders let pass.
+_MAX_EXTRA = 1 << 24
 # Largest entry of an inverse transform after scaling: far from float16's ends on both sides.
 _MATRIX_TOP = 2.0**12
 _ESCAPES_BLOCK = 256
-# Tiles of the matrix product. On an H100, of 4096 columns and 2451 rows: 57 us at 1024 tokens, 26 at 256
-# (69 and 36 with 128 x 128 and as many registers as the compiler wants: one program per multiprocessor).
+# Tiles of the matrix product. On an H100, of 4096 columns and 2451 rows, 410 of them leading: 28 us at
+# 1024 tokens (40 with as many registers as the compiler wants: one program per multiprocessor; 32 with
+# tiles of 128 x 256), 16 at 256 (18 with no more than 128 registers; 22 with the large tile).
 _LARGE_TILE = {"TOKENS": 128, "COLUMNS": 128, "num_warps": 8, "num_stages": 3, "maxnreg": 128}
-_SMALL_TILE = {"TOKENS": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 4, "maxnreg": 128}
+_SMALL_TILE = {"TOKENS": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 4}
 # Chunks up to this make so few large tiles that most of a GPU would wait.
 _SMALL_TOKENS = 256
-# Of `unpack_rows`: rows of one program, and columns of one picture.
-_UNPACK_ROWS, _UNPACK_COLUMNS = 8, 256
+# Of `unpack_rows`: rows of one program, and columns of one picture: 11 us of the above at 1024 tokens, 8
+# at 256; 12 and 13 with 128 columns, 12 and 10 with 16 rows of 256.
+_UNPACK_ROWS, _UNPACK_COLUMNS = 32, 64
 # A store of 8 values of two bytes is as wide as a thread's can be.
 _RUNS = (8, 4, 2)
 _ZERO = np.zeros(1, np.int64)
 _NONE = np.zeros(1, np.uint8)
+_BITS8 = -128, 127
 # Of the parts of one copy.
 _ALIGNMENT = 16
 
@@ -136,7 +144,11 @@ class _Inverse(NamedTuple):
     """One inverse transform on the GPU, its columns in pairs (see `restore_columns`)."""
 
     matrix: torch.Tensor
-    """float16 [n, m], m padded with 0 to a multiple of RANK."""
+    """float16 [n, leading rows], these padded with 0 to a multiple of RANK."""
+    matrix8: torch.Tensor
+    """int8 [n, trailing rows], these padded with 0 to a multiple of RANK8."""
+    ratios: torch.Tensor
+    """float32 [n]: what the entries of `matrix8` count in those of `matrix`."""
     means: torch.Tensor
     """float32 [n]."""
     scale: float
@@ -148,13 +160,30 @@ class _Inverse(NamedTuple):
     dims: NDArray[np.int64]
     """[n]."""
     num_bytes: int
-    """Of the matrix, without padding."""
+    """Of the matrices, without padding."""
+
+
+class _Part(NamedTuple):
+    """The rows of one transform among those of a unit's pictures, and where their integers go."""
+
+    rows: slice
+    leading: int
+    """The first rows, which are float16; the others are 8 bits."""
+    first_leading: int
+    """Where they begin in `_Integers.samples`."""
+    first_trailing: int
+    """Column of `_Integers.trailing` where the others begin."""
+
+    @property
+    def num_trailing(self) -> int:
+        """Columns of the others, with padding."""
+        return _padded(self.rows.stop - self.rows.start - self.leading)
 
 
 class _Rows(NamedTuple):
     """The rows of a unit's pictures, the same in all units of its kind."""
 
-    of: list[slice]
+    parts: list[_Part]
     """Each transform's."""
     shifts: Sequence[NDArray[np.uint8]]
     """Low bits of each transform's first rows; others have none."""
@@ -162,14 +191,27 @@ class _Rows(NamedTuple):
     """First rows of each transform whose samples with their low bits are beyond one float16."""
     on_gpu: _RowTables
 
+    @property
+    def num_leading(self) -> int:
+        return sum(part.leading for part in self.parts)
+
+    @property
+    def num_trailing(self) -> int:
+        """With padding."""
+        return sum(part.num_trailing for part in self.parts)
+
 
 class _RowTables(NamedTuple):
-    """Low bits of a unit's rows, as `gpu_kernels.unpack_rows` takes them."""
+    """A unit's rows, as `gpu_kernels.unpack_rows` and `put_escapes` take them."""
 
     shifts: torch.Tensor
-    """uint8 [rows]."""
+    """uint8 [rows]: low bits."""
     lines: torch.Tensor
-    """int32 [rows, MAX_SHIFT]."""
+    """int32 [rows, MAX_SHIFT]: of each low bit."""
+    tiles: torch.Tensor
+    """int32 [tiles, 4]."""
+    places: torch.Tensor
+    """int32 [rows]."""
 
 
 class _PackedOnGpu(NamedTuple):
@@ -181,18 +223,37 @@ class _PackedOnGpu(NamedTuple):
 
 
 class _Integers(NamedTuple):
-    """A unit's integers, being unpacked: ``high * 2**HIGH_BITS + samples``."""
+    """A unit's integers, being unpacked: ``high * 2**HIGH_BITS + samples``, and ``trailing + extra``."""
 
     samples: torch.Tensor
-    """float16 [rows, T]."""
+    """float16 [leading rows, T]."""
     high: torch.Tensor
     """Of the same shape, defined for the first `num_high` rows of each transform."""
-    rows_of: list[slice]
+    trailing: torch.Tensor
+    """int8 [T, trailing rows], each transform's padded with any numbers to a multiple of RANK8."""
+    extra: Sequence[_ExtraOnGpu]
+    """Of each transform; empty = no trailing integer is beyond 8 bits."""
+    parts: list[_Part]
     """Each transform's."""
     num_high: Sequence[int]
     """Of each transform."""
     sums: torch.Tensor
     """int64 [1]: the samples' digest but for the length."""
+
+
+class _Extra(NamedTuple):
+    """What some trailing integers of a transform are beyond 8 bits."""
+
+    columns: NDArray[np.int32]
+    """[k] twice the trailing row, and 1 more where amounts are to be multiplied by EXTRA_FACTOR; k is a
+    multiple of RANK_EXTRA, the last ones may stand for nothing."""
+    amounts: NDArray[np.float16]
+    """[k, T] to be added to them; a row may come thrice."""
+
+
+class _ExtraOnGpu(NamedTuple):
+    columns: torch.Tensor
+    amounts: torch.Tensor
 
 
 class GpuRestorer:
@@ -372,10 +433,17 @@ class GpuRestorer:
             self._rows,
             grid.num_rows,
             MAX_MATRICES,
-            lambda: self._make_rows(grid.num_rows, [], [], depth),
+            lambda: self._make_rows(
+                grid.num_rows,
+                [slice(0, grid.num_rows)],
+                [np.empty(0, np.uint8)],
+                [grid.num_rows],
+                depth,
+            ),
         )
-        samples = self._new_rows(grid)
-        self._unpack(unit, planes, grid, samples, samples, sums, rows_of.on_gpu, sums)
+        samples = self._new_rows(grid.num_rows, grid)
+        none = samples.new_empty(0, dtype=torch.int8)
+        self._unpack(unit, planes, grid, samples, samples, none, sums, rows_of.on_gpu, sums)
         integers = samples.float()
         integers.view(-1)[at] = escaped
         rows = torch.empty_like(integers)
@@ -395,38 +463,54 @@ class GpuRestorer:
         rows = self._rows_of(unit, plan)
         places, values = escapes(unit, plan.num_escapes, grid.num_rows * grid.num_columns)
         num_high: Sequence[int] = rows.num_high
-        samples = high = self._new_rows(grid)
+        samples = high = self._new_rows(rows.num_leading, grid)
+        shape = (grid.num_columns, rows.num_trailing)
+        trailing = torch.empty(shape, dtype=torch.int8, device=self._device)
         half = 1 << (unit.geometry.bit_depth - 1)
-        if large := _large_rows(places, grid.num_columns, values, rows, half):
-            num_high = [max(pair) for pair in zip(num_high, large, strict=True)]
+        # Packed units have thousands of escapes, of which few are beyond what their rows' integers are.
+        large = np.flatnonzero((values >= half) | (values < -half))
+        extra: list[_Extra] = []
+        if len(large):
+            at, sizes = divmod(places[large], grid.num_columns), values[large].astype(np.int64)
+            largest = _large_rows(at[0], sizes, rows)
+            num_high = [max(pair) for pair in zip(num_high, largest, strict=True)]
+            extra = _extra(*at, sizes, rows, grid.num_columns)
         if any(n > len(s) for s, n in zip(rows.shifts, num_high, strict=True)):
             high = torch.zeros_like(samples)  # for rows of which nothing but escapes is large
         elif any(num_high):
             high = torch.empty_like(samples)
         found = (places.astype(np.int32), values) if len(places) else ()
         low_planes = _NONE if plan.low_planes is None else plan.low_planes.reshape(-1)
-        found = (*found, *_packed_arrays(plan))
-        sums, low, *others = self._upload_all(_ZERO, low_planes, *found)
-        packed = None if plan.packed is None else _PackedOnGpu(*others[-3:])
-        escaped = others[:2] if len(places) else []
-        self._unpack(unit, planes, grid, samples, high, sums, rows.on_gpu, low, packed)
+        packed_arrays = _packed_arrays(plan)
+        extra_arrays: list[NDArray[Any]] = [array for pair in extra for array in pair]
+        sums, low, *others = self._upload_all(
+            _ZERO, low_planes, *found, *packed_arrays, *extra_arrays
+        )
+        escaped, others = others[: len(found)], others[len(found) :]
+        packed = _PackedOnGpu(*others[:3]) if packed_arrays else None
+        others = others[len(packed_arrays) :]
+        on_gpu = [_ExtraOnGpu(*pair) for pair in zip(others[::2], others[1::2], strict=True)]
+        self._unpack(unit, planes, grid, samples, high, trailing, sums, rows.on_gpu, low, packed)
         if escaped:
             gpu_kernels.put_escapes[(-(-len(places) // _ESCAPES_BLOCK),)](
                 *escaped,
                 len(places),
+                rows.on_gpu.places,
                 samples,
                 high,
+                trailing,
                 rows.on_gpu.shifts,
                 rows.on_gpu.lines,
                 low,
                 -(-grid.num_columns // 8),
                 grid.num_columns,
+                rows.num_trailing,
                 BLOCK=_ESCAPES_BLOCK,
             )
-        return _Integers(samples, high, rows.of, num_high, sums)
+        return _Integers(samples, high, trailing, on_gpu, rows.parts, num_high, sums)
 
-    def _new_rows(self, grid: RowGrid) -> torch.Tensor:
-        shape = (grid.num_rows, grid.num_columns)
+    def _new_rows(self, num_rows: int, grid: RowGrid) -> torch.Tensor:
+        shape = (num_rows, grid.num_columns)
         return torch.empty(shape, dtype=torch.float16, device=self._device)
 
     def _unpack(
@@ -436,12 +520,13 @@ class GpuRestorer:
         grid: RowGrid,
         samples: torch.Tensor,
         high: torch.Tensor,
+        trailing: torch.Tensor,
         sums: torch.Tensor,
         tables: _RowTables,
         low: torch.Tensor,
         packed: _PackedOnGpu | None = None,
     ) -> None:
-        """Centred integers of the pictures, or of packed rows, into float16 [rows, T]."""
+        """Centred integers of the pictures, or of packed rows."""
         geometry = unit.geometry
         tiles, tile_columns = grid.num_tiles, grid.frame_columns
         if packed is not None:
@@ -451,10 +536,12 @@ class GpuRestorer:
         if grid.num_columns % word or (tiles > 1 and tile_columns % 8):
             word = 1
         lines, widths, first_lines = packed or (planes.data, tables.shifts, tables.lines)
-        gpu_kernels.unpack_rows[-(-grid.num_rows // _UNPACK_ROWS), tiles * blocks](
+        gpu_kernels.unpack_rows[len(tables.tiles), tiles * blocks](
             lines,
+            tables.tiles,
             samples,
             high,
+            trailing,
             sums,
             self._weights,
             self._block_weights,
@@ -466,6 +553,7 @@ class GpuRestorer:
             first_lines,
             grid.num_rows,
             grid.num_columns,
+            trailing.shape[-1],
             grid.frame_rows,
             tile_columns,
             blocks,
@@ -492,11 +580,11 @@ class GpuRestorer:
         if blocks.dtype == torch.int16:
             blocks = blocks.view(getattr(torch, spec.dtype))
         layer_stride, block_stride = to.layer_stride, blocks.stride(0)
-        for place, rows, num_high in zip(
-            plan.places, integers.rows_of, integers.num_high, strict=True
+        nothing: list[_ExtraOnGpu | None] = [None] * len(plan.places)
+        for place, part, num_high, extra in zip(
+            plan.places, integers.parts, integers.num_high, integers.extra or nothing, strict=True
         ):
-            rank = rows.stop - rows.start
-            inverse = self._inverse(calibration, place, rank)
+            inverse = self._inverse(calibration, place, part)
             offsets, run = self._pair_offsets(calibration, place, inverse, to)
             n = len(inverse.heads)
             grid = -(-unit.num_tokens // tile["TOKENS"]), -(-n // tile["COLUMNS"])
@@ -504,6 +592,11 @@ class GpuRestorer:
                 integers.samples,
                 integers.high,
                 inverse.matrix,
+                integers.trailing,
+                inverse.matrix8,
+                inverse.ratios,
+                integers.samples if extra is None else extra.amounts,
+                to.block_ids if extra is None else extra.columns,
                 inverse.means,
                 inverse.tables,
                 cosines,
@@ -512,12 +605,18 @@ class GpuRestorer:
                 blocks,
                 to.block_ids,
                 inverse.scale * plan.step,
-                rows.start,
+                part.first_leading,
+                part.first_trailing // gpu_kernels.RANK8,
                 unit.num_tokens,
                 n,
-                rank,
+                part.leading,
                 num_high,
-                inverse.matrix.stride(0),
+                part.num_trailing,
+                0 if extra is None else len(extra.columns),
+                # Of what has no columns the stride is 1: other code would be compiled for it.
+                inverse.matrix.shape[1],
+                integers.trailing.shape[1],
+                inverse.matrix8.shape[1],
                 spec.head_dim // 2,
                 (to.first_layer + place.layers.start) * layer_stride,
                 block_stride,
@@ -554,19 +653,24 @@ class GpuRestorer:
 
     # What is kept from unit to unit
 
-    def _inverse(self, calibration: Calibration, place: Place, rank: int) -> _Inverse:
-        key = (calibration.digest, place.layer_group, place.head_group, rank)
+    def _inverse(self, calibration: Calibration, place: Place, part: _Part) -> _Inverse:
+        rank = part.rows.stop - part.rows.start
+        key = (calibration.digest, *place.transform, rank, part.leading)
         if key not in self._inverses:
-            self._make_room(calibration, 2 * rank * len(calibration.bases[key[1:3]].mean))
+            columns = len(calibration.bases[place.transform].mean)
+            self._make_room(calibration, columns * (rank + part.leading))
         return _kept(
-            self._inverses, key, MAX_MATRICES, lambda: self._make_inverse(calibration, place, rank)
+            self._inverses,
+            key,
+            MAX_MATRICES,
+            lambda: self._make_inverse(calibration, place, rank, part.leading),
         )
 
     def _make_room(self, calibration: Calibration, num_bytes: int) -> None:
         """Let go of a calibration's matrices until one more of that size may be kept.
 
-        Units may name any rank: what is kept is never more than all components of every transform
-        take, in two bytes each.
+        Units may name any rank and step: what is kept is never more than all components of every
+        transform take, in two bytes each.
         """
         ours = [key for key in self._inverses if key[0] == calibration.digest]
         kept = sum(self._inverses[key].num_bytes for key in ours)
@@ -575,7 +679,9 @@ class GpuRestorer:
                 break
             kept -= self._inverses.pop(key).num_bytes
 
-    def _make_inverse(self, calibration: Calibration, place: Place, rank: int) -> _Inverse:
+    def _make_inverse(
+        self, calibration: Calibration, place: Place, rank: int, leading: int
+    ) -> _Inverse:
         spec = calibration.spec
         first = calibration.grouping.layer_starts[place.layer_group]
         ropes = calibration.rope.layers[first : first + place.layers.stop - place.layers.start]
@@ -595,21 +701,31 @@ class GpuRestorer:
         order = np.concatenate(
             [index * spec.head_dim + paired for index, paired in enumerate(dims)]
         )
-        transform = (place.layer_group, place.head_group)
-        inverse = self._multiplied_out(calibration.inverse_factors(transform, rank))
+        inverse = self._multiplied_out(calibration.inverse_factors(place.transform, rank))
         top = float(inverse.abs().max()) or 1.0
         scale = 2.0 ** np.floor(np.log2(_MATRIX_TOP / top))
-        columns, padded = len(order), -(-rank // gpu_kernels.RANK) * gpu_kernels.RANK
+        columns, padded = len(order), -(-leading // gpu_kernels.RANK) * gpu_kernels.RANK
+        inverse = inverse[self._upload(order)]
         matrix = torch.zeros((columns, padded), dtype=torch.float16, device=self._device)
-        matrix[:, :rank] = inverse[self._upload(order)].mul_(scale)
+        matrix[:, :leading] = inverse[:, :leading] * scale
+        shape = (columns, _padded(rank - leading))
+        matrix8 = torch.zeros(shape, dtype=torch.int8, device=self._device)
+        ratios = torch.ones(columns, dtype=torch.float32, device=self._device)
+        if leading < rank:
+            trailing = inverse[:, leading:]
+            steps = scale_of_8_bits(trailing.abs().amax(dim=1))
+            matrix8[:, : rank - leading] = (trailing / steps[:, None]).round()
+            ratios = steps * scale
         return _Inverse(
             matrix,
-            self._upload(calibration.bases[transform].mean[order]),
+            matrix8,
+            ratios,
+            self._upload(calibration.bases[place.transform].mean[order]),
             float(1 / scale),
             self._upload(np.concatenate(tables)),
             np.concatenate(groups),
             np.concatenate(dims),
-            2 * columns * rank,
+            columns * (rank + leading),
         )
 
     def _multiplied_out(self, factors: InverseFactors) -> torch.Tensor:
@@ -628,7 +744,13 @@ class GpuRestorer:
 
         def make() -> _Rows:
             of = [layout.rows_of(place) for place in plan.places]
-            return self._make_rows(layout.grid.num_rows, of, plan.shifts, depth)
+            leading = [layout.ranks[place.number] for place in plan.places]
+            if depth == 8:  # deeper pictures hold more than 8 bits
+                leading = [
+                    plan.calibration.num_leading(place.transform, rank, plan.step)
+                    for place, rank in zip(plan.places, leading, strict=True)
+                ]
+            return self._make_rows(layout.grid.num_rows, of, plan.shifts, leading, depth)
 
         return _kept(self._rows, (*key, unit.flags), MAX_MATRICES, make)
 
@@ -637,29 +759,45 @@ class GpuRestorer:
         num_rows: int,
         rows_of: list[slice],
         shifts: Sequence[NDArray[np.uint8]],
+        leading: list[int],
         bit_depth: int,
     ) -> _Rows:
         """Low bits lie transform after transform and bit after bit."""
         of_rows = np.zeros(num_rows, np.uint8)
         lines = np.zeros((num_rows, MAX_SHIFT), np.int32)
+        places = np.zeros(num_rows, np.int32)
         line, num_high, half = 0, [], 1 << (bit_depth - 1)
-        for rows, of_transform in zip(rows_of, shifts, strict=True):
+        parts: list[_Part] = []
+        tiles: list[tuple[int, int, int, int]] = []
+        row = column = end = 0
+        for rows, of_transform, count in zip(rows_of, shifts, leading, strict=True):
             of_rows[rows.start : rows.start + len(of_transform)] = of_transform
             for bit in range(int(of_transform.max(initial=0))):
-                count = int(np.count_nonzero(of_transform > bit))
-                lines[rows.start : rows.start + count, bit] = np.arange(line, line + count)
-                line += count
+                wide = int(np.count_nonzero(of_transform > bit))
+                lines[rows.start : rows.start + wide, bit] = np.arange(line, line + wide)
+                line += wide
             is_high = half << of_transform.astype(np.int64) > gpu_kernels.EXACT_HALF
             num_high.append(int(np.count_nonzero(is_high)))
-        tables = _RowTables(self._upload(of_rows), self._upload(lines))
-        return _Rows(rows_of, shifts, num_high, tables)
+            part = _Part(rows, count, row, column)
+            middle = rows.start + count
+            places[rows.start : middle] = row + np.arange(count)
+            places[middle : rows.stop] = -1 - column - np.arange(rows.stop - middle)
+            tiles += _tiles(end, rows.start)  # between head groups
+            tiles += _tiles(rows.start, middle, row=row)
+            tiles += _tiles(middle, rows.stop, column=column)
+            parts.append(part)
+            row, column, end = row + count, column + part.num_trailing, rows.stop
+        tiles += _tiles(end, num_rows)
+        table = np.array(tiles, np.int32)
+        tables = _RowTables(*self._upload_all(of_rows, lines, table, places))
+        return _Rows(parts, shifts, num_high, tables)
 
     def _pair_offsets(
         self, calibration: Calibration, place: Place, inverse: _Inverse, to: Destination
     ) -> tuple[torch.Tensor, int]:
         """Places [2, n / 2] of an inverse transform's columns, and how many follow each other."""
         step = to.tokens_per_block
-        key = (calibration.digest, place.layer_group, place.head_group, step)
+        key = (calibration.digest, *place.transform, step)
         head_stride = step * calibration.spec.head_dim
 
         def make() -> tuple[torch.Tensor, int]:
@@ -775,41 +913,96 @@ def _run(pairs: NDArray[np.int32], num_pairs: int) -> int:
     return 1
 
 
-def _large_rows(
-    places: NDArray[np.int64], num_tokens: int, values: NDArray[np.int32], rows: _Rows, half: int
-) -> list[int]:
-    """How many first rows of each transform hold the escapes that one float16 does not.
+def _padded(num_trailing: int) -> int:
+    return -(-num_trailing // gpu_kernels.RANK8) * gpu_kernels.RANK8
+
+
+def _tiles(
+    start: int, stop: int, *, row: int | None = None, column: int | None = None
+) -> list[tuple[int, int, int, int]]:
+    """Rows of `unpack_rows`'s ``tiles`` that go to `row` or `column` on, or nowhere."""
+    return [
+        (
+            first,
+            min(first + _UNPACK_ROWS, stop),
+            -1 if row is None else row + first - start,
+            -1 if column is None else column + first - start,
+        )
+        for first in range(start, stop, _UNPACK_ROWS)
+    ]
+
+
+def _large_rows(row_of: NDArray[np.int64], values: NDArray[np.int64], rows: _Rows) -> list[int]:
+    """How many first leading rows of each transform hold the escapes that one float16 does not.
 
     Args:
-        places: of the escapes, among all integers of the unit.
-        num_tokens: integers of a row.
-        values: of the escapes, without low bits.
+        row_of: of the large escapes, among all rows of the unit.
+        values: of them, without low bits.
         rows: the unit's.
-        half: samples without low bits are from -half to half - 1.
-
-    Returns:
-        Nothing, where no escape is so large.
 
     Raises:
         LeftToCpuError: an integer is beyond two float16.
     """
-    # Others are within one float16, or in a row whose samples are not. Packed units have thousands.
-    large = np.flatnonzero((values >= half) | (values <= -half))
-    if not len(large):
-        return []
-    size = np.abs(values[large].astype(np.int64))
-    found, row_of = [], places[large] // num_tokens
-    for part, wide in zip(rows.of, rows.shifts, strict=True):
-        ours = (row_of >= part.start) & (row_of < part.stop)
-        row = row_of[ours] - part.start
-        of_rows = np.zeros(part.stop - part.start, np.int64)
+    found = []
+    for part, wide in zip(rows.parts, rows.shifts, strict=True):
+        row = row_of - part.rows.start
+        ours = (row >= 0) & (row < part.leading)
+        of_rows = np.zeros(part.leading, np.int64)
         of_rows[: len(wide)] = wide
-        whole = (size[ours] + 1) << of_rows[row]
+        row = row[ours]
+        whole = (np.abs(values[ours]) + 1) << of_rows[row]
         if np.any(whole > _MAX_INTEGER):
             raise LeftToCpuError(f"an integer of the unit is beyond {_MAX_INTEGER}")
-        is_large = whole > gpu_kernels.EXACT_HALF
-        found.append(1 + int(row[is_large].max(initial=-1)))
+        found.append(1 + int(row[whole > gpu_kernels.EXACT_HALF].max(initial=-1)))
     return found
+
+
+def _extra(
+    row_of: NDArray[np.int64],
+    tokens: NDArray[np.int64],
+    values: NDArray[np.int64],
+    rows: _Rows,
+    num_tokens: int,
+) -> list[_Extra]:
+    """What large escapes in trailing rows are beyond 8 bits, for each transform.
+
+    Args:
+        row_of: of the large escapes, among all rows of the unit.
+        tokens: of them.
+        values: of them.
+        rows: the unit's.
+        num_tokens: the unit's.
+
+    Returns:
+        Nothing, where there are none.
+
+    Raises:
+        LeftToCpuError: an integer is so large that its parts would be no float16.
+    """
+    amounts = values - np.clip(values, *_BITS8)
+    # Below 2048, a multiple of that below 2**15, one of 2**16: each is exact as a float16, the last
+    # divided by EXTRA_FACTOR.
+    low = (amounts + (1 << 10)) % (1 << 11) - (1 << 10)
+    middle = (amounts - low + (1 << 15)) % (1 << 16) - (1 << 15)
+    high = (amounts - low - middle) // gpu_kernels.EXTRA_FACTOR
+    found, is_any, step = [], False, gpu_kernels.RANK_EXTRA
+    for part in rows.parts:
+        row = row_of - part.rows.start - part.leading
+        ours = (row >= 0) & (row < part.rows.stop - part.rows.start - part.leading)
+        is_any |= bool(ours.any())
+        if np.any(np.abs(amounts[ours]) > _MAX_EXTRA):
+            raise LeftToCpuError(f"a trailing integer of the unit is beyond {_MAX_EXTRA}")
+        columns, slot = np.unique(row[ours], return_inverse=True)
+        kinds = [(a[ours], is_scaled) for a, is_scaled in ((low, 0), (middle, 0), (high, 1))]
+        kinds = [kind for kind in kinds if np.any(kind[0])]
+        count = -(-len(kinds) * len(columns) // step) * step
+        extra = _Extra(np.zeros(count, np.int32), np.zeros((count, num_tokens), np.float16))
+        for number, (parts, is_scaled) in enumerate(kinds):
+            first = number * len(columns)
+            extra.columns[first : first + len(columns)] = 2 * columns + is_scaled
+            extra.amounts[first + slot, tokens[ours]] = parts
+        found.append(extra)
+    return found if is_any else []
 
 
 def _packed_arrays(plan: RestorePlan) -> tuple[NDArray[Any], ...]:

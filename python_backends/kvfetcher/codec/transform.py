@@ -90,7 +90,10 @@ _MAX_KINDS = 512
 # Coefficients of a unit, at most, where a layer group has not more and no frame size is asked for. On a
 # GPU it is restored in a fraction of a millisecond, but takes kv_restore about one of Python: with a
 # unit for each layer group of 256 tokens an H100 restores 0.4 of what it decodes, with four in one all.
-_UNIT_SAMPLES = 5 << 19
+# In long chunks twice as many: two groups of 1,024 tokens keep up where cores are slow, and a picture
+# costs whoever computes beside NVDEC as much as 4 MB of it (GPU.md).
+_UNIT_SAMPLES, _LONG_UNIT_SAMPLES = 5 << 19, 5 << 20
+_LONG_TOKENS = 1024
 _NO_SHIFTS = np.empty(0, np.uint8)
 # |z / step| beyond this is an outlier whose token is kept exact; far inside int32 and float32.
 _MAX_INTEGER = 1 << 23
@@ -104,7 +107,8 @@ class TransformProfile:
     calibration: Calibration
     frame_sizes: tuple[str, ...] = ()
     """Largest picture of each variant, ``WIDTHxHEIGHT``; a unit has as many of the calibration's
-    layer groups as fill one. None = one variant whose units have up to `_UNIT_SAMPLES`."""
+    layer groups as fill one. None = one variant whose units have up to `_UNIT_SAMPLES`, long
+    chunks' up to `_LONG_UNIT_SAMPLES`."""
     packed_copy: bool = False
     """One more variant: the same integers packed, without video."""
 
@@ -128,7 +132,8 @@ class TransformProfile:
         grouping = self.calibration.grouping
         groups = zip(grouping.layer_starts, grouping.layer_counts, strict=True)
         if variant in (ONLY_VARIANT, PACKED_VARIANT):
-            max_rows = _UNIT_SAMPLES // max(num_tokens, MIN_SIDE)
+            most = _UNIT_SAMPLES if num_tokens < _LONG_TOKENS else _LONG_UNIT_SAMPLES
+            max_rows = most // max(num_tokens, MIN_SIDE)
         else:
             max_rows = parse_frame_size(variant).rows
         most_layers = max_unit_layers(spec, num_tokens)
@@ -357,8 +362,8 @@ def restore_transform(unit: Unit, planes: Integers) -> Integers:
     with np.errstate(over="ignore", invalid="ignore"):
         low_bits_of = plan.low_bits(unit.num_tokens)
         for place, low_bits in zip(plan.places, low_bits_of, strict=True):
-            key, rows = (place.layer_group, place.head_group), layout.rows_of(place)
-            inverse = calibration.inverse(key, layout.ranks[place.number], plan.step)
+            rows = layout.rows_of(place)
+            inverse = calibration.inverse(place.transform, layout.ranks[place.number], plan.step)
             vectors = inverse.restore(
                 samples[rows],
                 neutral,
@@ -426,6 +431,11 @@ class Place(NamedTuple):
     """Of the unit's layers."""
     heads: tuple[int, int]
 
+    @property
+    def transform(self) -> tuple[int, int]:
+        """The calibration's key of it."""
+        return self.layer_group, self.head_group
+
 
 def _places(calibration: Calibration, groups: range) -> Iterator[Place]:
     """The transforms of a unit, in the order of their rows."""
@@ -440,7 +450,7 @@ def _places(calibration: Calibration, groups: range) -> Iterator[Place]:
 
 def _shifts(calibration: Calibration, place: Place, rank: int, step: float) -> NDArray[np.uint8]:
     """Low bits of a transform's rows, those that have any."""
-    sigma = calibration.bases[place.layer_group, place.head_group].sigma
+    sigma = calibration.bases[place.transform].sigma
     return row_shifts(sigma[:rank], step)
 
 
@@ -449,7 +459,7 @@ def _forward(
 ) -> Iterator[tuple[Place, F32]]:
     """Coefficients [rank, T] in steps, not rounded, of every transform of a unit."""
     for place in _places(calibration, groups):
-        forward = calibration.forward((place.layer_group, place.head_group), ranks[place.number])
+        forward = calibration.forward(place.transform, ranks[place.number])
         vectors = to_vectors(values[place.layers], place.heads)
         vectors -= forward.mean
         scaled = multiply(forward.matrix, vectors.T)

@@ -173,6 +173,11 @@ class Calibration:
                 found = self._forwards[*key, rank] = Forward(matrix, self.bases[key].mean)
             return found
 
+    def num_leading(self, key: tuple[int, int], rank: int, step: float) -> int:
+        """How many of a transform's first components must not be multiplied in 8 bits."""
+        leading = int(np.count_nonzero(self.bases[key].sigma[:rank] > LEADING_STEPS * step))
+        return rank if rank - leading < MIN_TRAILING else leading
+
     def inverse(self, key: tuple[int, int], rank: int, step: float) -> SplitInverse:
         """What restores the integers of one transform, kept for the next call.
 
@@ -182,9 +187,7 @@ class Calibration:
         Raises:
             FormatError: the transform has fewer components.
         """
-        leading = int(np.count_nonzero(self.bases[key].sigma[:rank] > LEADING_STEPS * step))
-        if rank - leading < MIN_TRAILING or not has_int8_product():
-            leading = rank
+        leading = self.num_leading(key, rank, step) if has_int8_product() else rank
         name = (*key, rank, leading)
         with self._lock:
             found = self._inverses.pop(name, None)

@@ -8,7 +8,7 @@ to the power of the quantiser's own noise. The sum over them is exact, so it is 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,8 +73,7 @@ class SplitInverse(NamedTuple):
     def split(cls, inverse: F32, mean: F32, *, num_leading: int) -> SplitInverse:
         """From the inverse [m, n] in float32; ``num_leading`` rows stay as they are."""
         leading, rest = inverse[:num_leading], inverse[num_leading:]
-        scale = np.abs(rest).max(axis=0, initial=0.0) / np.float32(_HIGH)
-        scale = np.where(scale > 0, scale, np.float32(1)).astype(np.float32)
+        scale = scale_of_8_bits(np.abs(rest).max(axis=0, initial=0.0))
         trailing = np.rint(rest / scale).astype(np.int8)
         return cls(np.ascontiguousarray(leading), trailing, scale, mean)
 
@@ -126,6 +125,11 @@ class SplitInverse(NamedTuple):
         amounts[token_index, row_index] = missing.amounts
         inverse = self.trailing[used_rows].astype(np.float32)
         vectors[used_tokens] += multiply_add(amounts, inverse, np.zeros_like(scale)) * scale
+
+
+def scale_of_8_bits(largest: Any) -> Any:
+    """Of each value, by the largest magnitude in its column of the trailing rows (numpy or torch)."""
+    return (largest + (largest == 0)) / _HIGH
 
 
 def _to_int8(samples: Integers, neutral: int) -> tuple[NDArray[np.int8], Corrections]:

@@ -123,7 +123,7 @@ def test_long_chunks_have_a_packed_unit_for_each_layer_group():
     calibration = make_calibration(SPEC, layers=1)
     profile = TransformProfile("near", calibration, packed_copy=True)
     most = max(calibration.unit_rank(group, "near") for group in range(4))
-    long = (5 << 19) // most
+    long = (5 << 20) // most
     assert len(profile.layer_groups(SPEC, long, "packed")) == 4
     assert len(profile.layer_groups(SPEC, long // 4, "packed")) == 1
 

@@ -134,8 +134,10 @@ def test_units_of_short_chunks_have_more_layer_groups():
     def most(num_tokens):
         return max(count for _, count in profile.layer_groups(spec, num_tokens, "-"))
 
-    long = (5 << 19) // rank
+    long = (5 << 20) // rank
     assert [most(long), most(long // 4), most(long // 16)] == [1, 4, 16]
+    # Of chunks below 1,024 tokens, half as many coefficients.
+    assert [most(1024), most(1023)] == [min(64, (5 << k) // 1024 // rank) for k in (20, 19)]
     assert most(16) == most(144) == 64, "pictures of both are as wide"
     # All in one picture, which has thousands of lines.
     values = cache_values(calibration, spec, 32, 0)
