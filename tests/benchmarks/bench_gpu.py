@@ -15,7 +15,7 @@ rates         14 decoders through tritonserver, for each number of kv_restore pr
 memory        GPU memory, from before the server's start to prefixes of 128k tokens
 interference  a matrix product and a running generation beside it (and beside CacheGen's decoder)
 more          other profiles, chunk lengths and picture sizes, and packed units, with the best number
-              of kv_restore
+              of kv_restore, and what a running generation loses beside each
 instances     1 to 14 decoders, and what a running generation loses beside them
 
 With ``--mps`` all of them run under NVIDIA's Multi-Process Service, with ``--gpus 0,1`` decoders take
@@ -521,7 +521,7 @@ def run_rates(plan: Plan, works: list[Workload], parts: tuple[str, ...]) -> None
                     run_rate(plan, rig, work, key, seconds=plan.args.seconds)
             if "interference" in parts and "interference" not in plan.report:
                 with plan.step("interference"):
-                    run_interference(rig, works[-1], plan.report)
+                    run_interference(plan, rig, works, key)
 
 
 def best_restorers(plan: Plan) -> int:
@@ -547,10 +547,16 @@ def run_more(plan: Plan, calibration: Calibration) -> None:
         with plan.step("more, bare"):
             drawn = [work for work in works if work.has_pictures]
             run_bare(plan, drawn, seconds=seconds, all_arms=False)
-        with plan.step("more"), open_rig(plan, plan.args.decoders, restorers) as rig:
+        with (
+            plan.step("more"),
+            Neighbour(_generate) as generation,
+            open_rig(plan, plan.args.decoders, restorers) as rig,
+        ):
             for work in works:
-                if plan.has_time(work.name, 10):
+                if plan.has_time(work.name, 25):
                     run_rate(plan, rig, work, key, seconds=seconds)
+                    beside = generation.beside({"path": _path_load(rig, work)})
+                    plan.row(work)[key]["generation"] = beside["path"]
 
 
 def run_instances(plan: Plan, works: list[Workload]) -> None:
@@ -638,10 +644,10 @@ def _free_bytes() -> int:
     return cuda_context(0).memory_info()[0]
 
 
-def run_interference(rig: Rig, work: Workload, report: dict) -> None:
+def run_interference(plan: Plan, rig: Rig, works: list[Workload], key: str) -> None:
     """What a matrix product and a running generation lose beside decoding and restoring."""
-    row = report["interference"] = {"workload": work.name}
-    loads = {"path": _path_load(rig, work)}
+    row = plan.report["interference"] = {"workload": works[-1].name}
+    loads = {"path": _path_load(rig, works[-1])}
     with contextlib.ExitStack() as stack:
         if find_kernels() is None:
             row["cachegen"] = "no LMCache here: not measured"
@@ -655,6 +661,11 @@ def run_interference(rig: Rig, work: Workload, report: dict) -> None:
         for name, target in (("gemm_tflop_per_s", _gemm), ("generation_tokens_per_s", _generate)):
             with Neighbour(target) as neighbour:
                 row[name] = neighbour.beside(loads)
+                for work in works if target is _generate else ():
+                    found = plan.row(work).get(key)
+                    if found is not None:
+                        beside = neighbour.beside({"path": _path_load(rig, work)})
+                        found["generation"] = beside["path"]
             print("interference", name, row[name], flush=True)
 
 

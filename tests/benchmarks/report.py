@@ -145,17 +145,18 @@ def mixed_table(report: dict) -> str:
 
 def gpu_table(report: dict) -> str:
     """Rates through the server against bare decoders, and what else runs on the GPU."""
+    has_loss = any("generation" in f for r in report["rates"].values() for f in _found(r).values())
     lines = [
         (
             "| units | bits per element | kv_restore | G elements/s | of 7 bare | of 14 bare"
             " | one alone, ms | under load, ms |"
+            + " 8B generation beside it (at G elements/s) |"
+            * has_loss
         ),
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|" + "---|" * has_loss,
     ]
     for name, row in report["rates"].items():
-        for key, found in row.items():
-            if not key.startswith("triton_"):
-                continue
+        for key, found in _found(row).items():
             of_bare = [
                 f"{found['elements_g_per_s'] / row[bare]:.2f}" if bare in row else ""
                 for bare in ("bare_7", "bare_14")
@@ -169,6 +170,10 @@ def gpu_table(report: dict) -> str:
                 f"{found['alone_ms_median']:.1f}",
                 f"{found['latency_ms_median']:.1f} (p95 {found['latency_ms_p95']:.1f})",
             ]
+            if has_loss:
+                beside = found["generation"]
+                rate = median(beside["elements_g_per_s"])
+                cells.append(f"{-100 * beside['lost']:+.1f} % ({rate:.1f})")
             lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| beside it | alone | beside ours (at G elements/s) | beside CacheGen (at) |"]
     lines.append("|---|---|---|---|")
@@ -187,6 +192,11 @@ def gpu_table(report: dict) -> str:
             )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", _place(report)])
+
+
+def _found(row: dict) -> dict[str, dict]:
+    """What was measured through the server, by decoders and restorers."""
+    return {key: found for key, found in row.items() if key.startswith("triton_")}
 
 
 def _place(report: dict) -> str:

@@ -237,6 +237,13 @@ def test_one_report_holds_every_part(report_of, bench):
     assert product == {"path": {"elements_g_per_s": [4.0], "lost": 0.1}}
     assert "no LMCache" in report["interference"]["cachegen"]
     assert len(report["rates"]) == len(bench.MAIN) + len(bench.MORE)
+    lost = [
+        r["triton_14_2"]["generation"]["lost"]
+        for r in report["rates"].values()
+        if r["triton_14_2"].get("generation")
+    ]
+    assert lost == [0.1] * len(bench.MORE)
+    assert main["triton_14_1"]["generation"]["lost"] == 0.1, "in the first server"
     packed = report["rates"][str(bench.MORE[-1])]
     assert "triton_14_2" in packed
     assert "bare_14" not in packed, "no decoder has anything to do with it"
