@@ -271,7 +271,7 @@ H100_NVDEC = DecodeTable(
     # An inverse transform of 1024 tokens and 2048 coefficients takes 0.08 ms (bf16 GEMM).
     restore_elements_per_second=25e9,
     # Four kv_restore under MPS restore 2665 units of 256x817 in a second, bound by their CPU time
-    # (results/gpu_instances_h100_mps.json).
+    # (results/gpu_earlier_h100_mps.json).
     restore_unit_seconds=1 / 2665,
     points=(
         _nvdec(256, 640, 0.96e-3, 0.72, 2.40),
