@@ -15,6 +15,7 @@ import torch
 
 from kvfetcher.codec.base import LeftToCpuError, PlaneGeometry
 from kvfetcher.codec.exact import ExactProfile
+from kvfetcher.codec.gpu_rows import EXTRA_FACTOR, HIGH_BITS
 from kvfetcher.codec.profiles import decode_unit, encode_chunk, restore_parsed
 from kvfetcher.codec.symbols import ESCAPE_INDICES, ESCAPE_VALUES, escapes
 from kvfetcher.codec.transform import TransformProfile, plan_restore
@@ -374,35 +375,55 @@ def test_what_does_not_fit_is_refused(restorer):
 
 @pytest.mark.parametrize("outlier", [1, 40, 400])
 def test_integers_of_wide_rows_and_escapes_are_exact(restorer, outlier):
-    from kvfetcher.codec.gpu_kernels import HIGH_BITS
-
     spec = spec_of()
     calibration = make_calibration(spec, layers=2)
     register_calibration(calibration)
     values = correlated_values(spec, TOKENS)
+    rotate_keys(values[:, 0], calibration.rope, 0)  # the values that the calibration is for
     values[:, :, :, 17] *= outlier
     values = float32_to_bits(values, spec.dtype)
     num_escapes = 0
-    for data in units_of(TransformProfile("near", calibration), spec, values):
+    pictures = units_of(TransformProfile("near", calibration), spec, values)
+    for data in pictures + units_of(OnlyPacked("near", calibration), spec, values):
         unit, planes = parse_unit(data), decode_unit(data, VideoDecoder())
-        assert unit.flags == HAS_LOW_BITS
+        assert unit.flags & HAS_LOW_BITS
         plan = plan_restore(unit)
         grid = plan.layout.grid
-        expected = grid.gather(planes).astype(np.int64) - (1 << (unit.geometry.bit_depth - 1))
+        if plan.packed is None:
+            samples = grid.gather(planes)
+        else:
+            samples = plan.packed.unpack(unit.num_tokens)
+        expected = samples.astype(np.int64) - (1 << (unit.geometry.bit_depth - 1))
         places, escaped = escapes(unit, plan.num_escapes, expected.size)
         expected.reshape(-1)[places] = escaped
         num_escapes += len(places)
         got = restorer._integers(unit, plan, on_gpu(planes, high_bits=True))
         low_bits = plan.low_bits(unit.num_tokens)
-        for place, low, num_high in zip(plan.places, low_bits, got.num_high, strict=True):
+        for number, (place, low) in enumerate(zip(plan.places, low_bits, strict=True)):
             rows = plan.layout.rows_of(place)
             expected[rows][: len(low.low)] <<= low.shifts[:, None]
             expected[rows][: len(low.low)] |= low.low
-            integers = got.samples[rows].cpu().numpy().astype(np.int64)
-            high = got.high[rows][:num_high].cpu().numpy().astype(np.int64)
-            integers[:num_high] += high << HIGH_BITS
-            np.testing.assert_array_equal(integers, expected[rows])
-    assert (num_escapes > 0) == (outlier > 1)
+            np.testing.assert_array_equal(integers_of(got, number), expected[rows])
+        is_shallow = unit.geometry.bit_depth == 8
+        assert all(bool(part.num_trailing) == is_shallow for part in got.parts)
+        assert is_shallow or outlier > 1
+    assert num_escapes > 0 or outlier == 1
+
+
+def integers_of(got, number):
+    """Those of one transform, put together from all that holds parts of them."""
+    part, num_high = got.parts[number], got.num_high[number]
+    leading = slice(part.first_leading, part.first_leading + part.num_leading)
+    integers = got.samples[leading].cpu().numpy().astype(np.int64)
+    high = got.high[leading][:num_high].cpu().numpy().astype(np.int64)
+    integers[:num_high] += high << HIGH_BITS
+    columns = slice(part.first_trailing, part.first_trailing + part.num_trailing)
+    trailing = got.trailing[:, columns].cpu().numpy().T.astype(np.int64)
+    if got.extra:
+        rows = got.extra[number].columns.cpu().numpy()
+        amounts = got.extra[number].amounts.cpu().numpy().astype(np.int64)
+        np.add.at(trailing, rows // 2, np.where(rows % 2, EXTRA_FACTOR, 1)[:, None] * amounts)
+    return np.concatenate([integers, trailing])
 
 
 def test_integers_beyond_two_halves_are_left_to_the_cpu(restorer):

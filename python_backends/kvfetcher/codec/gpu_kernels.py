@@ -4,9 +4,8 @@ Samples out of pictures with their low bits and digest, escapes, coefficients in
 product, dequantisation, rotation, rounding, scatter into blocks in one), and profile `exact`. Which
 element goes where is in tables that `gpu_restore` makes once per geometry; nothing here knows a model.
 
-Coefficients of leading rows (`transform.inverse`) are a float16 [rows, T], or two where they may pass
-2048: ``high * 2**HIGH_BITS + low``. Those of trailing rows are 8-bit integers [T, columns]: tensor cores
-take 8-bit operands only with what is summed over side by side.
+Coefficients of leading rows are float16 [rows, T], those of trailing rows 8-bit integers [T, columns]
+(`gpu_rows`).
 
 A 64-bit sum with wrap-around is the integer digest of `codec.digest`, term by term.
 """
@@ -17,21 +16,11 @@ import triton
 import triton.language as tl
 
 from kvfetcher.codec.digest import BLOCK_WORDS
+from kvfetcher.codec.gpu_rows import EXACT_HALF, EXTRA_FACTOR, HIGH_BITS, RANK8, RANK_EXTRA
 from kvfetcher.codec.low_bits import MAX_SHIFT
 
-HIGH_BITS = 10
-"""The high part of an integer counts in 2**10: up to 2**21 float16 holds it and the rest exactly, and up
-to 2**25 both have 11 bits, as the inverse transform has."""
 RANK = 64
 """Leading coefficients that `restore_columns` multiplies at one time."""
-RANK8 = 128
-"""Trailing ones."""
-RANK_EXTRA = 16
-"""Of those that are beyond 8 bits somewhere."""
-EXTRA_FACTOR = 256
-"""What is beyond may count so much more: then it is a float16 up to 2**24."""
-EXACT_HALF = 2048
-"""Integers up to this are exact in float16."""
 
 _HIGH_BITS = tl.constexpr(HIGH_BITS)
 _HIGH_STEP = tl.constexpr(1 << HIGH_BITS)

@@ -25,9 +25,14 @@ import numpy as np
 import torch
 
 from kvfetcher.codec import digest, gpu_kernels
-from kvfetcher.codec.base import LeftToCpuError
 from kvfetcher.codec.exact import check_exact, plan_exact
-from kvfetcher.codec.low_bits import MAX_SHIFT
+from kvfetcher.codec.gpu_rows import (
+    RANK8,
+    TILE_ROWS,
+    padded_trailing,
+    plan_leading_rows,
+    plan_rows,
+)
 from kvfetcher.codec.raw_tokens import exact_tokens
 from kvfetcher.codec.symbols import check_digest, escapes
 from kvfetcher.codec.transform import plan_restore
@@ -41,6 +46,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from kvfetcher.codec.gpu_rows import Part, RowPlan
     from kvfetcher.codec.transform import Place, RestorePlan
     from kvfetcher.codec.unit import Unit
     from kvfetcher.layout import RowGrid
@@ -55,10 +61,6 @@ MAX_MATRICES = 1024
 """Inverse transforms kept; one calibration has one for each layer group and head group."""
 
 _MASK = (1 << 64) - 1
-# Larger integers are left to the CPU: encoders keep such tokens exact.
-_MAX_INTEGER = 1 << 25
-# In a trailing row. It is twice what encoders let pass.
-_MAX_EXTRA = 1 << 24
 # Largest entry of an inverse transform after scaling: far from float16's ends on both sides.
 _MATRIX_TOP = 2.0**12
 _ESCAPES_BLOCK = 256
@@ -69,14 +71,13 @@ _LARGE_TILE = {"TOKENS": 128, "COLUMNS": 128, "num_warps": 8, "num_stages": 3, "
 _SMALL_TILE = {"TOKENS": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 4}
 # Chunks up to this make so few large tiles that most of a GPU would wait.
 _SMALL_TOKENS = 256
-# Of `unpack_rows`: rows of one program, and columns of one picture: 11 us of the above at 1024 tokens, 8
-# at 256; 12 and 13 with 128 columns, 12 and 10 with 16 rows of 256.
-_UNPACK_ROWS, _UNPACK_COLUMNS = 32, 64
+# Columns of one picture in one program of `unpack_rows`: 11 us of the above at 1024 tokens, 8 at 256; with
+# 128 columns 12 and 13, with 16 rows of 256 12 and 10.
+_UNPACK_COLUMNS = 64
 # A store of 8 values of two bytes is as wide as a thread's can be.
 _RUNS = (8, 4, 2)
 _ZERO = np.zeros(1, np.int64)
 _NONE = np.zeros(1, np.uint8)
-_BITS8 = -128, 127
 # Of the parts of one copy.
 _ALIGNMENT = 16
 
@@ -163,55 +164,20 @@ class _Inverse(NamedTuple):
     """Of the matrices, without padding."""
 
 
-class _Part(NamedTuple):
-    """The rows of one transform among those of a unit's pictures, and where their integers go."""
+class _RowTables(NamedTuple):
+    """`gpu_rows.RowTables`."""
 
-    rows: slice
-    leading: int
-    """The first rows, which are float16; the others are 8 bits."""
-    first_leading: int
-    """Where they begin in `_Integers.samples`."""
-    first_trailing: int
-    """Column of `_Integers.trailing` where the others begin."""
-
-    @property
-    def num_trailing(self) -> int:
-        """Columns of the others, with padding."""
-        return _padded(self.rows.stop - self.rows.start - self.leading)
+    low_bits: torch.Tensor
+    lines: torch.Tensor
+    tiles: torch.Tensor
+    places: torch.Tensor
 
 
 class _Rows(NamedTuple):
     """The rows of a unit's pictures, the same in all units of its kind."""
 
-    parts: list[_Part]
-    """Each transform's."""
-    shifts: Sequence[NDArray[np.uint8]]
-    """Low bits of each transform's first rows; others have none."""
-    num_high: list[int]
-    """First rows of each transform whose samples with their low bits are beyond one float16."""
+    plan: RowPlan
     on_gpu: _RowTables
-
-    @property
-    def num_leading(self) -> int:
-        return sum(part.leading for part in self.parts)
-
-    @property
-    def num_trailing(self) -> int:
-        """With padding."""
-        return sum(part.num_trailing for part in self.parts)
-
-
-class _RowTables(NamedTuple):
-    """A unit's rows, as `gpu_kernels.unpack_rows` and `put_escapes` take them."""
-
-    shifts: torch.Tensor
-    """uint8 [rows]: low bits."""
-    lines: torch.Tensor
-    """int32 [rows, MAX_SHIFT]: of each low bit."""
-    tiles: torch.Tensor
-    """int32 [tiles, 4]."""
-    places: torch.Tensor
-    """int32 [rows]."""
 
 
 class _PackedOnGpu(NamedTuple):
@@ -232,23 +198,13 @@ class _Integers(NamedTuple):
     trailing: torch.Tensor
     """int8 [T, trailing rows], each transform's padded with any numbers to a multiple of RANK8."""
     extra: Sequence[_ExtraOnGpu]
-    """Of each transform; empty = no trailing integer is beyond 8 bits."""
-    parts: list[_Part]
-    """Each transform's."""
+    """`gpu_rows.Extra` of each transform; empty = no trailing integer is beyond 8 bits."""
+    parts: Sequence[Part]
+    """Each transform's rows."""
     num_high: Sequence[int]
     """Of each transform."""
     sums: torch.Tensor
     """int64 [1]: the samples' digest but for the length."""
-
-
-class _Extra(NamedTuple):
-    """What some trailing integers of a transform are beyond 8 bits."""
-
-    columns: NDArray[np.int32]
-    """[k] twice the trailing row, and 1 more where amounts are to be multiplied by EXTRA_FACTOR; k is a
-    multiple of RANK_EXTRA, the last ones may stand for nothing."""
-    amounts: NDArray[np.float16]
-    """[k, T] to be added to them; a row may come thrice."""
 
 
 class _ExtraOnGpu(NamedTuple):
@@ -429,27 +385,21 @@ class GpuRestorer:
             plan.means,
         )
         depth = unit.geometry.bit_depth
-        rows_of: _Rows = _kept(
+        rows: _Rows = _kept(
             self._rows,
             grid.num_rows,
             MAX_MATRICES,
-            lambda: self._make_rows(
-                grid.num_rows,
-                [slice(0, grid.num_rows)],
-                [np.empty(0, np.uint8)],
-                [grid.num_rows],
-                depth,
-            ),
+            lambda: self._upload_rows(plan_leading_rows(grid.num_rows, depth)),
         )
         samples = self._new_rows(grid.num_rows, grid)
         none = samples.new_empty(0, dtype=torch.int8)
-        self._unpack(unit, planes, grid, samples, samples, none, sums, rows_of.on_gpu, sums)
+        self._unpack(unit, planes, grid, samples, samples, none, sums, rows.on_gpu, sums)
         integers = samples.float()
         integers.view(-1)[at] = escaped
-        rows = torch.empty_like(integers)
-        rows[order] = integers
+        ordered = torch.empty_like(integers)
+        ordered[order] = integers
         layers, factor, heads, tokens, dim = unit.shape
-        restored = rows.view(layers, factor, heads, dim, tokens).mT * steps
+        restored = ordered.view(layers, factor, heads, dim, tokens).mT * steps
         restored += means
         self._scatter(to, _to_bits(restored, unit.spec.dtype))
         self._put_exact_tokens(unit, plan.num_raw_tokens, to)
@@ -460,54 +410,45 @@ class GpuRestorer:
     def _integers(self, unit: Unit, plan: RestorePlan, planes: GpuPlanes) -> _Integers:
         """Samples, low bits and escapes of a unit, put together on the GPU."""
         grid = plan.layout.grid
-        rows = self._rows_of(unit, plan)
+        rows, on_gpu = self._rows_of(unit, plan)
         places, values = escapes(unit, plan.num_escapes, grid.num_rows * grid.num_columns)
-        num_high: Sequence[int] = rows.num_high
+        large = rows.large_escapes(places, values, grid.num_columns)
         samples = high = self._new_rows(rows.num_leading, grid)
         shape = (grid.num_columns, rows.num_trailing)
         trailing = torch.empty(shape, dtype=torch.int8, device=self._device)
-        half = 1 << (unit.geometry.bit_depth - 1)
-        # Packed units have thousands of escapes, of which few are beyond what their rows' integers are.
-        large = np.flatnonzero((values >= half) | (values < -half))
-        extra: list[_Extra] = []
-        if len(large):
-            at, sizes = divmod(places[large], grid.num_columns), values[large].astype(np.int64)
-            largest = _large_rows(at[0], sizes, rows)
-            num_high = [max(pair) for pair in zip(num_high, largest, strict=True)]
-            extra = _extra(*at, sizes, rows, grid.num_columns)
-        if any(n > len(s) for s, n in zip(rows.shifts, num_high, strict=True)):
+        if any(n > len(s) for s, n in zip(rows.shifts, large.num_high, strict=True)):
             high = torch.zeros_like(samples)  # for rows of which nothing but escapes is large
-        elif any(num_high):
+        elif any(large.num_high):
             high = torch.empty_like(samples)
         found = (places.astype(np.int32), values) if len(places) else ()
         low_planes = _NONE if plan.low_planes is None else plan.low_planes.reshape(-1)
         packed_arrays = _packed_arrays(plan)
-        extra_arrays: list[NDArray[Any]] = [array for pair in extra for array in pair]
+        extra_arrays: list[NDArray[Any]] = [array for pair in large.extra for array in pair]
         sums, low, *others = self._upload_all(
             _ZERO, low_planes, *found, *packed_arrays, *extra_arrays
         )
         escaped, others = others[: len(found)], others[len(found) :]
         packed = _PackedOnGpu(*others[:3]) if packed_arrays else None
         others = others[len(packed_arrays) :]
-        on_gpu = [_ExtraOnGpu(*pair) for pair in zip(others[::2], others[1::2], strict=True)]
-        self._unpack(unit, planes, grid, samples, high, trailing, sums, rows.on_gpu, low, packed)
+        extra = [_ExtraOnGpu(*pair) for pair in zip(others[::2], others[1::2], strict=True)]
+        self._unpack(unit, planes, grid, samples, high, trailing, sums, on_gpu, low, packed)
         if escaped:
             gpu_kernels.put_escapes[(-(-len(places) // _ESCAPES_BLOCK),)](
                 *escaped,
                 len(places),
-                rows.on_gpu.places,
+                on_gpu.places,
                 samples,
                 high,
                 trailing,
-                rows.on_gpu.shifts,
-                rows.on_gpu.lines,
+                on_gpu.low_bits,
+                on_gpu.lines,
                 low,
                 -(-grid.num_columns // 8),
                 grid.num_columns,
                 rows.num_trailing,
                 BLOCK=_ESCAPES_BLOCK,
             )
-        return _Integers(samples, high, trailing, on_gpu, rows.parts, num_high, sums)
+        return _Integers(samples, high, trailing, extra, rows.parts, large.num_high, sums)
 
     def _new_rows(self, num_rows: int, grid: RowGrid) -> torch.Tensor:
         shape = (num_rows, grid.num_columns)
@@ -535,7 +476,7 @@ class GpuRestorer:
         word = 4 // geometry.dtype.itemsize
         if grid.num_columns % word or (tiles > 1 and tile_columns % 8):
             word = 1
-        lines, widths, first_lines = packed or (planes.data, tables.shifts, tables.lines)
+        lines, widths, first_lines = packed or (planes.data, tables.low_bits, tables.lines)
         gpu_kernels.unpack_rows[len(tables.tiles), tiles * blocks](
             lines,
             tables.tiles,
@@ -545,7 +486,7 @@ class GpuRestorer:
             sums,
             self._weights,
             self._block_weights,
-            tables.shifts,
+            tables.low_bits,
             tables.lines,
             low,
             -(-grid.num_columns // 8),
@@ -565,7 +506,7 @@ class GpuRestorer:
             PACKED=packed is not None,
             ITEM_BYTES=geometry.dtype.itemsize,
             WORD=word,
-            ROWS=_UNPACK_ROWS,
+            ROWS=TILE_ROWS,
             COLUMNS=_UNPACK_COLUMNS,
         )
 
@@ -606,10 +547,10 @@ class GpuRestorer:
                 to.block_ids,
                 inverse.scale * plan.step,
                 part.first_leading,
-                part.first_trailing // gpu_kernels.RANK8,
+                part.first_trailing // RANK8,
                 unit.num_tokens,
                 n,
-                part.leading,
+                part.num_leading,
                 num_high,
                 part.num_trailing,
                 0 if extra is None else len(extra.columns),
@@ -653,17 +594,17 @@ class GpuRestorer:
 
     # What is kept from unit to unit
 
-    def _inverse(self, calibration: Calibration, place: Place, part: _Part) -> _Inverse:
+    def _inverse(self, calibration: Calibration, place: Place, part: Part) -> _Inverse:
         rank = part.rows.stop - part.rows.start
-        key = (calibration.digest, *place.transform, rank, part.leading)
+        key = (calibration.digest, *place.transform, rank, part.num_leading)
         if key not in self._inverses:
             columns = len(calibration.bases[place.transform].mean)
-            self._make_room(calibration, columns * (rank + part.leading))
+            self._make_room(calibration, columns * (rank + part.num_leading))
         return _kept(
             self._inverses,
             key,
             MAX_MATRICES,
-            lambda: self._make_inverse(calibration, place, rank, part.leading),
+            lambda: self._make_inverse(calibration, place, rank, part.num_leading),
         )
 
     def _make_room(self, calibration: Calibration, num_bytes: int) -> None:
@@ -708,7 +649,7 @@ class GpuRestorer:
         inverse = inverse[self._upload(order)]
         matrix = torch.zeros((columns, padded), dtype=torch.float16, device=self._device)
         matrix[:, :leading] = inverse[:, :leading] * scale
-        shape = (columns, _padded(rank - leading))
+        shape = (columns, padded_trailing(rank - leading))
         matrix8 = torch.zeros(shape, dtype=torch.int8, device=self._device)
         ratios = torch.ones(columns, dtype=torch.float32, device=self._device)
         if leading < rank:
@@ -750,47 +691,14 @@ class GpuRestorer:
                     plan.calibration.num_leading(place.transform, rank, plan.step)
                     for place, rank in zip(plan.places, leading, strict=True)
                 ]
-            return self._make_rows(layout.grid.num_rows, of, plan.shifts, leading, depth)
+            return self._upload_rows(
+                plan_rows(layout.grid.num_rows, of, leading, plan.shifts, depth)
+            )
 
         return _kept(self._rows, (*key, unit.flags), MAX_MATRICES, make)
 
-    def _make_rows(
-        self,
-        num_rows: int,
-        rows_of: list[slice],
-        shifts: Sequence[NDArray[np.uint8]],
-        leading: list[int],
-        bit_depth: int,
-    ) -> _Rows:
-        """Low bits lie transform after transform and bit after bit."""
-        of_rows = np.zeros(num_rows, np.uint8)
-        lines = np.zeros((num_rows, MAX_SHIFT), np.int32)
-        places = np.zeros(num_rows, np.int32)
-        line, num_high, half = 0, [], 1 << (bit_depth - 1)
-        parts: list[_Part] = []
-        tiles: list[tuple[int, int, int, int]] = []
-        row = column = end = 0
-        for rows, of_transform, count in zip(rows_of, shifts, leading, strict=True):
-            of_rows[rows.start : rows.start + len(of_transform)] = of_transform
-            for bit in range(int(of_transform.max(initial=0))):
-                wide = int(np.count_nonzero(of_transform > bit))
-                lines[rows.start : rows.start + wide, bit] = np.arange(line, line + wide)
-                line += wide
-            is_high = half << of_transform.astype(np.int64) > gpu_kernels.EXACT_HALF
-            num_high.append(int(np.count_nonzero(is_high)))
-            part = _Part(rows, count, row, column)
-            middle = rows.start + count
-            places[rows.start : middle] = row + np.arange(count)
-            places[middle : rows.stop] = -1 - column - np.arange(rows.stop - middle)
-            tiles += _tiles(end, rows.start)  # between head groups
-            tiles += _tiles(rows.start, middle, row=row)
-            tiles += _tiles(middle, rows.stop, column=column)
-            parts.append(part)
-            row, column, end = row + count, column + part.num_trailing, rows.stop
-        tiles += _tiles(end, num_rows)
-        table = np.array(tiles, np.int32)
-        tables = _RowTables(*self._upload_all(of_rows, lines, table, places))
-        return _Rows(parts, shifts, num_high, tables)
+    def _upload_rows(self, plan: RowPlan) -> _Rows:
+        return _Rows(plan, _RowTables(*self._upload_all(*plan.tables)))
 
     def _pair_offsets(
         self, calibration: Calibration, place: Place, inverse: _Inverse, to: Destination
@@ -911,98 +819,6 @@ def _run(pairs: NDArray[np.int32], num_pairs: int) -> int:
         if not np.any(begins % run) and np.array_equal(runs, begins + np.arange(run)):
             return run
     return 1
-
-
-def _padded(num_trailing: int) -> int:
-    return -(-num_trailing // gpu_kernels.RANK8) * gpu_kernels.RANK8
-
-
-def _tiles(
-    start: int, stop: int, *, row: int | None = None, column: int | None = None
-) -> list[tuple[int, int, int, int]]:
-    """Rows of `unpack_rows`'s ``tiles`` that go to `row` or `column` on, or nowhere."""
-    return [
-        (
-            first,
-            min(first + _UNPACK_ROWS, stop),
-            -1 if row is None else row + first - start,
-            -1 if column is None else column + first - start,
-        )
-        for first in range(start, stop, _UNPACK_ROWS)
-    ]
-
-
-def _large_rows(row_of: NDArray[np.int64], values: NDArray[np.int64], rows: _Rows) -> list[int]:
-    """How many first leading rows of each transform hold the escapes that one float16 does not.
-
-    Args:
-        row_of: of the large escapes, among all rows of the unit.
-        values: of them, without low bits.
-        rows: the unit's.
-
-    Raises:
-        LeftToCpuError: an integer is beyond two float16.
-    """
-    found = []
-    for part, wide in zip(rows.parts, rows.shifts, strict=True):
-        row = row_of - part.rows.start
-        ours = (row >= 0) & (row < part.leading)
-        of_rows = np.zeros(part.leading, np.int64)
-        of_rows[: len(wide)] = wide
-        row = row[ours]
-        whole = (np.abs(values[ours]) + 1) << of_rows[row]
-        if np.any(whole > _MAX_INTEGER):
-            raise LeftToCpuError(f"an integer of the unit is beyond {_MAX_INTEGER}")
-        found.append(1 + int(row[whole > gpu_kernels.EXACT_HALF].max(initial=-1)))
-    return found
-
-
-def _extra(
-    row_of: NDArray[np.int64],
-    tokens: NDArray[np.int64],
-    values: NDArray[np.int64],
-    rows: _Rows,
-    num_tokens: int,
-) -> list[_Extra]:
-    """What large escapes in trailing rows are beyond 8 bits, for each transform.
-
-    Args:
-        row_of: of the large escapes, among all rows of the unit.
-        tokens: of them.
-        values: of them.
-        rows: the unit's.
-        num_tokens: the unit's.
-
-    Returns:
-        Nothing, where there are none.
-
-    Raises:
-        LeftToCpuError: an integer is so large that its parts would be no float16.
-    """
-    amounts = values - np.clip(values, *_BITS8)
-    # Below 2048, a multiple of that below 2**15, one of 2**16: each is exact as a float16, the last
-    # divided by EXTRA_FACTOR.
-    low = (amounts + (1 << 10)) % (1 << 11) - (1 << 10)
-    middle = (amounts - low + (1 << 15)) % (1 << 16) - (1 << 15)
-    high = (amounts - low - middle) // gpu_kernels.EXTRA_FACTOR
-    found, is_any, step = [], False, gpu_kernels.RANK_EXTRA
-    for part in rows.parts:
-        row = row_of - part.rows.start - part.leading
-        ours = (row >= 0) & (row < part.rows.stop - part.rows.start - part.leading)
-        is_any |= bool(ours.any())
-        if np.any(np.abs(amounts[ours]) > _MAX_EXTRA):
-            raise LeftToCpuError(f"a trailing integer of the unit is beyond {_MAX_EXTRA}")
-        columns, slot = np.unique(row[ours], return_inverse=True)
-        kinds = [(a[ours], is_scaled) for a, is_scaled in ((low, 0), (middle, 0), (high, 1))]
-        kinds = [kind for kind in kinds if np.any(kind[0])]
-        count = -(-len(kinds) * len(columns) // step) * step
-        extra = _Extra(np.zeros(count, np.int32), np.zeros((count, num_tokens), np.float16))
-        for number, (parts, is_scaled) in enumerate(kinds):
-            first = number * len(columns)
-            extra.columns[first : first + len(columns)] = 2 * columns + is_scaled
-            extra.amounts[first + slot, tokens[ours]] = parts
-        found.append(extra)
-    return found if is_any else []
 
 
 def _packed_arrays(plan: RestorePlan) -> tuple[NDArray[Any], ...]:
