@@ -78,12 +78,14 @@ MORE = (
     (1024, "near", 1),
     (1024, "compact", 2),
     (256, "balanced", 4),
-    (256, "near", 4),
-    (1024, "balanced", 4),
-    (256, "balanced", 2),
-    (256, "balanced", 1),
+    (256, "near", 2),
+    (256, "compact", 6),
     (1024, "balanced", 0),
     (256, "balanced", 0),
+    (1024, "balanced", 4),
+    (256, "near", 4),
+    (256, "balanced", 2),
+    (256, "balanced", 1),
 )
 SEED = 1
 
@@ -96,6 +98,8 @@ NAMES = {"near": "dense", "balanced": "balanced", "compact": "compact"}
 UNIT_STEP = 0.02
 # A load that something runs beside, from before it is asked for its rate of a second.
 _LOAD_SECONDS, _LEAD_SECONDS, _ROUNDS = 2.2, 0.7, 3
+# A unit's time under load is 60 ms at most: then as many go in as come out.
+_FILL_SECONDS = 0.15
 
 
 @dataclass(frozen=True)
@@ -339,7 +343,8 @@ class Rig:
                 "targets": targets[i % len(targets) :] + targets[: i % len(targets)],
                 "first": i * 3,
                 "in_flight": per_front,
-                "seconds": seconds,
+                "seconds": seconds + _FILL_SECONDS,
+                "lead_seconds": _FILL_SECONDS,
             }
             for i in range(fronts)
         ]
@@ -537,7 +542,7 @@ def best_restorers(plan: Plan) -> int:
 
 def run_more(plan: Plan, calibration: Calibration) -> None:
     """Other workloads, one by one while there is time, each bare and through one server."""
-    restorers, seconds = best_restorers(plan), plan.args.seconds / 2
+    restorers, seconds = best_restorers(plan), plan.args.seconds
     key = f"triton_{plan.args.decoders}_{restorers}"
     works = []
     for wanted in MORE:
@@ -560,7 +565,7 @@ def run_more(plan: Plan, calibration: Calibration) -> None:
 
 
 def run_instances(plan: Plan, works: list[Workload]) -> None:
-    restorers, seconds = best_restorers(plan), plan.args.seconds / 2
+    restorers, seconds = best_restorers(plan), plan.args.seconds
     table = plan.report["instances"] = {"restorers": restorers}
     for work in works:
         table[work.name] = {"bare": {}, "triton": {}}
