@@ -225,7 +225,13 @@ def test_joined_layer_groups_head_groups_and_partial_blocks(restorer, heads, nam
 @pytest.mark.parametrize("num_tokens", [TOKENS, TOKENS - 3])  # words of the digest, and not
 @pytest.mark.parametrize("name", ["near", "compact"])
 @pytest.mark.parametrize("outlier", [1, 400])
-def test_packed_rows_give_the_bits_of_pictures(restorer, name, num_tokens, heads, outlier):
+@pytest.mark.parametrize("in_8_bits", [True, False])
+def test_packed_rows_give_the_bits_of_pictures(
+    restorer, monkeypatch, name, num_tokens, heads, outlier, in_8_bits
+):
+    if not in_8_bits:  # no transform has so many rows
+        monkeypatch.setattr(artifact, "MIN_TRAILING", 1 << 20)
+        restorer = type(restorer)(DEVICE)  # it keeps which rows are trailing
     spec = spec_of()
     calibration = make_calibration(spec, layers=2, heads=heads)
     register_calibration(calibration)
@@ -245,13 +251,16 @@ def test_packed_rows_give_the_bits_of_pictures(restorer, name, num_tokens, heads
         for unit in units:
             expected, got, errors = restore_both(restorer, unit)
             assert errors == [None]
-            if outlier == 1:
-                assert_same_rounding(got, expected, spec.dtype)
+            # A sum of an outlier's terms is right to these, which are as large as its largest values.
+            others, of_outlier = np.arange(num_tokens) != 17, slice(17, 18)
+            assert_same_rounding(got[..., others, :], expected[..., others, :], spec.dtype)
+            a, b = (bits_to_float32(x[..., of_outlier, :], spec.dtype) for x in (got, expected))
+            assert np.abs(a - b).max() <= 2.0**-7 * np.abs(b).max()
             found.append(got)
     assert all(parse_unit(unit).flags & IS_PACKED for unit in packed)
-    in_8_bits = all(parse_unit(unit).geometry.bit_depth == 8 for unit in pictures)
-    assert in_8_bits or outlier > 1
-    if in_8_bits:  # of deeper pictures all rows are multiplied as float16
+    is_shallow = all(parse_unit(unit).geometry.bit_depth == 8 for unit in pictures)
+    assert is_shallow or outlier > 1
+    if is_shallow or not in_8_bits:  # of deeper pictures all rows are multiplied as float16
         half = len(pictures)
         np.testing.assert_array_equal(np.concatenate(found[:half]), np.concatenate(found[half:]))
 
@@ -269,15 +278,15 @@ def test_values_are_stored_16_bytes_at_a_time(restorer, monkeypatch):
 
     restore_columns = gpu_kernels.restore_columns
     monkeypatch.setattr(gpu_kernels, "restore_columns", Recorder())
-    spec = spec_of()
+    # Layers whose dims are rotated half by half; further layers of this model have no such runs.
+    spec = spec_of(num_layers=2)
     calibration = make_calibration(spec, layers=2)
     register_calibration(calibration)
     values = float32_to_bits(correlated_values(spec, TOKENS), spec.dtype)
-    # Of layers whose dims are rotated half by half; other layers of this model have no such runs.
-    data = units_of(TransformProfile("balanced", calibration), spec, values)[0]
+    (data,) = units_of(TransformProfile("balanced", calibration), spec, values)
     restorer.restore(parse_unit(data), on_gpu(decode_unit(data, VideoDecoder()), high_bits=True))
     # The compiler must know of every argument in a mask or a place that it is a multiple of 16.
-    kernel = compiled[0]
+    (kernel,) = compiled
     assert "st.global.v4.b32" in kernel.asm["ptx"]
     assert "st.global.b16" not in kernel.asm["ptx"]
     # Else the operands of the 8-bit product are loaded byte by byte, in eight times the time.
@@ -386,8 +395,8 @@ def test_integers_of_wide_rows_and_escapes_are_exact(restorer, outlier):
     pictures = units_of(TransformProfile("near", calibration), spec, values)
     for data in pictures + units_of(OnlyPacked("near", calibration), spec, values):
         unit, planes = parse_unit(data), decode_unit(data, VideoDecoder())
-        assert unit.flags & HAS_LOW_BITS
         plan = plan_restore(unit)
+        assert unit.flags == HAS_LOW_BITS | (0 if plan.packed is None else IS_PACKED)
         grid = plan.layout.grid
         if plan.packed is None:
             samples = grid.gather(planes)
@@ -396,7 +405,7 @@ def test_integers_of_wide_rows_and_escapes_are_exact(restorer, outlier):
         expected = samples.astype(np.int64) - (1 << (unit.geometry.bit_depth - 1))
         places, escaped = escapes(unit, plan.num_escapes, expected.size)
         expected.reshape(-1)[places] = escaped
-        num_escapes += len(places)
+        num_escapes += len(places) if plan.packed is None else 0
         got = restorer._integers(unit, plan, on_gpu(planes, high_bits=True))
         low_bits = plan.low_bits(unit.num_tokens)
         for number, (place, low) in enumerate(zip(plan.places, low_bits, strict=True)):
@@ -407,7 +416,7 @@ def test_integers_of_wide_rows_and_escapes_are_exact(restorer, outlier):
         is_shallow = unit.geometry.bit_depth == 8
         assert all(bool(part.num_trailing) == is_shallow for part in got.parts)
         assert is_shallow or outlier > 1
-    assert num_escapes > 0 or outlier == 1
+    assert (num_escapes > 0) == (outlier > 1)
 
 
 def integers_of(got, number):
