@@ -560,7 +560,7 @@ def run_more(plan: Plan, calibration: Calibration) -> None:
             for work in works:
                 if plan.has_time(work.name, 25):
                     run_rate(plan, rig, work, key, seconds=seconds)
-                    beside = generation.beside({"path": _path_load(rig, work)})
+                    beside = _beside_path(generation, rig, work)
                     plan.row(work)[key]["generation"] = beside["path"]
 
 
@@ -584,7 +584,7 @@ def run_instances(plan: Plan, works: list[Workload]) -> None:
                 for work in works:
                     warm_up(rig, work)
                     table[work.name]["triton"][count] = rig.rate(work, seconds)
-                beside[count] = generation.beside({"path": _path_load(rig, works[-1])})["path"]
+                beside[count] = _beside_path(generation, rig, works[-1])["path"]
     print("instances", table, flush=True)
 
 
@@ -669,13 +669,18 @@ def run_interference(plan: Plan, rig: Rig, works: list[Workload], key: str) -> N
                 for work in works if target is _generate else ():
                     found = plan.row(work).get(key)
                     if found is not None:
-                        beside = neighbour.beside({"path": _path_load(rig, work)})
+                        is_known = work is works[-1]
+                        beside = row[name] if is_known else _beside_path(neighbour, rig, work)
                         found["generation"] = beside["path"]
             print("interference", name, row[name], flush=True)
 
 
 def _path_load(rig: Rig, work: Workload) -> Callable[[], float]:
     return lambda: rig.rate(work, _LOAD_SECONDS)["elements_g_per_s"]
+
+
+def _beside_path(neighbour: Neighbour, rig: Rig, work: Workload) -> dict:
+    return neighbour.beside({"path": _path_load(rig, work)})
 
 
 class Neighbour:

@@ -171,9 +171,8 @@ def gpu_table(report: dict) -> str:
                 f"{found['latency_ms_median']:.1f} (p95 {found['latency_ms_p95']:.1f})",
             ]
             if has_loss:
-                beside = found["generation"]
-                rate = median(beside["elements_g_per_s"])
-                cells.append(f"{-100 * beside['lost']:+.1f} % ({rate:.1f})")
+                beside = found.get("generation")  # there may have been no time for it
+                cells.append("" if beside is None else _loss(beside))
             lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| beside it | alone | beside ours (at G elements/s) | beside CacheGen (at) |"]
     lines.append("|---|---|---|---|")
@@ -192,6 +191,11 @@ def gpu_table(report: dict) -> str:
             )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", _place(report)])
+
+
+def _loss(beside: dict) -> str:
+    """Percent, and the rate of what it ran beside."""
+    return f"{-100 * beside['lost']:+.1f} % ({median(beside['elements_g_per_s']):.1f})"
 
 
 def _found(row: dict) -> dict[str, dict]:
