@@ -294,7 +294,7 @@ def put_escapes(  # type: ignore[no-untyped-def]
     place = tl.load(row_places + row, mask=mask, other=0)
     is_leading = place >= 0
     small = tl.minimum(tl.maximum(value, -128), 127).to(tl.int8)
-    tl.store(out8 + token * stride8 - 1 - place, small, mask=mask & (place < 0))
+    tl.store(out8 + token * stride8 - 1 - place, small, mask=mask & ~is_leading)
     mask = mask & is_leading
     low_bits = tl.load(row_shifts + row, mask=mask, other=0).to(tl.int32)
     low = tl.zeros_like(value)

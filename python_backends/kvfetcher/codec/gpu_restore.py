@@ -445,7 +445,7 @@ class GpuRestorer:
                 low,
                 -(-grid.num_columns // 8),
                 grid.num_columns,
-                rows.num_trailing,
+                trailing.shape[1],
                 BLOCK=_ESCAPES_BLOCK,
             )
         return _Integers(samples, high, trailing, extra, rows.parts, large.num_high, sums)
