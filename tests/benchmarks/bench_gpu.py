@@ -76,14 +76,14 @@ PARTS = ("bare", "rates", "memory", "interference", "more", "instances")
 MAIN = ((1024, "balanced", 1), (1024, "balanced", 2))
 MORE = (
     (1024, "near", 1),
-    (1024, "compact", 2),
-    (256, "balanced", 4),
-    (256, "near", 2),
-    (256, "compact", 6),
+    (1024, "compact", 3),
+    (256, "balanced", 8),
+    (256, "near", 4),
+    (256, "compact", 8),
     (1024, "balanced", 0),
     (256, "balanced", 0),
+    (256, "balanced", 4),
     (1024, "balanced", 4),
-    (256, "near", 4),
     (256, "balanced", 2),
     (256, "balanced", 1),
 )

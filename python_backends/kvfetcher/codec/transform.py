@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import struct
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -71,7 +72,7 @@ from kvfetcher.transform.product import multiply, round_to_bits
 from kvfetcher.transform.rope import rotate_keys, unrotate_keys
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -88,12 +89,15 @@ _PARAMS = struct.Struct("<32sfIIIIII")
 _RANK = struct.Struct("<I")
 _MAX_KINDS = 512
 # Coefficients of a unit, at most, where a layer group has not more and no frame size is asked for. On a
-# GPU it is restored in a fraction of a millisecond, but takes kv_restore about one of Python: with a
-# unit for each layer group of 256 tokens an H100 restores 0.4 of what it decodes, with four in one all.
-# In long chunks twice as many: two groups of 1,024 tokens keep up where cores are slow, and a picture
-# costs whoever computes beside NVDEC as much as 4 MB of it (GPU.md).
-_UNIT_SAMPLES, _LONG_UNIT_SAMPLES = 5 << 19, 5 << 20
-_LONG_TOKENS = 1024
+# GPU it is restored in a fraction of a millisecond, but takes kv_restore about one of Python, and a
+# picture costs whoever computes beside NVDEC as much as 4 MB of it: with a unit for each layer group
+# of 256 tokens an H100 restores 0.38 of what 14 decoders give, with four in one 0.90, with eight 0.96
+# (GPU.md).
+_UNIT_SAMPLES = 5 << 20
+# Packed units of short chunks have half as many: the fetcher mixes them with pictures, and with large
+# ones loses up to 6 % to nothing but packed units (simulated, jitter of 2 to 40 Gbit/s).
+_SHORT_PACKED_SAMPLES = _UNIT_SAMPLES // 2
+_SHORT_TOKENS = 1024
 _NO_SHIFTS = np.empty(0, np.uint8)
 # |z / step| beyond this is an outlier whose token is kept exact; far inside int32 and float32.
 _MAX_INTEGER = 1 << 23
@@ -107,8 +111,7 @@ class TransformProfile:
     calibration: Calibration
     frame_sizes: tuple[str, ...] = ()
     """Largest picture of each variant, ``WIDTHxHEIGHT``; a unit has as many of the calibration's
-    layer groups as fill one. None = one variant whose units have up to `_UNIT_SAMPLES`, long
-    chunks' up to `_LONG_UNIT_SAMPLES`."""
+    layer groups as fill one. None = one variant whose units have as many as make `_UNIT_SAMPLES`."""
     packed_copy: bool = False
     """One more variant: the same integers packed, without video."""
 
@@ -128,26 +131,26 @@ class TransformProfile:
     def layer_groups(
         self, spec: KVSpec, num_tokens: int, variant: str
     ) -> tuple[tuple[int, int], ...]:
-        """The calibration's layer groups, neighbours joined while they fit into one unit."""
+        """The calibration's layer groups, neighbours joined: as few units as hold them, evenly filled."""
         grouping = self.calibration.grouping
-        groups = zip(grouping.layer_starts, grouping.layer_counts, strict=True)
+        groups = list(zip(grouping.layer_starts, grouping.layer_counts, strict=True))
+        ranks = [self.calibration.unit_rank(index, self.name) for index in range(len(groups))]
+        most_layers = max_unit_layers(spec, num_tokens)
         if variant in (ONLY_VARIANT, PACKED_VARIANT):
-            most = _UNIT_SAMPLES if num_tokens < _LONG_TOKENS else _LONG_UNIT_SAMPLES
+            is_short = variant == PACKED_VARIANT and num_tokens < _SHORT_TOKENS
+            most = _SHORT_PACKED_SAMPLES if is_short else _UNIT_SAMPLES
             max_rows = most // max(num_tokens, MIN_SIDE)
         else:
             max_rows = parse_frame_size(variant).rows
-        most_layers = max_unit_layers(spec, num_tokens)
-        joined: list[tuple[int, int]] = []
-        rows_left = 0
-        for index, (start, count) in enumerate(groups):
-            rank = self.calibration.unit_rank(index, self.name)
-            rows_left -= rank
-            if joined and rows_left >= 0 and joined[-1][1] + count <= most_layers:
-                joined[-1] = (joined[-1][0], joined[-1][1] + count)
-            else:
-                joined.append((start, count))
-                rows_left = max_rows - rank
-        return tuple(joined)
+
+        def num_units(rows: int) -> int:
+            return len(_joined(groups, ranks, rows, most_layers))
+
+        # A last unit with the remainder costs as much as a full one beside its samples: of four equal
+        # ones in place of three and a rest an H100 decodes 1.13 times as much (3.5 bits, 256 tokens).
+        fewest = num_units(max_rows)
+        rows = bisect_left(range(max_rows), -fewest, key=lambda rows: -num_units(rows))
+        return tuple(_joined(groups, ranks, rows, most_layers))
 
     def encode(self, source: UnitSource, variant: str) -> bytes:
         """One unit's bytes.
@@ -219,6 +222,22 @@ class TransformProfile:
             flags=(HAS_LOW_BITS if low_bits else 0) | (IS_PACKED if is_packed else 0),
         )
         return write_unit(unit)
+
+
+def _joined(
+    groups: Sequence[tuple[int, int]], ranks: Sequence[int], max_rows: int, max_layers: int
+) -> list[tuple[int, int]]:
+    """Layer groups (first layer, layers), neighbours joined while they have so many rows and layers."""
+    joined: list[tuple[int, int]] = []
+    rows_left = 0
+    for (start, count), rank in zip(groups, ranks, strict=True):
+        rows_left -= rank
+        if joined and rows_left >= 0 and joined[-1][1] + count <= max_layers:
+            joined[-1] = (joined[-1][0], joined[-1][1] + count)
+        else:
+            joined.append((start, count))
+            rows_left = max_rows - rank
+    return joined
 
 
 class _Coded(NamedTuple):

@@ -128,6 +128,18 @@ def test_long_chunks_have_a_packed_unit_for_each_layer_group():
     assert len(profile.layer_groups(SPEC, long // 4, "packed")) == 1
 
 
+def test_short_chunks_have_packed_units_half_as_large_as_their_pictures():
+    spec = KVSpec(num_layers=128, num_kv_heads=4, head_dim=32)
+    profile = TransformProfile("near", make_calibration(spec, layers=1), packed_copy=True)
+
+    def num_units(num_tokens, variant):
+        return len(profile.layer_groups(spec, num_tokens, variant))
+
+    pictures = num_units(1023, "-")
+    assert num_units(1023, "packed") in (2 * pictures - 1, 2 * pictures)
+    assert num_units(1024, "packed") == num_units(1024, "-")
+
+
 @pytest.mark.parametrize("profile", ["exact", "uncalibrated", "paper", "raw", "auto"])
 def test_other_profiles_have_no_packed_copy(profile):
     with pytest.raises(ConfigError, match=r"packed_copy needs codec.profile near, .* or tiny, got"):
