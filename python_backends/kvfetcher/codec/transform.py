@@ -91,7 +91,7 @@ _MAX_KINDS = 512
 # Coefficients of a unit, at most, where a layer group has not more and no frame size is asked for. On a
 # GPU it is restored in a fraction of a millisecond, but takes kv_restore about one of Python, and a
 # picture costs whoever computes beside NVDEC as much as 4 MB of it: with a unit for each layer group
-# of 256 tokens an H100 restores 0.38 of what 14 decoders give, with four in one 0.90, with eight 0.96
+# of 256 tokens an H100 restores 0.4 of what 14 decoders give, with four in one 0.92, with eight 0.99
 # (GPU.md).
 _UNIT_SAMPLES = 5 << 20
 # Packed units of short chunks have half as many: the fetcher mixes them with pictures, and with large
@@ -147,7 +147,7 @@ class TransformProfile:
             return len(_joined(groups, ranks, rows, most_layers))
 
         # A last unit with the remainder costs as much as a full one beside its samples: of four equal
-        # ones in place of three and a rest an H100 decodes 1.13 times as much (3.5 bits, 256 tokens).
+        # ones in place of three and a rest an H100 decodes 1.1 times as much (3.5 bits, 256 tokens).
         fewest = num_units(max_rows)
         rows = bisect_left(range(max_rows), -fewest, key=lambda rows: -num_units(rows))
         return tuple(_joined(groups, ranks, rows, most_layers))
