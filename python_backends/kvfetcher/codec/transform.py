@@ -131,7 +131,10 @@ class TransformProfile:
     def layer_groups(
         self, spec: KVSpec, num_tokens: int, variant: str
     ) -> tuple[tuple[int, int], ...]:
-        """The calibration's layer groups, neighbours joined: as few units as hold them, evenly filled."""
+        """The calibration's layer groups, neighbours joined.
+
+        As few units as can be, and none larger than so few need.
+        """
         grouping = self.calibration.grouping
         groups = list(zip(grouping.layer_starts, grouping.layer_counts, strict=True))
         ranks = [self.calibration.unit_rank(index, self.name) for index in range(len(groups))]

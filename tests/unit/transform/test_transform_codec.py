@@ -146,7 +146,7 @@ def test_units_of_short_chunks_have_more_layer_groups():
 
 
 @pytest.mark.parametrize("variant", ["-", "1024x8192"])
-def test_units_of_a_chunk_are_as_large_as_each_other(variant):
+def test_no_unit_of_a_chunk_is_larger_than_so_few_need(variant):
     spec = KVSpec(num_layers=64, num_kv_heads=2, head_dim=32)
     calibration = make_calibration(spec, layers=1)
     profile = TransformProfile("near", calibration)
