@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvfetcher.codec.base import MAX_SIDE, MIN_SIDE, PlaneGeometry
 from kvfetcher.errors import FormatError, LayoutError
+from kvfetcher.format.pictures import MAX_SIDE, MIN_SIDE, PlaneGeometry
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from kvfetcher.codec.base import Integers
+    from kvfetcher.format.pictures import Integers
 
 NUM_PLANES = 3
 

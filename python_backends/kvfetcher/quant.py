@@ -16,7 +16,7 @@ from kvfetcher.errors import CodecError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from kvfetcher.codec.base import Integers
+    from kvfetcher.format.pictures import Integers
     from kvfetcher.spec import KVDtype
 
 MAX_MAGNITUDE = 2.0**100

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvfetcher.errors import KVFetcherError
-from kvfetcher.keys import chunk_keys
+from kvfetcher.format.keys import chunk_keys
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from kvfetcher.arena import BlockTarget
     from kvfetcher.engines.base import SaveTicket
     from kvfetcher.fetch.fetcher import FetchFacts, LeaseService
-    from kvfetcher.keys import ChunkKey
+    from kvfetcher.format.keys import ChunkKey
     from kvfetcher.storage.base import Store
 
 _log = logging.getLogger(__name__)

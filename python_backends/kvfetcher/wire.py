@@ -47,7 +47,7 @@ KV_LEASE = "kv_lease"  # STRING [1], JSON; "" = no lease
 # Codec models
 UNIT = "unit"  # UINT8 [num_bytes], one unit (FORMAT.md)
 UNIT_REST = (
-    "unit_rest"  # UINT8 [num_bytes], a unit whose bitstream was decoded (codec/unit_rest.py)
+    "unit_rest"  # UINT8 [num_bytes], a unit whose bitstream was decoded (format/unit_rest.py)
 )
 PLANES = "planes"  # UINT8 [num_frames, num_planes, height, width * bytes_per_sample]
 PLANES_AT = "planes_at"  # STRING [1], JSON PlaneTicket (plane_ring.py); "" = planes holds them

@@ -26,10 +26,10 @@ from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.paper import PaperProfile
 from kvfetcher.codec.profiles import decode_parsed, encode_unnamed, restore_unit
 from kvfetcher.codec.transform import TransformProfile
-from kvfetcher.codec.unit import BITSTREAM, parse_unit
 from kvfetcher.codec.video import VideoDecoder
-from kvfetcher.container import parse_header
 from kvfetcher.engines.models import prepare_model
+from kvfetcher.format.container import parse_header
+from kvfetcher.format.unit import BITSTREAM, parse_unit
 from kvfetcher.quant import float32_to_bits
 from kvfetcher.transform.artifact import Calibration
 from kvfetcher.transform.capture import CaptureModel

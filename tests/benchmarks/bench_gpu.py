@@ -48,11 +48,11 @@ from gpu_counters import busy_cores, cpu_times, per_unit, stage_times, triton_co
 
 from kvfetcher.codec.profiles import decode_unit, encode_chunk, restore_unit
 from kvfetcher.codec.transform import TransformProfile
-from kvfetcher.codec.unit import BITSTREAM, parse_unit
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.config import MPS_PIPE_VARIABLE, load_config
-from kvfetcher.container import parse_header
 from kvfetcher.cuda import cuda_context
+from kvfetcher.format.container import parse_header
+from kvfetcher.format.unit import BITSTREAM, parse_unit
 from kvfetcher.quant import bits_to_float32, float32_to_bits
 from kvfetcher.spec import PACKED_VARIANT, KVSpec
 from kvfetcher.transform.artifact import Calibration, StoredBasis

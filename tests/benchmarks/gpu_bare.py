@@ -9,9 +9,9 @@ from typing import Self
 
 from kvfetcher.codec.nvdec import NvdecDecoder
 from kvfetcher.codec.profiles import decode_unit
-from kvfetcher.codec.unit import parse_unit
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.errors import KVFetcherError
+from kvfetcher.format.unit import parse_unit
 
 WAIT_SECONDS = 240.0
 # Between the question and the work: all processes have it by then.

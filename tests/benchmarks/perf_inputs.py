@@ -66,7 +66,7 @@ def _prompts(count: int, words: int, tokens: int) -> list[dict]:
 
 
 def _units(chunk: bytes) -> list[dict]:
-    from kvfetcher.container import parse_header
+    from kvfetcher.format.container import parse_header
 
     units = [chunk[entry.offset : entry.stop] for entry in parse_header(chunk).units]
     return [

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kvfetcher.codec.base import BIT_DEPTHS, PlaneGeometry
 from kvfetcher.codec.video import VideoDecoder, encode_planes
 from kvfetcher.doctor.streams import planes_sha256
+from kvfetcher.format.pictures import BIT_DEPTHS, PlaneGeometry
 
 FOLDER = Path(__file__).parents[2] / "python_backends" / "kvfetcher" / "doctor" / "golden"
 

@@ -13,14 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from kvfetcher.codec.base import LeftToCpuError, PlaneGeometry
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.gpu_rows import EXTRA_FACTOR, HIGH_BITS
 from kvfetcher.codec.profiles import decode_unit, encode_chunk, restore_parsed
 from kvfetcher.codec.symbols import ESCAPE_INDICES, ESCAPE_VALUES, escapes
 from kvfetcher.codec.transform import TransformProfile, plan_restore
 from kvfetcher.codec.uncalibrated import UncalibratedProfile
-from kvfetcher.codec.unit import (
+from kvfetcher.codec.video import VideoDecoder
+from kvfetcher.errors import ChecksumError, LayoutError
+from kvfetcher.format.container import parse_header
+from kvfetcher.format.pictures import LeftToCpuError, PlaneGeometry
+from kvfetcher.format.unit import (
     HAS_LOW_BITS,
     IS_PACKED,
     RAW_VALUES,
@@ -28,9 +31,6 @@ from kvfetcher.codec.unit import (
     parse_unit,
     write_unit,
 )
-from kvfetcher.codec.video import VideoDecoder
-from kvfetcher.container import parse_header
-from kvfetcher.errors import ChecksumError, LayoutError
 from kvfetcher.quant import bits_to_float32, float32_to_bits
 from kvfetcher.spec import KVSpec
 from kvfetcher.transform import artifact, inverse

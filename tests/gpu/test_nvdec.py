@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 
 from kvfetcher.codec import nvdec
-from kvfetcher.codec.base import PlaneGeometry
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.nvdec import DecoderCaps, NvdecDecoder
 from kvfetcher.codec.paper import PaperProfile
 from kvfetcher.codec.profiles import decode_unit, encode_chunk, restore_unit
 from kvfetcher.codec.transform import TransformProfile
 from kvfetcher.codec.uncalibrated import UncalibratedProfile
-from kvfetcher.codec.unit import parse_unit
 from kvfetcher.codec.video import VideoDecoder, encode_planes
 from kvfetcher.config import Config
-from kvfetcher.container import parse_header
 from kvfetcher.errors import CodecError, DecoderUnavailableError
+from kvfetcher.format.container import parse_header
+from kvfetcher.format.pictures import PlaneGeometry
+from kvfetcher.format.unit import parse_unit
 from kvfetcher.quant import float32_to_bits
 from kvfetcher.server.repository import decode_instances
 from kvfetcher.serving.coding import UnitDecoder

@@ -8,7 +8,7 @@ from kvfetcher.arena import Arena
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.profiles import encode_chunk
 from kvfetcher.codec.uncalibrated import UncalibratedProfile
-from kvfetcher.container import parse_header
+from kvfetcher.format.container import parse_header
 from kvfetcher.quant import float32_to_bits
 from kvfetcher.serving.coding import UnitDecoder, UnitRestorer
 from kvfetcher.spec import HeadRange, KVSpec

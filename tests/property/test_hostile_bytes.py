@@ -11,17 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvfetcher.codec.base import UnitSource
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.paper import PaperProfile
 from kvfetcher.codec.profiles import decode_unit, describe_chunk, encode_chunk, restore_unit
 from kvfetcher.codec.raw import RawProfile
 from kvfetcher.codec.transform import TransformProfile
 from kvfetcher.codec.uncalibrated import UncalibratedProfile
-from kvfetcher.codec.unit import parse_unit
 from kvfetcher.codec.video import VideoDecoder
-from kvfetcher.container import header_size, parse_header
 from kvfetcher.errors import ChecksumError, CodecError, FormatError
+from kvfetcher.format.container import header_size, parse_header
+from kvfetcher.format.pictures import UnitSource
+from kvfetcher.format.unit import parse_unit
 from kvfetcher.spec import KVSpec
 from kvfetcher.transform.library import register_calibration
 from support.calibrations import make_calibration

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvfetcher.codec.base import UnitSource
 from kvfetcher.codec.profiles import decode_unit, restore_unit
 from kvfetcher.codec.transform import TransformProfile
 from kvfetcher.codec.uncalibrated import UncalibratedProfile
-from kvfetcher.codec.unit import parse_unit
 from kvfetcher.codec.video import VideoDecoder
+from kvfetcher.format.pictures import UnitSource
+from kvfetcher.format.unit import parse_unit
 from kvfetcher.quant import bits_to_float32, float32_to_bits
 from kvfetcher.spec import KVSpec
 from kvfetcher.transform.artifact import LADDER

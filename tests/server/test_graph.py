@@ -14,13 +14,14 @@ import tritonclient.grpc as grpcclient
 import tritonclient.http as httpclient
 from tritonclient.utils import InferenceServerException
 
-from kvfetcher import container, wire
+from kvfetcher import wire
 from kvfetcher.arena import Arena
 from kvfetcher.config import CodecConfig
 from kvfetcher.control import ControlClient, socket_path
 from kvfetcher.engines.base import GenerateRequest, SamplingParams
 from kvfetcher.engines.host import EngineHost
 from kvfetcher.errors import KVFetcherError, RequestError
+from kvfetcher.format import container
 from kvfetcher.spec import HeadRange, KVSpec
 from kvfetcher.split_arena import attach_arena, create_arena
 

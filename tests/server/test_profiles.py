@@ -9,7 +9,7 @@ import pytest
 import tritonclient.grpc as grpcclient
 
 from kvfetcher import wire
-from kvfetcher.container import parse_header
+from kvfetcher.format.container import parse_header
 from support.engine_rig import write_model
 
 from .conftest import CHUNK_TOKENS, DOCUMENT, start_server

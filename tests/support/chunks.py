@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 
-from kvfetcher.container import UnitData, build_chunk
-from kvfetcher.keys import chunk_keys
+from kvfetcher.format.container import UnitData, build_chunk
+from kvfetcher.format.keys import chunk_keys
 from kvfetcher.spec import KVSpec
 
 CHUNK_TOKENS = 4

@@ -15,7 +15,7 @@ from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.config import CodecConfig, FetchConfig
 from kvfetcher.fetch.decode_times import cpu_table
 from kvfetcher.fetch.fetcher import EnginePace, Fetcher, FetchFacts, UnitStatus
-from kvfetcher.keys import chunk_keys
+from kvfetcher.format.keys import chunk_keys
 from kvfetcher.leases import LeaseTable
 from kvfetcher.prefill_rate import PrefillModel
 from kvfetcher.spec import KVSpec

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from kvfetcher import wire
-from kvfetcher.container import parse_header
 from kvfetcher.cuda import cuda_context
+from kvfetcher.format.container import parse_header
 from kvfetcher.plane_ring import NUM_TICKETS
 from kvfetcher.server import Supervisor
 from kvfetcher.storage import open_backend

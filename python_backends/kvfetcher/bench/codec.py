@@ -33,10 +33,10 @@ from kvfetcher.codec.paper import PaperProfile, search_tiling
 from kvfetcher.codec.profiles import encode_unnamed, restore_unit
 from kvfetcher.codec.transform import TransformProfile, plan_restore
 from kvfetcher.codec.uncalibrated import UncalibratedProfile
-from kvfetcher.codec.unit import BITSTREAM, PAPER, TRANSFORM, parse_unit
 from kvfetcher.codec.video import VideoDecoder, encode_planes
-from kvfetcher.container import parse_header
 from kvfetcher.errors import ConfigError, KVFetcherError
+from kvfetcher.format.container import parse_header
+from kvfetcher.format.unit import BITSTREAM, PAPER, TRANSFORM, parse_unit
 from kvfetcher.layout import RowGrid, Tiling
 from kvfetcher.quant import bits_to_float32, float32_to_bits
 from kvfetcher.transform.artifact import LADDER, Calibration
@@ -56,8 +56,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from kvfetcher.codec.base import Integers, Profile
-    from kvfetcher.codec.unit import Unit
+    from kvfetcher.format.pictures import Integers, Profile
+    from kvfetcher.format.unit import Unit
     from kvfetcher.spec import KVSpec
     from kvfetcher.transform.quality import Coder
     from kvfetcher.transform.texts import Text

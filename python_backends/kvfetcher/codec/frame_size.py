@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvfetcher.codec.base import (
+from kvfetcher.errors import ConfigError
+from kvfetcher.format.pictures import (
     MAX_PLANE_BYTES,
     MAX_SIDE,
     MIN_SIDE,
@@ -14,7 +15,6 @@ from kvfetcher.codec.base import (
     even_groups,
     layers_of_a_picture,
 )
-from kvfetcher.errors import ConfigError
 from kvfetcher.layout import NUM_PLANES, RowGrid
 
 if TYPE_CHECKING:

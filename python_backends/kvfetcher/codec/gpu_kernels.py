@@ -15,9 +15,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvfetcher.codec.digest import BLOCK_WORDS
 from kvfetcher.codec.gpu_rows import EXACT_HALF, EXTRA_FACTOR, HIGH_BITS, RANK8, RANK_EXTRA
 from kvfetcher.codec.low_bits import MAX_SHIFT
+from kvfetcher.format.digest import BLOCK_WORDS
 
 RANK = 64
 """Leading coefficients that `restore_columns` multiplies at one time."""

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from kvfetcher.codec import digest, gpu_kernels
+from kvfetcher.codec import gpu_kernels
 from kvfetcher.codec.exact import check_exact, plan_exact
 from kvfetcher.codec.gpu_rows import (
     RANK8,
@@ -37,8 +37,9 @@ from kvfetcher.codec.raw_tokens import exact_tokens
 from kvfetcher.codec.symbols import check_digest, escapes
 from kvfetcher.codec.transform import plan_restore
 from kvfetcher.codec.uncalibrated import plan_uncalibrated
-from kvfetcher.codec.unit import EXACT, IS_PACKED, TRANSFORM, UNCALIBRATED
 from kvfetcher.errors import ChecksumError, LayoutError
+from kvfetcher.format import digest
+from kvfetcher.format.unit import EXACT, IS_PACKED, TRANSFORM, UNCALIBRATED
 from kvfetcher.transform.inverse import scale_of_8_bits
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
     from kvfetcher.codec.gpu_rows import Part, RowPlan
     from kvfetcher.codec.transform import Place, RestorePlan
-    from kvfetcher.codec.unit import Unit
+    from kvfetcher.format.unit import Unit
     from kvfetcher.layout import RowGrid
     from kvfetcher.transform.artifact import Calibration, InverseFactors
     from kvfetcher.transform.rope import LayerRope

@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvfetcher import cuda
-from kvfetcher.codec.base import BIT_DEPTHS
 from kvfetcher.cuda import cuda_context
 from kvfetcher.errors import CodecError, DecoderUnavailableError, GpuError
+from kvfetcher.format.pictures import BIT_DEPTHS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from kvfetcher.codec.base import Chroma, Integers, PlaneGeometry
     from kvfetcher.cuda import CudaContext
+    from kvfetcher.format.pictures import Chroma, Integers, PlaneGeometry
 
 # PyNvVideoCodec loads both, the encoder's too although nothing here encodes.
 DRIVER_LIBRARIES = ("libcuda.so.1", "libnvcuvid.so.1", "libnvidia-encode.so.1")
@@ -92,7 +92,7 @@ class DecoderCaps:
 
 
 class NvdecDecoder:
-    """The `Decoder` of codec/base.py on NVDEC. Not thread-safe: one per thread, one per process.
+    """The `Decoder` of format/pictures.py on NVDEC. Not thread-safe: one per thread, one per process.
 
     Args:
         gpu: index of the GPU, as CUDA counts.

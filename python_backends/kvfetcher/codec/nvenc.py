@@ -25,7 +25,7 @@ from kvfetcher.codec.video import VideoDecoder, checked_geometry, encode_planes
 from kvfetcher.errors import CodecError, EncoderUnavailableError
 
 if TYPE_CHECKING:
-    from kvfetcher.codec.base import Chroma, Integers, PlaneEncoder, PlaneGeometry
+    from kvfetcher.format.pictures import Chroma, Integers, PlaneEncoder, PlaneGeometry
 
 EncoderChoice = Literal["auto", "x265", "nvenc"]
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from kvfetcher.codec.unit import Unit, packed_section, raw_section
 from kvfetcher.errors import FormatError
+from kvfetcher.format.unit import Unit, packed_section, raw_section
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from kvfetcher.codec.unit import Section
+    from kvfetcher.format.unit import Section
 
 PACKED_WIDTHS = 25
 """Section kind."""

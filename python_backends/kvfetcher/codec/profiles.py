@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvfetcher.codec.base import (
+from kvfetcher.codec.exact import FLOAT_BITS, ExactProfile, restore_exact
+from kvfetcher.codec.paper import PAPER_FRAME_SIZES, PaperProfile, restore_paper
+from kvfetcher.codec.raw import RawProfile, WithRawCopy, restore_raw
+from kvfetcher.codec.transform import TransformProfile, restore_transform
+from kvfetcher.codec.uncalibrated import UncalibratedProfile, restore_uncalibrated
+from kvfetcher.errors import ConfigError, FormatError, LayoutError, UnsupportedVersionError
+from kvfetcher.format.container import UnitData, build_chunk, check_unit, parse_header
+from kvfetcher.format.pictures import (
     Decoder,
     PlaneEncoder,
     Profile,
@@ -16,21 +23,7 @@ from kvfetcher.codec.base import (
     Restorer,
     UnitSource,
 )
-from kvfetcher.codec.exact import FLOAT_BITS, ExactProfile, restore_exact
-from kvfetcher.codec.paper import PAPER_FRAME_SIZES, PaperProfile, restore_paper
-from kvfetcher.codec.raw import RawProfile, WithRawCopy, restore_raw
-from kvfetcher.codec.transform import TransformProfile, restore_transform
-from kvfetcher.codec.uncalibrated import UncalibratedProfile, restore_uncalibrated
-from kvfetcher.codec.unit import (
-    EXACT,
-    PAPER,
-    RAW_VALUES,
-    TRANSFORM,
-    UNCALIBRATED,
-    parse_unit,
-)
-from kvfetcher.container import UnitData, build_chunk, check_unit, parse_header
-from kvfetcher.errors import ConfigError, FormatError, LayoutError, UnsupportedVersionError
+from kvfetcher.format.unit import EXACT, PAPER, RAW_VALUES, TRANSFORM, UNCALIBRATED, parse_unit
 from kvfetcher.transform.artifact import LADDER
 from kvfetcher.transform.library import certified, served_calibration
 
@@ -39,9 +32,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from kvfetcher.codec.base import Integers
-    from kvfetcher.codec.unit import Unit
     from kvfetcher.config import CodecConfig
+    from kvfetcher.format.pictures import Integers
+    from kvfetcher.format.unit import Unit
     from kvfetcher.spec import KVSpec
 
 RESTORERS: dict[int, Restorer] = {

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvfetcher.codec.base import NO_PICTURES, UnitSource, even_groups
-from kvfetcher.codec.digest import integer_digest
 from kvfetcher.codec.exact import FLOAT_BITS
-from kvfetcher.codec.unit import RAW_VALUES, Unit, raw_section, write_unit
 from kvfetcher.errors import ChecksumError, FormatError
+from kvfetcher.format.digest import integer_digest
+from kvfetcher.format.pictures import NO_PICTURES, UnitSource, even_groups
+from kvfetcher.format.unit import RAW_VALUES, Unit, raw_section, write_unit
 from kvfetcher.spec import RAW_VARIANT
 
 if TYPE_CHECKING:
-    from kvfetcher.codec.base import Integers, Profile
+    from kvfetcher.format.pictures import Integers, Profile
     from kvfetcher.spec import KVSpec
 
 VALUES = 16

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvfetcher.codec.unit import Section, Unit, packed_section
 from kvfetcher.errors import FormatError
+from kvfetcher.format.unit import Section, Unit, packed_section
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from kvfetcher.codec.base import Integers
+    from kvfetcher.format.pictures import Integers
 
 RAW_TOKENS = 19
 RAW_VALUES = 20

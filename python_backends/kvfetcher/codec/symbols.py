@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from kvfetcher.codec.base import BIT_DEPTHS
-from kvfetcher.codec.digest import integer_digest
-from kvfetcher.codec.unit import Section, Unit, packed_section
 from kvfetcher.errors import ChecksumError, FormatError
+from kvfetcher.format.digest import integer_digest
+from kvfetcher.format.pictures import BIT_DEPTHS
+from kvfetcher.format.unit import Section, Unit, packed_section
 from kvfetcher.transform.inverse import Corrections
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from kvfetcher.codec.base import Integers
+    from kvfetcher.format.pictures import Integers
     from kvfetcher.layout import RowGrid
 
 ESCAPE_INDICES = 17

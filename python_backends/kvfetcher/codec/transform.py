@@ -18,8 +18,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from kvfetcher.codec.base import MAX_SIDE, MIN_SIDE, NO_PICTURES, ONLY_VARIANT
-from kvfetcher.codec.digest import integer_digest
 from kvfetcher.codec.frame_size import (
     check_frame_sizes,
     max_unit_layers,
@@ -51,7 +49,11 @@ from kvfetcher.codec.symbols import (
     read_corrections,
     to_symbols,
 )
-from kvfetcher.codec.unit import (
+from kvfetcher.codec.video import encode_for
+from kvfetcher.errors import CodecError, ConfigError, FormatError, UnsupportedVersionError
+from kvfetcher.format.digest import integer_digest
+from kvfetcher.format.pictures import MAX_SIDE, MIN_SIDE, NO_PICTURES, ONLY_VARIANT
+from kvfetcher.format.unit import (
     HAS_LOW_BITS,
     IS_PACKED,
     TRANSFORM,
@@ -60,8 +62,6 @@ from kvfetcher.codec.unit import (
     video_sections,
     write_unit,
 )
-from kvfetcher.codec.video import encode_for
-from kvfetcher.errors import CodecError, ConfigError, FormatError, UnsupportedVersionError
 from kvfetcher.layout import NUM_PLANES, RowGrid
 from kvfetcher.quant import MAX_MAGNITUDE, bits_to_float32
 from kvfetcher.spec import PACKED_VARIANT
@@ -76,8 +76,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from kvfetcher.codec.base import Integers, PlaneGeometry, UnitSource
-    from kvfetcher.codec.unit import Section
+    from kvfetcher.format.pictures import Integers, PlaneGeometry, UnitSource
+    from kvfetcher.format.unit import Section
     from kvfetcher.spec import KVSpec
     from kvfetcher.transform.artifact import F32
     from kvfetcher.transform.inverse import LowBits

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvfetcher.codec.digest import integer_digest
 from kvfetcher.codec.frame_size import EvenUnits, row_grid
 from kvfetcher.codec.raw_tokens import (
     RAW_TOKENS,
@@ -30,16 +29,17 @@ from kvfetcher.codec.symbols import (
     check_pictures,
     to_symbols,
 )
-from kvfetcher.codec.unit import UNCALIBRATED, Unit, packed_section, video_sections, write_unit
 from kvfetcher.codec.video import encode_for
 from kvfetcher.errors import FormatError
+from kvfetcher.format.digest import integer_digest
+from kvfetcher.format.unit import UNCALIBRATED, Unit, packed_section, video_sections, write_unit
 from kvfetcher.layout import RowGrid
 from kvfetcher.quant import MAX_MAGNITUDE, bits_to_float32, float32_to_bits
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from kvfetcher.codec.base import Integers, UnitSource
+    from kvfetcher.format.pictures import Integers, UnitSource
 
 MEANS = 21
 STEPS = 22

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import av
 import numpy as np
 
-from kvfetcher.codec.base import PlaneGeometry
 from kvfetcher.errors import CodecError, DecoderUnavailableError
+from kvfetcher.format.pictures import PlaneGeometry
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kvfetcher.codec.base import Chroma, Integers, PlaneEncoder, UnitSource
+    from kvfetcher.format.pictures import Chroma, Integers, PlaneEncoder, UnitSource
 
 # All work in the calling thread (units are the parallelism), so no pool and no wavefront, whose
 # entry points also cost bits. Presets slower than ultrafast gain 0.2 % (reference: KLT symbols).

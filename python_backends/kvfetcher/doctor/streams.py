@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvfetcher.codec.base import PlaneGeometry
+from kvfetcher.format.pictures import PlaneGeometry
 
 if TYPE_CHECKING:
-    from kvfetcher.codec.base import Integers
+    from kvfetcher.format.pictures import Integers
 
 # Like the coefficients of profile `balanced`: about 1.6 bits per sample after coding.
 _NOISE_DEVIATION = 0.62

@@ -12,11 +12,11 @@ from kvfetcher.errors import CodecError, KVFetcherError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from kvfetcher.codec.base import Decoder
     from kvfetcher.codec.nvdec import DecoderCaps
     from kvfetcher.codec.nvenc import ChosenEncoder
     from kvfetcher.doctor.check import Status
     from kvfetcher.doctor.crew import Crew, DecoderKind
+    from kvfetcher.format.pictures import Decoder
 
 _DRIVER = DRIVER_LIBRARIES[0]
 

@@ -38,7 +38,7 @@ from kvfetcher.fetch.shared import FetchKey, Outcome, SharedFetch, SharedFetches
 from kvfetcher.fetch.stages import RunUnit, Stages, UnitStatus
 from kvfetcher.fetch.warm import Warmer
 from kvfetcher.fetch.work import FetchOrder, FetchWork
-from kvfetcher.keys import ChunkKey, chunk_keys
+from kvfetcher.format.keys import ChunkKey, chunk_keys
 from kvfetcher.storage.base import ByteRange
 
 if TYPE_CHECKING:

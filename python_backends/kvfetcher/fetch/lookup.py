@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvfetcher import container
 from kvfetcher.errors import (
     ChunkNotFoundError,
     FormatError,
@@ -22,6 +21,7 @@ from kvfetcher.errors import (
 from kvfetcher.fetch.plan import probe_batches
 from kvfetcher.fetch.reads import Tally
 from kvfetcher.fetch.run import StoredChunk
+from kvfetcher.format import container
 from kvfetcher.storage.base import SINGLE_LOOKUP_BATCH, ByteRange
 
 if TYPE_CHECKING:
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from kvfetcher.container import ChunkHeader
     from kvfetcher.fetch.reads import SharedReads
-    from kvfetcher.keys import ChunkKey
+    from kvfetcher.format.container import ChunkHeader
+    from kvfetcher.format.keys import ChunkKey
 
 
 @dataclass(slots=True)

@@ -12,24 +12,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from kvfetcher import container
 from kvfetcher.errors import FormatError, TransientStoreError
 from kvfetcher.fetch.gate import reconsider
 from kvfetcher.fetch.pipeline import ChunkCost, finish_times
 from kvfetcher.fetch.reads import Tally
 from kvfetcher.fetch.stages import Backlog
+from kvfetcher.format import container
 from kvfetcher.storage.base import ByteRange
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Sequence
 
     from kvfetcher.arena import BlockTarget
-    from kvfetcher.container import ChunkHeader, UnitEntry
     from kvfetcher.fetch.bandwidth import LinkEstimate
     from kvfetcher.fetch.gate import Prompt
     from kvfetcher.fetch.report import Reason
     from kvfetcher.fetch.stages import Stages, UnitStatus
     from kvfetcher.fetch.variants import UnitOption
+    from kvfetcher.format.container import ChunkHeader, UnitEntry
 
 # How often a run looks at the time and asks again whether going on is worth it.
 _LOOK_SECONDS = 0.05

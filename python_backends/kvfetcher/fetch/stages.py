@@ -23,10 +23,10 @@ from kvfetcher.fetch.variants import UnitWalk, chunk_options
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from kvfetcher.container import ChunkHeader
     from kvfetcher.fetch.bandwidth import LinkEstimate, LinkEstimator
     from kvfetcher.fetch.decode_times import DecodeTable, Factors
     from kvfetcher.fetch.reads import SharedReads
+    from kvfetcher.format.container import ChunkHeader
 
 # A read should last about so long: long enough that its round trip does not matter, short enough
 # that decoding the first bytes does not wait for the last.

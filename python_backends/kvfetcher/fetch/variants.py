@@ -21,10 +21,10 @@ from kvfetcher.transform.artifact import LADDER
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from kvfetcher.container import ChunkHeader, UnitEntry
     from kvfetcher.fetch.bandwidth import LinkEstimate
     from kvfetcher.fetch.decode_times import DecodeTable, Factors
     from kvfetcher.fetch.pipeline import Machine
+    from kvfetcher.format.container import ChunkHeader, UnitEntry
 
 _FRAME_SIZE = re.compile(r"([1-9][0-9]*)x([1-9][0-9]*)")
 _SAMPLES_PER_PIXEL = 3

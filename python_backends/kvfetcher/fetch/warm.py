@@ -10,17 +10,17 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from kvfetcher import container
 from kvfetcher.fetch.stages import Backlog
+from kvfetcher.format import container
 from kvfetcher.storage.base import ByteRange
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from kvfetcher.container import ChunkHeader, UnitEntry
     from kvfetcher.fetch.reads import Tally
     from kvfetcher.fetch.run import StoredChunk
     from kvfetcher.fetch.stages import Stages
+    from kvfetcher.format.container import ChunkHeader, UnitEntry
 
 
 class Warmer:

@@ -15,10 +15,7 @@ import numpy as np
 from kvfetcher import wire
 from kvfetcher.arena import BlockTarget, storage_dtype
 from kvfetcher.codec import nvdec, profiles
-from kvfetcher.codec.base import PlaneGeometry
 from kvfetcher.codec.nvenc import choose_encoder
-from kvfetcher.codec.unit import parse_unit
-from kvfetcher.codec.unit_rest import without_bitstream
 from kvfetcher.codec.video import VideoDecoder, encode_planes
 from kvfetcher.errors import (
     CodecError,
@@ -27,6 +24,9 @@ from kvfetcher.errors import (
     GpuError,
     RequestError,
 )
+from kvfetcher.format.pictures import PlaneGeometry
+from kvfetcher.format.unit import parse_unit
+from kvfetcher.format.unit_rest import without_bitstream
 from kvfetcher.serving.gpu_coding import Arenas, GpuInput, GpuOutput
 from kvfetcher.serving.warm_up import gpu_of, warm_up_units
 from kvfetcher.spec import KVSpec
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from kvfetcher.codec.unit import Unit
     from kvfetcher.config import CodecConfig, Config
+    from kvfetcher.format.unit import Unit
     from kvfetcher.serving.gpu_coding import GpuBatch, GpuJob, KeptPlanes
 
 DecoderChoice = Literal["auto", "cpu", "nvdec"]

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvfetcher import wire
-from kvfetcher.codec.unit import has_video
 from kvfetcher.config import cache_home
 from kvfetcher.errors import CodecError, DecoderUnavailableError, RequestCancelledError
 from kvfetcher.fetch.decode_times import H100_NVDEC, cpu_table, load_table
 from kvfetcher.fetch.fetcher import Fetched, Fetcher, UnitStatus
+from kvfetcher.format.unit import has_video
 from kvfetcher.server.repository import decode_instances, nvdec_engines, parallel_decoders
 from kvfetcher.serving.leases import EngineLeases
 from kvfetcher.serving.metrics import Metrics, count_unit, store_observer

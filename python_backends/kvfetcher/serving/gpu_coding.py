@@ -18,11 +18,11 @@ import numpy as np
 
 from kvfetcher.arena import BlockTarget, read_arena_header
 from kvfetcher.codec import profiles
-from kvfetcher.codec.base import LeftToCpuError
 from kvfetcher.codec.nvdec import sample_shift
 from kvfetcher.control import run_dir
 from kvfetcher.cuda import cuda_context
 from kvfetcher.errors import GpuError, KVFetcherError, LayoutError
+from kvfetcher.format.pictures import LeftToCpuError
 from kvfetcher.plane_ring import PlaneReader, PlaneRing, PlaneTicket
 from kvfetcher.split_arena import attach_arena
 
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kvfetcher.arena import Arena
-    from kvfetcher.codec.base import Integers, PlaneGeometry
     from kvfetcher.codec.gpu_restore import PendingBatch
     from kvfetcher.codec.nvdec import NvdecDecoder
-    from kvfetcher.codec.unit import Unit
     from kvfetcher.cuda import CudaContext
+    from kvfetcher.format.pictures import Integers, PlaneGeometry
+    from kvfetcher.format.unit import Unit
 
 _SHARED_MEMORY = Path("/dev/shm")
 # kv_restore takes milliseconds; longer than this and the unit's request is gone or the GPU is

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from kvfetcher.config import Config
     from kvfetcher.fetch.fetcher import FetchFacts
-    from kvfetcher.keys import ChunkKey
+    from kvfetcher.format.keys import ChunkKey
 
 
 def ticket_to_json(ticket: SaveTicket) -> str:

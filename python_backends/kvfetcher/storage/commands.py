@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvfetcher.config import CONFIG_VARIABLE, load_config
 from kvfetcher.errors import ChunkNotFoundError, ConfigError, RequestError
-from kvfetcher.keys import object_name, parse_object_name, tenant_digits
+from kvfetcher.format.keys import object_name, parse_object_name, tenant_digits
 from kvfetcher.progress import StatusLine
 from kvfetcher.storage import TieredStore, open_store, open_tiers
 from kvfetcher.storage.reach import chunks_from, chunks_of_prompts, plan_gc

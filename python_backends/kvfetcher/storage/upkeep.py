@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from kvfetcher import container
 from kvfetcher.errors import ChunkNotFoundError, FormatError, StoreError
-from kvfetcher.keys import model_digits, next_key, parse_object_name
+from kvfetcher.format import container
+from kvfetcher.format.keys import model_digits, next_key, parse_object_name
 from kvfetcher.storage.base import ByteRange
 from kvfetcher.storage.reach import Holding, Survey
 from kvfetcher.storage.spans import UNBOUNDED
@@ -21,8 +21,8 @@ from kvfetcher.storage.spans import UNBOUNDED
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
 
-    from kvfetcher.container import ChunkHeader
-    from kvfetcher.keys import NameParts
+    from kvfetcher.format.container import ChunkHeader
+    from kvfetcher.format.keys import NameParts
     from kvfetcher.storage.base import (
         Delete,
         DeleteQuarantined,

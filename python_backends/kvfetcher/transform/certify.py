@@ -16,10 +16,10 @@ import numpy as np
 from kvfetcher import __version__
 from kvfetcher.codec.profiles import encode_unnamed, restore_unit
 from kvfetcher.codec.transform import TransformProfile
-from kvfetcher.codec.unit import parse_unit
 from kvfetcher.codec.video import VideoDecoder
-from kvfetcher.container import parse_header
 from kvfetcher.errors import ConfigError
+from kvfetcher.format.container import parse_header
+from kvfetcher.format.unit import parse_unit
 from kvfetcher.quant import bits_to_float32, float32_to_bits
 from kvfetcher.transform.artifact import LADDER, Calibration
 from kvfetcher.transform.journal import Journal
@@ -30,7 +30,7 @@ from kvfetcher.transform.texts import Text, texts_digest
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from kvfetcher.codec.base import Profile
+    from kvfetcher.format.pictures import Profile
     from kvfetcher.spec import KVSpec
     from kvfetcher.transform.calibrate import Progress
     from kvfetcher.transform.capture import CaptureModel

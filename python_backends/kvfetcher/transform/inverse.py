@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from kvfetcher.transform.product import add_scaled_product_int8, multiply_add
 
 if TYPE_CHECKING:
-    from kvfetcher.codec.base import Integers
+    from kvfetcher.format.pictures import Integers
 
 F32 = NDArray[np.float32]
 

@@ -18,7 +18,7 @@ from kvfetcher.quant import float32_to_bits
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from kvfetcher.codec.base import Integers
+    from kvfetcher.format.pictures import Integers
     from kvfetcher.spec import KVDtype
 
 

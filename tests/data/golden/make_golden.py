@@ -15,13 +15,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import numpy as np
 
 from kvfetcher.codec import uncalibrated
-from kvfetcher.codec.base import Profile
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.paper import PaperProfile
 from kvfetcher.codec.profiles import encode_chunk
 from kvfetcher.codec.raw import WithRawCopy
 from kvfetcher.codec.transform import TransformProfile
 from kvfetcher.codec.uncalibrated import UncalibratedProfile
+from kvfetcher.format.pictures import Profile
 from kvfetcher.quant import float32_to_bits
 from kvfetcher.spec import KVSpec
 from kvfetcher.transform.artifact import Calibration

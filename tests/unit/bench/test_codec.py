@@ -8,11 +8,11 @@ import pytest
 
 from kvfetcher.bench import codec
 from kvfetcher.codec import transform
-from kvfetcher.codec.base import UnitSource
 from kvfetcher.codec.profiles import decode_unit
-from kvfetcher.codec.unit import parse_unit
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.errors import ConfigError
+from kvfetcher.format.pictures import UnitSource
+from kvfetcher.format.unit import parse_unit
 from kvfetcher.quant import float32_to_bits
 from kvfetcher.spec import KVSpec
 from kvfetcher.transform import library

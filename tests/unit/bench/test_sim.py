@@ -11,11 +11,11 @@ from kvfetcher.bench import sim
 from kvfetcher.bench.simulate import SimFetcher, SimLink, run_simulated
 from kvfetcher.bench.traces import GBIT, all_traces, make_trace, uniform_jitter
 from kvfetcher.config import FetchConfig
-from kvfetcher.container import HEADER_READ_BYTES
 from kvfetcher.fetch.bandwidth import LinkEstimate
 from kvfetcher.fetch.decode_times import H100_NVDEC
 from kvfetcher.fetch.pipeline import Machine
 from kvfetcher.fetch.variants import UnitWalk, chunk_options
+from kvfetcher.format.container import HEADER_READ_BYTES
 from kvfetcher.spec import RAW_VARIANT
 
 LIBRARY = sim.Library(H100_NVDEC, sim.PICTURE_SIZES)

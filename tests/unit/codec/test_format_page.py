@@ -3,8 +3,9 @@
 import re
 from pathlib import Path
 
-from kvfetcher import container, spec
-from kvfetcher.codec import base, unit
+from kvfetcher import spec
+from kvfetcher.format import container, unit
+from kvfetcher.format import pictures as base
 
 PAGE = (Path(__file__).parents[3] / "python_backends" / "FORMAT.md").read_text()
 UNITS = {"": 1, "bytes": 1, "MiB": 1 << 20, "GiB": 1 << 30}

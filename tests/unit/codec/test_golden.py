@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from kvfetcher.codec.profiles import decode_unit, describe_chunk, restore_unit
-from kvfetcher.codec.unit import parse_unit
 from kvfetcher.codec.video import VideoDecoder
-from kvfetcher.container import check_unit, parse_header
+from kvfetcher.format.container import check_unit, parse_header
+from kvfetcher.format.unit import parse_unit
 from kvfetcher.quant import bits_to_float32
 from kvfetcher.transform.artifact import Calibration
 from kvfetcher.transform.library import register_calibration

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from kvfetcher.codec.base import LeftToCpuError
 from kvfetcher.codec.gpu_rows import (
     EXACT_HALF,
     EXTRA_FACTOR,
@@ -13,6 +12,7 @@ from kvfetcher.codec.gpu_rows import (
     plan_leading_rows,
     plan_rows,
 )
+from kvfetcher.format.pictures import LeftToCpuError
 
 TOKENS = 7
 WIDE = np.array([6, 5, 2, 1], np.uint8)

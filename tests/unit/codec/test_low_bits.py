@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from kvfetcher.codec import transform
-from kvfetcher.codec.base import UnitSource
 from kvfetcher.codec.low_bits import (
     LOW_BITS,
     cut,
@@ -17,9 +16,10 @@ from kvfetcher.codec.low_bits import (
 from kvfetcher.codec.packed import read_lines
 from kvfetcher.codec.profiles import decode_unit, restore_unit
 from kvfetcher.codec.transform import TransformProfile
-from kvfetcher.codec.unit import HAS_LOW_BITS, parse_unit, raw_section, write_unit
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.errors import FormatError, UnsupportedVersionError
+from kvfetcher.format.pictures import UnitSource
+from kvfetcher.format.unit import HAS_LOW_BITS, parse_unit, raw_section, write_unit
 from kvfetcher.quant import float32_to_bits
 from kvfetcher.spec import KVSpec
 from kvfetcher.transform.library import register_calibration

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from kvfetcher.codec import nvdec
-from kvfetcher.codec.base import PlaneGeometry
 from kvfetcher.codec.nvdec import NvdecDecoder, sample_shift
 from kvfetcher.codec.video import encode_planes
 from kvfetcher.errors import CodecError
+from kvfetcher.format.pictures import PlaneGeometry
 from support.host_as_gpu import HostAsGpu, nvdec_on_host
 
 GEOMETRY = PlaneGeometry(num_frames=3, width=160, height=144, bit_depth=10)

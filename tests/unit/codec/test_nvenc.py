@@ -15,8 +15,8 @@ from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.nvenc import NvencEncoder, choose_encoder
 from kvfetcher.codec.profiles import decode_unit, encode_chunk, restore_unit
 from kvfetcher.codec.video import VideoDecoder, checked_geometry, encode_planes
-from kvfetcher.container import parse_header
 from kvfetcher.errors import CodecError, EncoderUnavailableError
+from kvfetcher.format.container import parse_header
 from kvfetcher.spec import KVSpec
 from support.kv_values import special_values
 

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfetcher.codec.base import NO_PICTURES, UnitSource
 from kvfetcher.codec.packed import (
     MAX_WIDTH,
     NEUTRAL,
@@ -19,11 +18,12 @@ from kvfetcher.codec.packed import (
 )
 from kvfetcher.codec.profiles import decode_unit, encode_unnamed, make_profile, restore_unit
 from kvfetcher.codec.transform import TransformProfile, plan_restore
-from kvfetcher.codec.unit import IS_PACKED, parse_unit, raw_section, write_unit
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.config import CodecConfig
-from kvfetcher.container import parse_header
 from kvfetcher.errors import ChecksumError, ConfigError, FormatError, UnsupportedVersionError
+from kvfetcher.format.container import parse_header
+from kvfetcher.format.pictures import NO_PICTURES, UnitSource
+from kvfetcher.format.unit import IS_PACKED, parse_unit, raw_section, write_unit
 from kvfetcher.quant import float32_to_bits
 from kvfetcher.spec import KVSpec
 from kvfetcher.transform.artifact import LADDER

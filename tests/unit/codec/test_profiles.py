@@ -13,10 +13,8 @@ from kvfetcher.codec.profiles import (
     profile_id,
     restore_unit,
 )
-from kvfetcher.codec.unit import parse_unit
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.config import CodecConfig
-from kvfetcher.container import UnitData, build_chunk, check_unit, parse_header
 from kvfetcher.errors import (
     ChecksumError,
     CodecError,
@@ -25,6 +23,8 @@ from kvfetcher.errors import (
     LayoutError,
     UnsupportedVersionError,
 )
+from kvfetcher.format.container import UnitData, build_chunk, check_unit, parse_header
+from kvfetcher.format.unit import parse_unit
 from kvfetcher.spec import KVSpec
 from support.kv_values import finite_values, special_values
 from support.tamper import resealed_unit

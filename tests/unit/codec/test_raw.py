@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kvfetcher.codec.base import UnitSource
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.paper import PaperProfile
 from kvfetcher.codec.profiles import (
@@ -16,11 +15,12 @@ from kvfetcher.codec.profiles import (
     restore_unit,
 )
 from kvfetcher.codec.raw import RawProfile, WithRawCopy
-from kvfetcher.codec.unit import parse_unit, write_unit
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.config import CodecConfig
-from kvfetcher.container import parse_header
 from kvfetcher.errors import ChecksumError, FormatError, UnsupportedVersionError
+from kvfetcher.format.container import parse_header
+from kvfetcher.format.pictures import UnitSource
+from kvfetcher.format.unit import parse_unit, write_unit
 from kvfetcher.spec import KVSpec
 from support import reference_reader
 from support.kv_values import finite_values, special_values

@@ -6,9 +6,9 @@ import av
 import numpy as np
 import pytest
 
-from kvfetcher.codec.base import PlaneGeometry
 from kvfetcher.codec.video import VideoDecoder, encode_planes
 from kvfetcher.errors import CodecError, DecoderUnavailableError, FormatError
+from kvfetcher.format.pictures import PlaneGeometry
 
 
 def noise(geometry, seed=0):

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from kvfetcher.codec import nvdec
-from kvfetcher.codec.base import BIT_DEPTHS
 from kvfetcher.codec.nvdec import DecoderCaps
 from kvfetcher.codec.nvenc import ChosenEncoder
 from kvfetcher.codec.video import VideoDecoder, encode_planes
@@ -25,6 +24,7 @@ from kvfetcher.errors import (
     EncoderUnavailableError,
 )
 from kvfetcher.fetch.decode_times import H100_NVDEC, load_table
+from kvfetcher.format.pictures import BIT_DEPTHS
 
 
 def without(*missing):

@@ -6,9 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from kvfetcher import container
 from kvfetcher.codec.raw import RawProfile
-from kvfetcher.codec.unit import has_video
 from kvfetcher.errors import (
     ArenaFullError,
     EngineError,
@@ -21,6 +19,8 @@ from kvfetcher.fetch.decode_times import AS_IN_TABLE
 from kvfetcher.fetch.failures import Failures
 from kvfetcher.fetch.fetcher import UnitStatus
 from kvfetcher.fetch.shared import SharedFetch
+from kvfetcher.format import container
+from kvfetcher.format.unit import has_video
 from kvfetcher.storage import TieredStore
 from kvfetcher.storage.base import get_ranges_singly
 from kvfetcher.storage.disk_tier import DiskTier
@@ -49,7 +49,7 @@ async def test_a_hit_holds_the_saved_values_byte_for_byte(world):
 
 
 async def test_a_header_longer_than_the_first_range_takes_a_second_read(world, monkeypatch):
-    monkeypatch.setattr("kvfetcher.container.HEADER_READ_BYTES", 100)
+    monkeypatch.setattr("kvfetcher.format.container.HEADER_READ_BYTES", 100)
     await world.save(0, 1)
     fetched = await world.fetch()
     assert fetched.report.hit_tokens == 2 * CHUNK_TOKENS

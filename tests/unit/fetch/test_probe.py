@@ -9,12 +9,12 @@ import pytest
 
 from kvfetcher.codec.profiles import encode_chunk
 from kvfetcher.codec.raw import RawProfile
-from kvfetcher.container import parse_header
 from kvfetcher.errors import StoreError
 from kvfetcher.fetch.bandwidth import LinkEstimate, LinkEstimator
 from kvfetcher.fetch.probe import LinkProbe
 from kvfetcher.fetch.reads import SharedReads
 from kvfetcher.fetch.run import StoredChunk
+from kvfetcher.format.container import parse_header
 from kvfetcher.spec import KVSpec
 from support.kv_values import finite_values
 

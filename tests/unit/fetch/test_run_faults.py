@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvfetcher import container
 from kvfetcher.errors import CodecError, RequestCancelledError, StoreError, StoreTimeoutError
+from kvfetcher.format import container
 from support.fetch_world import CHUNK_TOKENS, RecordingStore, World
 
 NUM_CHUNKS = 4

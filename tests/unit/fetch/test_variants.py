@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvfetcher.container import ChunkHeader, UnitEntry
 from kvfetcher.fetch.bandwidth import LinkEstimate
 from kvfetcher.fetch.decode_times import H100_NVDEC, Factors, cpu_table, picture_load
 from kvfetcher.fetch.pipeline import Machine
@@ -18,6 +17,7 @@ from kvfetcher.fetch.variants import (
     choose_variant,
     chunk_options,
 )
+from kvfetcher.format.container import ChunkHeader, UnitEntry
 from kvfetcher.spec import KVSpec
 
 IDLE = Machine(num_decoders=7)

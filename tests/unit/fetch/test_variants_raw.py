@@ -8,11 +8,11 @@ import pytest
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.profiles import encode_chunk
 from kvfetcher.codec.raw import WithRawCopy
-from kvfetcher.container import parse_header
 from kvfetcher.fetch.bandwidth import LinkEstimate
 from kvfetcher.fetch.decode_times import DecodePoint, DecodeTable, Factors
 from kvfetcher.fetch.pipeline import Machine, finish_times
 from kvfetcher.fetch.variants import UnitWalk, chunk_options
+from kvfetcher.format.container import parse_header
 from kvfetcher.spec import KVSpec
 
 SPEC = KVSpec(10, 3, 64)

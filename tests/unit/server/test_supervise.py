@@ -20,9 +20,9 @@ from tritonclient.utils import InferenceServerException
 from kvfetcher import wire
 from kvfetcher.codec import profiles
 from kvfetcher.codec.nvdec import MIN_WIDTH
-from kvfetcher.codec.unit import parse_unit
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.errors import ServerError
+from kvfetcher.format.unit import parse_unit
 from kvfetcher.server import probe, supervise
 from kvfetcher.server.supervise import (
     MAX_LOST_BYTES,

@@ -7,10 +7,7 @@ import pytest
 
 from kvfetcher.arena import Arena
 from kvfetcher.codec import nvdec
-from kvfetcher.codec.base import PlaneGeometry
-from kvfetcher.codec.unit import BITSTREAM, parse_unit
 from kvfetcher.config import CodecConfig
-from kvfetcher.container import parse_header
 from kvfetcher.errors import (
     ArenaError,
     ChecksumError,
@@ -20,6 +17,9 @@ from kvfetcher.errors import (
     LayoutError,
     RequestError,
 )
+from kvfetcher.format.container import parse_header
+from kvfetcher.format.pictures import PlaneGeometry
+from kvfetcher.format.unit import BITSTREAM, parse_unit
 from kvfetcher.serving import coding
 from kvfetcher.serving.coding import ChunkEncoder, UnitDecoder, UnitRestorer
 from kvfetcher.spec import KVSpec

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from kvfetcher.arena import BlockTarget
-from kvfetcher.codec.base import LeftToCpuError
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.nvdec import NvdecDecoder
 from kvfetcher.codec.profiles import encode_chunk, restore_parsed
-from kvfetcher.codec.unit import parse_unit
 from kvfetcher.config import CodecConfig
-from kvfetcher.container import parse_header
 from kvfetcher.cuda import IPC_HANDLE_BYTES
 from kvfetcher.errors import ArenaError, ChecksumError, GpuError, LayoutError
+from kvfetcher.format.container import parse_header
+from kvfetcher.format.pictures import LeftToCpuError
+from kvfetcher.format.unit import parse_unit
 from kvfetcher.gpu_arena import GpuArena
 from kvfetcher.plane_ring import PlaneReader, PlaneTicket
 from kvfetcher.server.probe import probe_unit

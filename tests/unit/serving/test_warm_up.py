@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from kvfetcher.codec.unit import EXACT, TRANSFORM, parse_unit
 from kvfetcher.config import load_config
 from kvfetcher.errors import GpuError
+from kvfetcher.format.unit import EXACT, TRANSFORM, parse_unit
 from kvfetcher.serving import warm_up
 from kvfetcher.serving.coding import UnitRestorer
 from kvfetcher.spec import KVSpec

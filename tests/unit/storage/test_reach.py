@@ -1,8 +1,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfetcher.container import parse_header
-from kvfetcher.keys import parse_object_name
+from kvfetcher.format.container import parse_header
+from kvfetcher.format.keys import parse_object_name
 from kvfetcher.storage.base import ObjectInfo
 from kvfetcher.storage.reach import Holding, Survey, chunks_from, chunks_of_prompts, plan_gc
 from support.chunks import CHUNK_TOKENS, chain

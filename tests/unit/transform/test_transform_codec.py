@@ -3,12 +3,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from kvfetcher.codec.base import UnitSource
 from kvfetcher.codec.transform import TransformProfile, restore_transform
 from kvfetcher.codec.uncalibrated import UncalibratedProfile, restore_uncalibrated
-from kvfetcher.codec.unit import parse_unit
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.errors import ChecksumError, FormatError
+from kvfetcher.format.pictures import UnitSource
+from kvfetcher.format.unit import parse_unit
 from kvfetcher.quant import bits_to_float32, float32_to_bits
 from kvfetcher.spec import KVSpec
 from kvfetcher.transform.artifact import LADDER

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvfetcher.codec.base import MAX_VALUE_BYTES
+from kvfetcher.format.pictures import MAX_VALUE_BYTES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from kvfetcher.codec.base import Integers
+    from kvfetcher.format.pictures import Integers
 
 BLOCK_WORDS = 1 << 14
 """32-bit words per block: its weights (128 KiB) stay in a core's L2 cache."""

@@ -6,7 +6,8 @@ from itertools import pairwise
 
 import pytest
 
-from kvfetcher.container import (
+from kvfetcher.errors import ChecksumError, FormatError, UnsupportedVersionError
+from kvfetcher.format.container import (
     HEADER_READ_BYTES,
     MAX_CHUNK_TOKENS,
     PREFIX_BYTES,
@@ -16,7 +17,6 @@ from kvfetcher.container import (
     header_size,
     parse_header,
 )
-from kvfetcher.errors import ChecksumError, FormatError, UnsupportedVersionError
 from kvfetcher.spec import KVSpec
 from support.tamper import resealed_chunk as resealed
 
@@ -179,7 +179,7 @@ def test_writer_refuses_what_a_reader_would(units, changes, match):
 
 def test_reading_a_header_needs_the_standard_library_only():
     program = (
-        "import sys, kvfetcher.container as c;"
+        "import sys, kvfetcher.format.container as c;"
         "print(sorted({'numpy', 'av', 'zstandard', 'torch'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)

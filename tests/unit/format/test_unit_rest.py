@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from kvfetcher.codec.profiles import decode_unit, restore_unit
-from kvfetcher.codec.unit import BITSTREAM, parse_unit
-from kvfetcher.codec.unit_rest import without_bitstream
 from kvfetcher.codec.video import VideoDecoder
-from kvfetcher.container import parse_header
 from kvfetcher.errors import FormatError
+from kvfetcher.format.container import parse_header
+from kvfetcher.format.unit import BITSTREAM, parse_unit
+from kvfetcher.format.unit_rest import without_bitstream
 from kvfetcher.transform.artifact import Calibration
 from kvfetcher.transform.library import register_calibration
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfetcher.errors import ConfigError, RequestError
-from kvfetcher.keys import (
+from kvfetcher.format.keys import (
     chunk_keys,
     next_key,
     object_name,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from kvfetcher.errors import FormatError
 
 if TYPE_CHECKING:
-    from kvfetcher.codec.unit import Unit
+    from kvfetcher.format.unit import Unit
     from kvfetcher.spec import KVSpec
 
 Chroma = Literal["4:2:0", "4:4:4"]

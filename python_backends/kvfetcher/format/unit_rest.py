@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kvfetcher.codec.unit import BITSTREAM, Unit, raw_section, serialise
+from kvfetcher.format.unit import BITSTREAM, Unit, raw_section, serialise
 
 
 def without_bitstream(unit: Unit) -> bytes:

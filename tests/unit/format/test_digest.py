@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from kvfetcher.codec.digest import BLOCK_WORDS, integer_digest
+from kvfetcher.format.digest import BLOCK_WORDS, integer_digest
 from support import reference_reader
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import zstandard
 
-from kvfetcher.codec.base import PlaneGeometry
-from kvfetcher.codec.unit import (
+from kvfetcher.errors import ChecksumError, FormatError, UnsupportedVersionError
+from kvfetcher.format.pictures import PlaneGeometry
+from kvfetcher.format.unit import (
     EXACT,
     RAW,
     ZSTD,
@@ -17,7 +18,6 @@ from kvfetcher.codec.unit import (
     video_sections,
     write_unit,
 )
-from kvfetcher.errors import ChecksumError, FormatError, UnsupportedVersionError
 from kvfetcher.spec import KVSpec
 from support.tamper import resealed_unit as resealed
 

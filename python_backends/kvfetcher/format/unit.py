@@ -14,8 +14,8 @@ import numpy as np
 import zstandard
 from isal.isal_zlib import crc32
 
-from kvfetcher.codec.base import MAX_FRAMES, MAX_VALUE_BYTES, NO_PICTURES, PlaneGeometry
-from kvfetcher.container import (
+from kvfetcher.errors import ChecksumError, FormatError, UnsupportedVersionError
+from kvfetcher.format.container import (
     DTYPE_CODES,
     MAX_CHUNK_BYTES,
     MAX_CHUNK_TOKENS,
@@ -23,13 +23,13 @@ from kvfetcher.container import (
     UNIT_MAGIC,
     parse_spec,
 )
-from kvfetcher.errors import ChecksumError, FormatError, UnsupportedVersionError
+from kvfetcher.format.pictures import MAX_FRAMES, MAX_VALUE_BYTES, NO_PICTURES, PlaneGeometry
 from kvfetcher.spec import FORMAT_VERSION, KVSpec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kvfetcher.codec.base import Chroma
+    from kvfetcher.format.pictures import Chroma
 
 MAX_UNIT_BYTES = MAX_CHUNK_BYTES
 MAX_SECTIONS = 64
