@@ -22,9 +22,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kvfetcher.arena import Arena
 from kvfetcher.config import RUN_DIR_VARIABLE
-from kvfetcher.control import run_dir
 from kvfetcher.engines.connector import checks
 from kvfetcher.engines.connector.copies import BlockCopier
 from kvfetcher.engines.connector.link import OwnerLink
@@ -33,6 +31,8 @@ from kvfetcher.engines.connector.pool import LAYOUTS, PagedPool
 from kvfetcher.engines.connector.scheduler import ConnectorScheduler
 from kvfetcher.engines.connector.worker import ConnectorWorker
 from kvfetcher.errors import ConfigError
+from kvfetcher.memory.arena import Arena
+from kvfetcher.memory.control import run_dir
 from kvfetcher.spec import KVSpec, heads_of_rank
 
 if TYPE_CHECKING:

@@ -50,9 +50,9 @@ from kvfetcher.codec.profiles import decode_unit, encode_chunk, restore_unit
 from kvfetcher.codec.transform import TransformProfile
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.config import MPS_PIPE_VARIABLE, load_config
-from kvfetcher.cuda import cuda_context
 from kvfetcher.format.container import parse_header
 from kvfetcher.format.unit import BITSTREAM, parse_unit
+from kvfetcher.memory.cuda import cuda_context
 from kvfetcher.quant import bits_to_float32, float32_to_bits
 from kvfetcher.spec import PACKED_VARIANT, KVSpec
 from kvfetcher.transform.artifact import Calibration, StoredBasis
@@ -232,7 +232,9 @@ class Rig:
         plane_bytes: int = 0,
         gpus: tuple[int, ...] = (0,),
     ) -> None:
-        from kvfetcher.gpu_arena import GpuArena  # torch: not in the bare decoders' processes
+        from kvfetcher.memory.gpu_arena import (
+            GpuArena,  # torch: not in the bare decoders' processes
+        )
         from kvfetcher.server import TritonServer
 
         config = load_config(environ={})
@@ -316,7 +318,7 @@ class Rig:
         self.arena.blocks.fill_(-1)
         paths = self.paths(work)
         self.call([{"units": paths, "targets": [target], "in_flight": 2, "once": True}])
-        from kvfetcher.arena import BlockTarget
+        from kvfetcher.memory.arena import BlockTarget
 
         got = self.arena.read(BlockTarget.from_json(target))
         differs = got != work.values

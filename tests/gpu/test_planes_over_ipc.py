@@ -11,11 +11,11 @@ from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.profiles import encode_chunk
 from kvfetcher.codec.uncalibrated import UncalibratedProfile
 from kvfetcher.format.container import parse_header
-from kvfetcher.plane_ring import PlaneTicket
+from kvfetcher.memory.plane_ring import PlaneTicket
+from kvfetcher.memory.split_arena import create_arena
 from kvfetcher.quant import float32_to_bits
 from kvfetcher.serving.coding import UnitDecoder, UnitRestorer
 from kvfetcher.spec import HeadRange, KVSpec
-from kvfetcher.split_arena import create_arena
 from support.calibrations import correlated_values
 from support.kv_values import special_values
 
@@ -92,7 +92,7 @@ def units_of(values, profile):
 
 @pytest.fixture
 def arena(tmp_path):
-    from kvfetcher.gpu_arena import GpuArena
+    from kvfetcher.memory.gpu_arena import GpuArena
 
     made = GpuArena.create_on(
         0, tmp_path / "arena", spec=SPEC, tokens_per_block=32, num_bytes=16 << 20

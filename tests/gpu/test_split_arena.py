@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from kvfetcher.arena import Arena
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.profiles import encode_chunk
 from kvfetcher.codec.uncalibrated import UncalibratedProfile
 from kvfetcher.format.container import parse_header
+from kvfetcher.memory.arena import Arena
+from kvfetcher.memory.split_arena import create_arena
 from kvfetcher.quant import float32_to_bits
 from kvfetcher.serving.coding import UnitDecoder, UnitRestorer
 from kvfetcher.spec import HeadRange, KVSpec
-from kvfetcher.split_arena import create_arena
 from support.calibrations import correlated_values
 
 pytestmark = pytest.mark.gpu

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from kvfetcher.config import StoreConfig
-from kvfetcher.control import ControlClient, socket_path
+from kvfetcher.memory.control import ControlClient, socket_path
 from kvfetcher.storage import open_backend
 from support.metrics import read_metrics, total
 from support.servers import RedisServer, S3Server

@@ -15,15 +15,15 @@ import tritonclient.http as httpclient
 from tritonclient.utils import InferenceServerException
 
 from kvfetcher import wire
-from kvfetcher.arena import Arena
 from kvfetcher.config import CodecConfig
-from kvfetcher.control import ControlClient, socket_path
 from kvfetcher.engines.base import GenerateRequest, SamplingParams
 from kvfetcher.engines.host import EngineHost
 from kvfetcher.errors import KVFetcherError, RequestError
 from kvfetcher.format import container
+from kvfetcher.memory.arena import Arena
+from kvfetcher.memory.control import ControlClient, socket_path
+from kvfetcher.memory.split_arena import attach_arena, create_arena
 from kvfetcher.spec import HeadRange, KVSpec
-from kvfetcher.split_arena import attach_arena, create_arena
 
 from .conftest import CHUNK_TOKENS, start_server
 

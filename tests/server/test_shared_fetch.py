@@ -14,7 +14,7 @@ import redis
 import tritonclient.grpc as grpcclient
 
 from kvfetcher import wire
-from kvfetcher.control import ControlClient, socket_path
+from kvfetcher.memory.control import ControlClient, socket_path
 from support.metrics import read_metrics, total
 from support.servers import RedisServer
 from support.shaping import LinkShape, ShapedLink

@@ -14,8 +14,8 @@ import tritonclient.grpc as grpcclient
 from tritonclient.utils import InferenceServerException
 
 from kvfetcher import wire
-from kvfetcher.control import ControlClient, socket_path
 from kvfetcher.errors import KVFetcherError
+from kvfetcher.memory.control import ControlClient, socket_path
 from kvfetcher.server import Supervisor, probe, supervise
 
 pytestmark = [pytest.mark.triton, pytest.mark.slow]

@@ -8,11 +8,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kvfetcher.arena import Arena
 from kvfetcher.config import CodecConfig, Config, EngineConfig, FetchConfig, SaveConfig
 from kvfetcher.engines.base import GenerateRequest, SamplingParams
 from kvfetcher.engines.torch_engine import TorchEngine
-from kvfetcher.leases import LeaseTable, tokens_digest
+from kvfetcher.memory.arena import Arena
+from kvfetcher.memory.leases import LeaseTable, tokens_digest
 
 EOS = 256
 SLICE, CHUNK, BLOCK = 16, 32, 8

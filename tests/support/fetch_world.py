@@ -9,14 +9,14 @@ from collections import Counter
 
 import numpy as np
 
-from kvfetcher.arena import Arena
 from kvfetcher.codec import profiles
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.config import CodecConfig, FetchConfig
 from kvfetcher.fetch.decode_times import cpu_table
 from kvfetcher.fetch.fetcher import EnginePace, Fetcher, FetchFacts, UnitStatus
 from kvfetcher.format.keys import chunk_keys
-from kvfetcher.leases import LeaseTable
+from kvfetcher.memory.arena import Arena
+from kvfetcher.memory.leases import LeaseTable
 from kvfetcher.prefill_rate import PrefillModel
 from kvfetcher.spec import KVSpec
 from kvfetcher.storage.base import get_ranges_singly

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from kvfetcher import wire
-from kvfetcher.cuda import cuda_context
 from kvfetcher.format.container import parse_header
-from kvfetcher.plane_ring import NUM_TICKETS
+from kvfetcher.memory.cuda import cuda_context
+from kvfetcher.memory.plane_ring import NUM_TICKETS
 from kvfetcher.server import Supervisor
 from kvfetcher.storage import open_backend
 from server.conftest import start_server

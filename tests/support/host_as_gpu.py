@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from kvfetcher import gpu_arena
 from kvfetcher.codec import nvdec
 from kvfetcher.codec.video import VideoDecoder
-from kvfetcher.cuda import CudaContext
 from kvfetcher.errors import GpuError
+from kvfetcher.memory import gpu_arena
+from kvfetcher.memory.cuda import CudaContext
 from kvfetcher.serving import gpu_coding
 
 

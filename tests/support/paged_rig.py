@@ -2,7 +2,6 @@
 
 import contextlib
 
-from kvfetcher.arena import Arena
 from kvfetcher.config import (
     CodecConfig,
     Config,
@@ -13,7 +12,8 @@ from kvfetcher.config import (
 )
 from kvfetcher.engines.base import GenerateRequest, SamplingParams
 from kvfetcher.engines.paged.host import open_paged_engine
-from kvfetcher.leases import LeaseTable
+from kvfetcher.memory.arena import Arena
+from kvfetcher.memory.leases import LeaseTable
 from support.engine_rig import BLOCK, CHUNK, SLICE, collect
 
 

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 import numpy as np
 
-from kvfetcher.arena import BlockTarget
 from kvfetcher.fetch.engine_side import EnginePace, FetchFacts
 from kvfetcher.fetch.fetcher import Fetcher
 from kvfetcher.fetch.lookup import Found
@@ -29,6 +28,7 @@ from kvfetcher.fetch.stages import UnitStatus
 from kvfetcher.fetch.variants import chunk_options
 from kvfetcher.fetch.work import FetchOrder, FetchWork
 from kvfetcher.format.container import HEADER_READ_BYTES, ChunkHeader, UnitEntry
+from kvfetcher.memory.arena import BlockTarget
 from kvfetcher.prefill_rate import PrefillModel
 from kvfetcher.spec import KVSpec
 from kvfetcher.storage.base import ByteRange

@@ -21,16 +21,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvfetcher import cuda
-from kvfetcher.cuda import cuda_context
 from kvfetcher.errors import CodecError, DecoderUnavailableError, GpuError
 from kvfetcher.format.pictures import BIT_DEPTHS
+from kvfetcher.memory import cuda
+from kvfetcher.memory.cuda import cuda_context
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from kvfetcher.cuda import CudaContext
     from kvfetcher.format.pictures import Chroma, Integers, PlaneGeometry
+    from kvfetcher.memory.cuda import CudaContext
 
 # PyNvVideoCodec loads both, the encoder's too although nothing here encodes.
 DRIVER_LIBRARIES = ("libcuda.so.1", "libnvcuvid.so.1", "libnvidia-encode.so.1")

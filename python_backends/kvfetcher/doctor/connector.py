@@ -18,7 +18,7 @@ import numpy as np
 from kvfetcher.doctor.check import Check, guarded
 from kvfetcher.engines.base import GenerateRequest, SamplingParams
 from kvfetcher.errors import EngineError
-from kvfetcher.leases import LeaseClaim, tokens_digest
+from kvfetcher.memory.leases import LeaseClaim, tokens_digest
 
 if TYPE_CHECKING:
     from kvfetcher.config import Config

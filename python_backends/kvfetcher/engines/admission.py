@@ -6,11 +6,11 @@ import logging
 from typing import TYPE_CHECKING
 
 from kvfetcher.errors import LeaseError, RequestError
-from kvfetcher.leases import tokens_digest
+from kvfetcher.memory.leases import tokens_digest
 
 if TYPE_CHECKING:
     from kvfetcher.engines.base import GenerateRequest
-    from kvfetcher.leases import Lease, LeaseTable
+    from kvfetcher.memory.leases import Lease, LeaseTable
 
 _log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from kvfetcher.errors import RequestError
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Mapping
 
-    from kvfetcher.arena import BlockTarget
-    from kvfetcher.leases import LeaseClaim
+    from kvfetcher.memory.arena import BlockTarget
+    from kvfetcher.memory.leases import LeaseClaim
     from kvfetcher.spec import ModelIdentity
 
 FinishReason = Literal["", "stop", "length", "cancelled", "warmed"]

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
     from pathlib import Path
 
-    from kvfetcher.arena import Arena
     from kvfetcher.config import Config
     from kvfetcher.engines.base import FinishReason, GenerateRequest, RopeFacts, SaveTicket
     from kvfetcher.engines.connector.hub import ConnectorHub, Handle
     from kvfetcher.engines.detokenize import Decodes
     from kvfetcher.engines.tokens import TokenRun, TokenSource, TokenStep
-    from kvfetcher.leases import LeaseTable
+    from kvfetcher.memory.arena import Arena
+    from kvfetcher.memory.leases import LeaseTable
     from kvfetcher.spec import ModelIdentity
 
 _log = logging.getLogger(__name__)

@@ -7,16 +7,16 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from kvfetcher.arena import Arena
-from kvfetcher.control import ControlServer, socket_path
-from kvfetcher.cuda import cuda_context
 from kvfetcher.engines.models import prepare_model
 from kvfetcher.engines.opening import prepare_engine
 from kvfetcher.engines.streams import Streams
 from kvfetcher.errors import ConfigError
-from kvfetcher.leases import LeaseTable
+from kvfetcher.memory.arena import Arena
+from kvfetcher.memory.control import ControlServer, socket_path
+from kvfetcher.memory.cuda import cuda_context
+from kvfetcher.memory.leases import LeaseTable
+from kvfetcher.memory.split_arena import create_arena
 from kvfetcher.spec import heads_of_rank
-from kvfetcher.split_arena import create_arena
 
 if TYPE_CHECKING:
     from collections.abc import Callable

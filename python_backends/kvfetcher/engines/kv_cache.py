@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvfetcher.arena import storage_dtype
 from kvfetcher.errors import LayoutError
+from kvfetcher.memory.arena import storage_dtype
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

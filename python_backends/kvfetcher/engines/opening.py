@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from kvfetcher.arena import Arena
     from kvfetcher.config import Config
     from kvfetcher.engines.base import Engine
-    from kvfetcher.leases import LeaseTable
+    from kvfetcher.memory.arena import Arena
+    from kvfetcher.memory.leases import LeaseTable
     from kvfetcher.spec import KVSpec
 
 

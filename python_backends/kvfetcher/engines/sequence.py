@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kvfetcher.engines.base import FinishReason, GenerateRequest
     from kvfetcher.engines.detokenize import Decodes
     from kvfetcher.engines.kv_cache import SequenceCache
-    from kvfetcher.leases import Lease
+    from kvfetcher.memory.leases import Lease
 
 _log = logging.getLogger(__name__)
 

@@ -35,17 +35,17 @@ from kvfetcher.errors import (
     KVFetcherError,
     LeaseError,
 )
-from kvfetcher.leases import tokens_digest
+from kvfetcher.memory.leases import tokens_digest
 from kvfetcher.prefill_rate import PrefillEstimator
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
-    from kvfetcher.arena import Arena
     from kvfetcher.config import Config
     from kvfetcher.engines.base import GenerateRequest
     from kvfetcher.engines.loader import LoadedModel
-    from kvfetcher.leases import Lease, LeaseTable
+    from kvfetcher.memory.arena import Arena
+    from kvfetcher.memory.leases import Lease, LeaseTable
     from kvfetcher.prefill_rate import PrefillModel
 
 # Shorter slices are dominated by fixed costs and say little about the rate.

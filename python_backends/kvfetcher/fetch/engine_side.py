@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from kvfetcher.arena import BlockTarget
+    from kvfetcher.memory.arena import BlockTarget
     from kvfetcher.prefill_rate import PrefillModel
     from kvfetcher.spec import KVSpec
 

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from kvfetcher.fetch.decode_times import DecodeTable
     from kvfetcher.fetch.pipeline import Machine
     from kvfetcher.fetch.run import StoredChunk
-    from kvfetcher.leases import LeaseClaim
+    from kvfetcher.memory.leases import LeaseClaim
     from kvfetcher.storage.base import Near, Store
 
 __all__ = [

@@ -23,13 +23,13 @@ from kvfetcher.storage.base import ByteRange
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Sequence
 
-    from kvfetcher.arena import BlockTarget
     from kvfetcher.fetch.bandwidth import LinkEstimate
     from kvfetcher.fetch.gate import Prompt
     from kvfetcher.fetch.report import Reason
     from kvfetcher.fetch.stages import Stages, UnitStatus
     from kvfetcher.fetch.variants import UnitOption
     from kvfetcher.format.container import ChunkHeader, UnitEntry
+    from kvfetcher.memory.arena import BlockTarget
 
 # How often a run looks at the time and asks again whether going on is worth it.
 _LOOK_SECONDS = 0.05

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from kvfetcher.fetch.report import Reason
     from kvfetcher.fetch.run import RunFacts
-    from kvfetcher.leases import LeaseClaim
+    from kvfetcher.memory.leases import LeaseClaim
 
 _MAX_KEPT = 256  # fetches that are over; each is a few hundred bytes
 

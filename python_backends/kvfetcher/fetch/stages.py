@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import TYPE_CHECKING
 
-from kvfetcher.arena import BlockTarget
 from kvfetcher.fetch.budget import ByteBudget
 from kvfetcher.fetch.learning import StageLearning
 from kvfetcher.fetch.pipeline import Machine
 from kvfetcher.fetch.places import Places
 from kvfetcher.fetch.read_places import ReadPlaces, full_window_bytes
 from kvfetcher.fetch.variants import UnitWalk, chunk_options
+from kvfetcher.memory.arena import BlockTarget
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -17,7 +17,7 @@ from kvfetcher.fetch.failures import Failures
 from kvfetcher.fetch.run import ChunkRun, RunFacts, StoredChunk
 from kvfetcher.fetch.shared import Outcome, SharedFetch, SharedFetches
 from kvfetcher.fetch.stages import Backlog
-from kvfetcher.leases import LeaseClaim, tokens_digest
+from kvfetcher.memory.leases import LeaseClaim, tokens_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from kvfetcher.arena import BlockTarget
     from kvfetcher.config import FetchConfig
     from kvfetcher.fetch.engine_side import FetchFacts, LeaseService
     from kvfetcher.fetch.gate import Prompt
     from kvfetcher.fetch.line import Line
     from kvfetcher.fetch.pipeline import ChunkCost
     from kvfetcher.fetch.stages import Stages
+    from kvfetcher.memory.arena import BlockTarget
     from kvfetcher.storage.base import Store
 
 _ARENA_RETRY_SECONDS = 0.02

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from kvfetcher import wire
-from kvfetcher.arena import BlockTarget, storage_dtype
 from kvfetcher.codec import nvdec, profiles
 from kvfetcher.codec.nvenc import choose_encoder
 from kvfetcher.codec.video import VideoDecoder, encode_planes
@@ -27,6 +26,7 @@ from kvfetcher.errors import (
 from kvfetcher.format.pictures import PlaneGeometry
 from kvfetcher.format.unit import parse_unit
 from kvfetcher.format.unit_rest import without_bitstream
+from kvfetcher.memory.arena import BlockTarget, storage_dtype
 from kvfetcher.serving.gpu_coding import Arenas, GpuInput, GpuOutput
 from kvfetcher.serving.warm_up import gpu_of, warm_up_units
 from kvfetcher.spec import KVSpec

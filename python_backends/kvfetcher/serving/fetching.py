@@ -26,11 +26,11 @@ from kvfetcher.serving.watching import ClientWatch, Watches
 from kvfetcher.storage import TieredStore, open_store
 
 if TYPE_CHECKING:
-    from kvfetcher.arena import BlockTarget
     from kvfetcher.config import Config
     from kvfetcher.fetch.decode_times import DecodeTable
     from kvfetcher.fetch.fetcher import FetchLoad
     from kvfetcher.fetch.report import FetchReport
+    from kvfetcher.memory.arena import BlockTarget
 
 # Checks of what was read, and names that are looked up.
 _OTHER_THREADS = 8

@@ -15,7 +15,7 @@ from kvfetcher import wire
 from kvfetcher.engines.base import GenerateEvent, GenerateRequest
 from kvfetcher.errors import RequestError
 from kvfetcher.fetch.report import tell_computed
-from kvfetcher.leases import LeaseClaim
+from kvfetcher.memory.leases import LeaseClaim
 from kvfetcher.serving.leases import EngineLeases
 from kvfetcher.serving.metrics import Metrics
 from kvfetcher.serving.params import GenerationOptions

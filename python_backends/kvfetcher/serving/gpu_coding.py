@@ -16,27 +16,27 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from kvfetcher.arena import BlockTarget, read_arena_header
 from kvfetcher.codec import profiles
 from kvfetcher.codec.nvdec import sample_shift
-from kvfetcher.control import run_dir
-from kvfetcher.cuda import cuda_context
 from kvfetcher.errors import GpuError, KVFetcherError, LayoutError
 from kvfetcher.format.pictures import LeftToCpuError
-from kvfetcher.plane_ring import PlaneReader, PlaneRing, PlaneTicket
-from kvfetcher.split_arena import attach_arena
+from kvfetcher.memory.arena import BlockTarget, read_arena_header
+from kvfetcher.memory.control import run_dir
+from kvfetcher.memory.cuda import cuda_context
+from kvfetcher.memory.plane_ring import PlaneReader, PlaneRing, PlaneTicket
+from kvfetcher.memory.split_arena import attach_arena
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from kvfetcher.arena import Arena
     from kvfetcher.codec.gpu_restore import PendingBatch
     from kvfetcher.codec.nvdec import NvdecDecoder
-    from kvfetcher.cuda import CudaContext
     from kvfetcher.format.pictures import Integers, PlaneGeometry
     from kvfetcher.format.unit import Unit
+    from kvfetcher.memory.arena import Arena
+    from kvfetcher.memory.cuda import CudaContext
 
 _SHARED_MEMORY = Path("/dev/shm")
 # kv_restore takes milliseconds; longer than this and the unit's request is gone or the GPU is
@@ -419,7 +419,7 @@ class GpuInput:
         return GpuPlanes(torch.from_numpy(host.copy()).to(device), 0)
 
     def _tensor(self, unit: Unit, ticket: PlaneTicket) -> Any:
-        from kvfetcher.gpu_arena import as_tensor
+        from kvfetcher.memory.gpu_arena import as_tensor
 
         geometry = unit.geometry
         if ticket.num_bytes != geometry.num_bytes:

@@ -8,16 +8,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from kvfetcher.control import ControlClient, socket_path
 from kvfetcher.fetch.fetcher import EnginePace, FetchFacts
+from kvfetcher.memory.control import ControlClient, socket_path
 from kvfetcher.prefill_rate import PrefillModel
 from kvfetcher.spec import ModelIdentity
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvfetcher.arena import BlockTarget
     from kvfetcher.config import Config
+    from kvfetcher.memory.arena import BlockTarget
 
 Result = TypeVar("Result")
 Arguments = ParamSpec("Arguments")

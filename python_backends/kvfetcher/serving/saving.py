@@ -6,9 +6,9 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from kvfetcher import wire
-from kvfetcher.arena import BlockTarget
 from kvfetcher.engines.base import SaveTicket
 from kvfetcher.errors import CodecError, RequestError
+from kvfetcher.memory.arena import BlockTarget
 from kvfetcher.save import Saver, SaveReport
 from kvfetcher.serving.leases import EngineLeases
 from kvfetcher.serving.metrics import Metrics, store_observer

@@ -18,9 +18,9 @@ from kvfetcher.engines.connector.pool import PagedPool
 from kvfetcher.engines.paged import contract
 from kvfetcher.engines.paged.executor import NewRequest, Rules
 from kvfetcher.engines.paged.model import PagedModel
-from kvfetcher.leases import tokens_digest
+from kvfetcher.memory.leases import tokens_digest
+from kvfetcher.memory.split_arena import create_arena
 from kvfetcher.spec import HeadRange, heads_of_rank
-from kvfetcher.split_arena import create_arena
 from support.trtllm_contract.loop import (
     ContractLoop,
     GreedySink,

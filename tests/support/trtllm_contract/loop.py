@@ -7,7 +7,7 @@ import torch
 from kvfetcher.engines.paged import contract
 from kvfetcher.engines.paged.blocks import BlockPool
 from kvfetcher.engines.paged.executor import PagedExecutor, Sink
-from kvfetcher.leases import LeaseTable
+from kvfetcher.memory.leases import LeaseTable
 
 SCRIBBLE = -1  # every bit set: NaN in bf16, fp16 and fp8
 

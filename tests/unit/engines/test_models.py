@@ -13,7 +13,7 @@ from kvfetcher.engines import models
 from kvfetcher.engines.loader import load_model
 from kvfetcher.engines.models import BuiltinModel, prepare_model
 from kvfetcher.errors import EngineError
-from kvfetcher.leases import LeaseClaim
+from kvfetcher.memory.leases import LeaseClaim
 from support.engine_rig import lease_with, saved_values
 
 GGUF = b"not weights, but bytes with a digest"

@@ -14,7 +14,7 @@ from kvfetcher.engines.connector.worker import ConnectorWorker
 from kvfetcher.engines.loader import load_model
 from kvfetcher.engines.paged.model import PagedModel
 from kvfetcher.errors import EngineBusyError, EngineError, RequestError
-from kvfetcher.leases import LeaseClaim
+from kvfetcher.memory.leases import LeaseClaim
 from support.engine_rig import CHUNK, lease_with, saved_values, some_ids
 from support.paged_rig import PagedRig
 

@@ -19,7 +19,7 @@ from kvfetcher.engines import tensorrt_llm
 from kvfetcher.engines.base import GenerateRequest, SamplingParams
 from kvfetcher.engines.host import EngineHost
 from kvfetcher.errors import ConfigError, EngineError, RequestError
-from kvfetcher.leases import LeaseClaim, tokens_digest
+from kvfetcher.memory.leases import LeaseClaim, tokens_digest
 from support.engine_rig import BLOCK, CHUNK, SLICE, collect, edit_json, some_ids, write_model
 
 STAND_IN = Path(support.__path__[0]) / "trtllm_stand_in"

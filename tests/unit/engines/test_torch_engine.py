@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kvfetcher.errors import EngineBusyError, EngineError, RequestError
-from kvfetcher.leases import LeaseClaim, tokens_digest
+from kvfetcher.memory.leases import LeaseClaim, tokens_digest
 from support.engine_rig import (
     BLOCK,
     CHUNK,

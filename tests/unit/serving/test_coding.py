@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 
-from kvfetcher.arena import Arena
 from kvfetcher.codec import nvdec
 from kvfetcher.config import CodecConfig
 from kvfetcher.errors import (
@@ -20,6 +19,7 @@ from kvfetcher.errors import (
 from kvfetcher.format.container import parse_header
 from kvfetcher.format.pictures import PlaneGeometry
 from kvfetcher.format.unit import BITSTREAM, parse_unit
+from kvfetcher.memory.arena import Arena
 from kvfetcher.serving import coding
 from kvfetcher.serving.coding import ChunkEncoder, UnitDecoder, UnitRestorer
 from kvfetcher.spec import KVSpec

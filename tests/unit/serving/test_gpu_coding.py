@@ -7,23 +7,23 @@ import numpy as np
 import pytest
 import torch
 
-from kvfetcher.arena import BlockTarget
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.nvdec import NvdecDecoder
 from kvfetcher.codec.profiles import encode_chunk, restore_parsed
 from kvfetcher.config import CodecConfig
-from kvfetcher.cuda import IPC_HANDLE_BYTES
 from kvfetcher.errors import ArenaError, ChecksumError, GpuError, LayoutError
 from kvfetcher.format.container import parse_header
 from kvfetcher.format.pictures import LeftToCpuError
 from kvfetcher.format.unit import parse_unit
-from kvfetcher.gpu_arena import GpuArena
-from kvfetcher.plane_ring import PlaneReader, PlaneTicket
+from kvfetcher.memory.arena import BlockTarget
+from kvfetcher.memory.cuda import IPC_HANDLE_BYTES
+from kvfetcher.memory.gpu_arena import GpuArena
+from kvfetcher.memory.plane_ring import PlaneReader, PlaneTicket
+from kvfetcher.memory.split_arena import create_arena
 from kvfetcher.server.probe import probe_unit
 from kvfetcher.serving import coding, gpu_coding
 from kvfetcher.serving.coding import ChunkEncoder, UnitDecoder, UnitRestorer
 from kvfetcher.spec import HeadRange, KVSpec
-from kvfetcher.split_arena import create_arena
 from support.host_as_gpu import gpus_in_host_memory, nvdec_on_host
 
 SPEC = KVSpec(num_layers=4, num_kv_heads=3, head_dim=16)

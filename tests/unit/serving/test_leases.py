@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from kvfetcher.arena import Arena
 from kvfetcher.config import Config
-from kvfetcher.control import ControlServer, socket_path
 from kvfetcher.errors import EngineError
-from kvfetcher.leases import LeaseTable
+from kvfetcher.memory.arena import Arena
+from kvfetcher.memory.control import ControlServer, socket_path
+from kvfetcher.memory.leases import LeaseTable
 from kvfetcher.serving.leases import EngineLeases
 from kvfetcher.spec import KVSpec
 

@@ -8,8 +8,8 @@ from kvfetcher.engines.connector.messages import Copied
 from kvfetcher.engines.connector.scheduler import ConnectorScheduler
 from kvfetcher.engines.connector.worker import ConnectorWorker
 from kvfetcher.errors import EngineError, LayoutError
+from kvfetcher.memory.split_arena import SplitArena
 from kvfetcher.spec import HeadRange
-from kvfetcher.split_arena import SplitArena
 from support.engine_rig import some_ids
 from support.trtllm_contract.engine import ContractEngine, Steps, Submit, run_schedule
 

@@ -10,7 +10,7 @@ import pytest
 
 from kvfetcher.engines.connector.hub import ConnectorHub, HubSettings
 from kvfetcher.engines.loader import load_model
-from kvfetcher.leases import LeaseTable, tokens_digest
+from kvfetcher.memory.leases import LeaseTable, tokens_digest
 from support.engine_rig import some_ids, write_model
 from support.trtllm_contract.engine import BLOCK, CHUNK, Reference, arena_of
 from support.trtllm_contract.rank_process import start_rank

@@ -18,8 +18,8 @@ from kvfetcher.errors import LayoutError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from kvfetcher.arena import Arena
     from kvfetcher.engines.connector.pool import Layout, PagedPool
+    from kvfetcher.memory.arena import Arena
     from kvfetcher.spec import HeadRange, KVSpec
 
 # What a load of one run takes on the GPU for a moment, at most.

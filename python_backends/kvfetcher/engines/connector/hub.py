@@ -43,17 +43,17 @@ from kvfetcher.engines.connector.messages import (
 )
 from kvfetcher.engines.schedule import chunks_to_save
 from kvfetcher.errors import ArenaError, ArenaFullError, EngineError, LeaseError, RequestError
-from kvfetcher.leases import tokens_digest
+from kvfetcher.memory.leases import tokens_digest
 from kvfetcher.spec import heads_of_rank
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from kvfetcher.arena import Arena, BlockTarget
     from kvfetcher.config import Config
     from kvfetcher.engines.connector.messages import Message
-    from kvfetcher.leases import Lease, LeaseTable
+    from kvfetcher.memory.arena import Arena, BlockTarget
+    from kvfetcher.memory.leases import Lease, LeaseTable
     from kvfetcher.spec import KVSpec
 
 _log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from kvfetcher.engines.connector.messages import (
     Withdrawn,
 )
 from kvfetcher.errors import EngineError
-from kvfetcher.leases import tokens_digest
+from kvfetcher.memory.leases import tokens_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

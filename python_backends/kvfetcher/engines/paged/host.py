@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from kvfetcher.arena import Arena
     from kvfetcher.config import Config
     from kvfetcher.engines.connector.pool import Layout
     from kvfetcher.engines.loader import LoadedModel
-    from kvfetcher.leases import LeaseTable
+    from kvfetcher.memory.arena import Arena
+    from kvfetcher.memory.leases import LeaseTable
 
 
 @dataclass(frozen=True, slots=True)

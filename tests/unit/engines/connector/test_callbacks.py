@@ -12,7 +12,7 @@ from kvfetcher.engines.connector.link import OwnerLink
 from kvfetcher.engines.connector.messages import Announce, Room, Welcome, to_line
 from kvfetcher.engines.connector.scheduler import ConnectorScheduler
 from kvfetcher.engines.connector.worker import ConnectorWorker
-from kvfetcher.leases import tokens_digest
+from kvfetcher.memory.leases import tokens_digest
 
 BLOCK = 32
 NUM_REQUESTS = 200

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from kvfetcher.arena import Arena, plan_arena
 from kvfetcher.engines.connector import copies
 from kvfetcher.engines.connector.copies import BlockCopier
 from kvfetcher.engines.connector.pool import PagedPool
 from kvfetcher.errors import LayoutError
+from kvfetcher.memory.arena import Arena, plan_arena
 from kvfetcher.spec import HeadRange, KVSpec
 
 SPEC = KVSpec(num_layers=2, num_kv_heads=4, head_dim=8)

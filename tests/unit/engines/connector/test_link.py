@@ -9,7 +9,6 @@ import time
 
 import pytest
 
-from kvfetcher.arena import Arena
 from kvfetcher.config import Config, ConnectorConfig, FetchConfig
 from kvfetcher.engines.connector import link as link_module
 from kvfetcher.engines.connector.hub import ConnectorHub, HubSettings, hub_settings
@@ -28,7 +27,8 @@ from kvfetcher.engines.connector.messages import (
     to_line,
 )
 from kvfetcher.errors import ArenaError, EngineError
-from kvfetcher.leases import LeaseTable
+from kvfetcher.memory.arena import Arena
+from kvfetcher.memory.leases import LeaseTable
 from kvfetcher.spec import KVSpec
 
 SPEC = KVSpec(num_layers=1, num_kv_heads=1, head_dim=4)

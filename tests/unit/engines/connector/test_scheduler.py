@@ -17,7 +17,7 @@ from kvfetcher.engines.connector.messages import (
     Withdrawn,
 )
 from kvfetcher.engines.connector.scheduler import ConnectorScheduler, usable_tokens
-from kvfetcher.leases import tokens_digest
+from kvfetcher.memory.leases import tokens_digest
 
 BLOCK = 8
 PROMPT = list(range(100, 170))

@@ -1,16 +1,16 @@
 """The KV arena: blocks of KV values in a shared-memory file, read and written by several processes.
 
 The engine process creates the file (normally in /dev/shm) and owns it; the processes that restore
-and encode KV attach to it. Who may touch which block is decided by leases (`kvfetcher.leases`);
+and encode KV attach to it. Who may touch which block is decided by leases (`kvfetcher.memory.leases`);
 this module moves values and checks geometry only. Nothing here is locked: two processes that write
 one block at a time are a broken lease rule, not a case that the arena sorts out.
 
 File, little-endian: bytes 0-7 magic ``KVFARENA``, 8-11 version (uint32), 12-15 length of the JSON
 text (uint32), the JSON text, zeros up to byte 4096, then the blocks as one C-ordered array
 ``[num_blocks, L, K, H, tokens_per_block, D]`` of the KV dtype's bit patterns. Where the JSON has
-``gpu``, the file ends there and the blocks lie in that GPU's memory (`kvfetcher.gpu_arena`).
+``gpu``, the file ends there and the blocks lie in that GPU's memory (`kvfetcher.memory.gpu_arena`).
 ``heads`` says which of the model's KV heads the blocks hold: all, or one part's of an arena in
-several (`kvfetcher.split_arena`).
+several (`kvfetcher.memory.split_arena`).
 """
 
 from __future__ import annotations
@@ -325,7 +325,7 @@ class Arena:
                     " engine was restarted, ask it for a new lease"
                 )
             if header.gpu is not None:
-                from kvfetcher.gpu_arena import GpuArena  # torch comes with it
+                from kvfetcher.memory.gpu_arena import GpuArena  # torch comes with it
 
                 return GpuArena.open(path, header)
             memory = mmap.mmap(fd, os.fstat(fd).st_size)

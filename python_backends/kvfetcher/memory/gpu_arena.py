@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kvfetcher.arena import (
+from kvfetcher.errors import ArenaError, GpuError, LayoutError
+from kvfetcher.memory.arena import (
     HEADER_BYTES,
     Arena,
     ArenaHeader,
@@ -27,8 +28,7 @@ from kvfetcher.arena import (
     storage_dtype,
     write_arena_file,
 )
-from kvfetcher.cuda import cuda_context
-from kvfetcher.errors import ArenaError, GpuError, LayoutError
+from kvfetcher.memory.cuda import cuda_context
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

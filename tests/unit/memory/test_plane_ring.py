@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kvfetcher.errors import GpuError, LayoutError
-from kvfetcher.plane_ring import PlaneReader, PlaneRing, PlaneTicket
+from kvfetcher.memory.plane_ring import PlaneReader, PlaneRing, PlaneTicket
 
 
 class FakeGpu:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfetcher.errors import ArenaFullError, LeaseError
-from kvfetcher.leases import LeaseClaim, LeaseTable, tokens_digest
+from kvfetcher.memory.leases import LeaseClaim, LeaseTable, tokens_digest
 
 
 @pytest.fixture

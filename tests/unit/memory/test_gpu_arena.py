@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from kvfetcher import gpu_arena
-from kvfetcher.arena import Arena, read_arena_header
 from kvfetcher.config import EngineConfig
 from kvfetcher.engines.host import open_arena
 from kvfetcher.errors import ArenaError, ConfigError, LayoutError
-from kvfetcher.gpu_arena import GpuArena
+from kvfetcher.memory import gpu_arena
+from kvfetcher.memory.arena import Arena, read_arena_header
+from kvfetcher.memory.gpu_arena import GpuArena
+from kvfetcher.memory.split_arena import attach_arena, create_arena
 from kvfetcher.spec import HeadRange, KVSpec
-from kvfetcher.split_arena import attach_arena, create_arena
 from support.host_as_gpu import gpus_in_host_memory
 
 SPEC = KVSpec(num_layers=4, num_kv_heads=2, head_dim=8)

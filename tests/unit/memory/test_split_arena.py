@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvfetcher.arena import HEADER_BYTES, Arena, plan_arena
 from kvfetcher.errors import ArenaError, ConfigError, LayoutError
+from kvfetcher.memory.arena import HEADER_BYTES, Arena, plan_arena
+from kvfetcher.memory.split_arena import SplitArena, attach_arena, create_arena
 from kvfetcher.spec import HeadRange, KVSpec
-from kvfetcher.split_arena import SplitArena, attach_arena, create_arena
 
 SPEC = KVSpec(num_layers=3, num_kv_heads=4, head_dim=8)
 NUM_BYTES = 1 << 16

@@ -9,8 +9,6 @@ import time
 
 import pytest
 
-from kvfetcher.arena import Arena
-from kvfetcher.control import ControlClient, ControlServer, run_dir, socket_path
 from kvfetcher.errors import (
     ArenaFullError,
     ConfigError,
@@ -18,7 +16,9 @@ from kvfetcher.errors import (
     LeaseError,
     RequestError,
 )
-from kvfetcher.leases import LeaseTable
+from kvfetcher.memory.arena import Arena
+from kvfetcher.memory.control import ControlClient, ControlServer, run_dir, socket_path
+from kvfetcher.memory.leases import LeaseTable
 from kvfetcher.spec import KVSpec
 
 SPEC = KVSpec(num_layers=2, num_kv_heads=1, head_dim=8)

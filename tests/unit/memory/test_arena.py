@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from kvfetcher.arena import HEADER_BYTES, Arena, BlockTarget
 from kvfetcher.errors import ArenaError, ConfigError, LayoutError
+from kvfetcher.memory.arena import HEADER_BYTES, Arena, BlockTarget
 from kvfetcher.spec import KVSpec
 
 SPEC = KVSpec(num_layers=4, num_kv_heads=2, head_dim=8)

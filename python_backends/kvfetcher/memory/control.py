@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from kvfetcher import errors
-from kvfetcher.arena import Arena, BlockTarget
 from kvfetcher.config import RUN_DIR_VARIABLE
 from kvfetcher.errors import ConfigError, EngineError, KVFetcherError, RequestError
+from kvfetcher.memory.arena import Arena, BlockTarget
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from kvfetcher.leases import Lease, LeaseTable
+    from kvfetcher.memory.leases import Lease, LeaseTable
 
 SOCKET_NAME = "engine.sock"
 MAX_LINE_BYTES = 1 << 20

@@ -27,13 +27,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvfetcher.cuda import IPC_HANDLE_BYTES
 from kvfetcher.errors import GpuError, LayoutError
+from kvfetcher.memory.cuda import IPC_HANDLE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvfetcher.cuda import CudaContext
+    from kvfetcher.memory.cuda import CudaContext
 
 NUM_TICKETS = 64
 _TABLE_BYTES = 4096

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvfetcher import cuda
 from kvfetcher.errors import DecoderUnavailableError
+from kvfetcher.memory import cuda
 
 
 def count_two(count):

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvfetcher.arena import HEADER_BYTES, Arena, BlockTarget, plan_arena
 from kvfetcher.errors import ArenaError
+from kvfetcher.memory.arena import HEADER_BYTES, Arena, BlockTarget, plan_arena
 from kvfetcher.spec import HeadRange
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def create_arena(
             if gpu is None:
                 parts.append(Arena.create_from(plan, file))
             else:
-                from kvfetcher.gpu_arena import GpuArena  # torch comes with it
+                from kvfetcher.memory.gpu_arena import GpuArena  # torch comes with it
 
                 parts.append(GpuArena.create_on_from(plan, gpu, file))
             undo.callback(parts[-1].close)
