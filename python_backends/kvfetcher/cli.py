@@ -199,7 +199,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
 
 def _prepare_model(config: Config) -> Path:
-    from kvfetcher.engines.models import prepare_model
+    from kvfetcher.models.folders import prepare_model
 
     folder = prepare_model(
         config.engine.model, progress=lambda text: print(f"kvfetcher: {text}", file=sys.stderr)

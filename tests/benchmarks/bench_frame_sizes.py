@@ -27,9 +27,9 @@ from kvfetcher.codec.paper import PaperProfile
 from kvfetcher.codec.profiles import decode_parsed, encode_unnamed, restore_unit
 from kvfetcher.codec.transform import TransformProfile
 from kvfetcher.codec.video import VideoDecoder
-from kvfetcher.engines.models import prepare_model
 from kvfetcher.format.container import parse_header
 from kvfetcher.format.unit import BITSTREAM, parse_unit
+from kvfetcher.models.folders import prepare_model
 from kvfetcher.quant import float32_to_bits
 from kvfetcher.transform.artifact import Calibration
 from kvfetcher.transform.capture import CaptureModel

@@ -21,10 +21,10 @@ from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.profiles import encode_unnamed, restore_unit
 from kvfetcher.codec.transform import TransformProfile
 from kvfetcher.codec.video import VideoDecoder
-from kvfetcher.engines.identity import weights_digest
-from kvfetcher.engines.models import prepare_model
 from kvfetcher.format.container import parse_header
 from kvfetcher.format.unit import parse_unit
+from kvfetcher.models.folders import prepare_model
+from kvfetcher.models.identity import weights_digest
 from kvfetcher.quant import float32_to_bits
 from kvfetcher.transform.artifact import LADDER, Calibration
 from kvfetcher.transform.library import model_calibration_path, register_calibration

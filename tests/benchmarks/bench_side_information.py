@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from kvfetcher.bench.baselines import order0_bits
-from kvfetcher.engines.identity import weights_digest
-from kvfetcher.engines.models import prepare_model
+from kvfetcher.models.folders import prepare_model
+from kvfetcher.models.identity import weights_digest
 from kvfetcher.transform.artifact import Calibration
 from kvfetcher.transform.calibrate import SINK_TOKENS
 from kvfetcher.transform.capture import CaptureModel

@@ -18,9 +18,9 @@ import redis
 
 from kvfetcher import __version__
 from kvfetcher.config import Config, load_config
-from kvfetcher.engines.models import prepare_model
-from kvfetcher.engines.tokenizer import Tokenizer
 from kvfetcher.memory.control import ControlClient, socket_path
+from kvfetcher.models.folders import prepare_model
+from kvfetcher.models.tokenizer import Tokenizer
 from kvfetcher.server import TritonServer
 from kvfetcher_client import Client
 from support.servers import RedisServer

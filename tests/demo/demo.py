@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvfetcher.config import Config, load_config
-from kvfetcher.engines.models import prepare_model
+from kvfetcher.models.folders import prepare_model
 from kvfetcher.server import TritonServer
 from kvfetcher.storage import open_store
 from kvfetcher_client import Client, Generation

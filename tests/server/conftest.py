@@ -12,8 +12,8 @@ import pytest
 import tritonclient.grpc as grpcclient
 
 from kvfetcher import wire
-from kvfetcher.engines.models import prepare_model
 from kvfetcher.memory.control import ControlClient, socket_path
+from kvfetcher.models.folders import prepare_model
 from kvfetcher_client import Client
 from support.triton_server import TritonServer, server_config
 

@@ -9,7 +9,7 @@ import triton_python_backend_utils as pb_utils
 
 from kvfetcher import wire
 from kvfetcher.config import load_config
-from kvfetcher.engines.tokenizer import Tokenizer
+from kvfetcher.models.tokenizer import Tokenizer
 from kvfetcher.serving import setup
 from kvfetcher.serving.respond import respond_each
 from kvfetcher.serving.tensors import ids_tensor, read_text

@@ -469,8 +469,8 @@ def _report(
 ) -> dict[str, Any]:
     import torch
 
-    from kvfetcher.engines.identity import weights_digest
-    from kvfetcher.engines.models import prepare_model
+    from kvfetcher.models.folders import prepare_model
+    from kvfetcher.models.identity import weights_digest
 
     folder = prepare_model(args.model, progress=say)
     calibration = _calibration(args, folder.path, weights_digest(folder.path), say)

@@ -109,7 +109,7 @@ def _checks(config: Config, arguments: argparse.Namespace) -> Iterator[Check]:
 
 
 def _host_checks(config: Config) -> Iterator[Check]:
-    from kvfetcher.engines.models import prepared_folder
+    from kvfetcher.models.folders import prepared_folder
     from kvfetcher.server.installation import find_installation
     from kvfetcher.server.ports import check_ports
 
@@ -129,7 +129,7 @@ def _host_checks(config: Config) -> Iterator[Check]:
 
 def _check_calibration(config: Config) -> Check:
     """With profile and calibration settled as `serve` settles them."""
-    from kvfetcher.engines.models import prepared_folder
+    from kvfetcher.models.folders import prepared_folder
     from kvfetcher.server.profile import choose_profile
 
     model = prepared_folder(config.engine.model)

@@ -50,7 +50,7 @@ class Compared(NamedTuple):
 def check_tensorrt_llm(config: Config) -> list[Check]:
     """Everything that can be known of TensorRT-LLM here, up to a load that is compared."""
     from kvfetcher.engines import tensorrt_llm
-    from kvfetcher.engines.models import prepare_model
+    from kvfetcher.models.folders import prepare_model
 
     def version() -> Check:
         found = str(tensorrt_llm.import_tensorrt_llm().__version__)

@@ -7,7 +7,6 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from kvfetcher.engines.models import prepare_model
 from kvfetcher.engines.opening import prepare_engine
 from kvfetcher.engines.streams import Streams
 from kvfetcher.errors import ConfigError
@@ -16,6 +15,7 @@ from kvfetcher.memory.control import ControlServer, socket_path
 from kvfetcher.memory.cuda import cuda_context
 from kvfetcher.memory.leases import LeaseTable
 from kvfetcher.memory.split_arena import create_arena
+from kvfetcher.models.folders import prepare_model
 from kvfetcher.spec import heads_of_rank
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from kvfetcher.engines.identity import rope_facts, rope_text, tokenizer_digest, weights_digest
 from kvfetcher.errors import ConfigError, EngineError
+from kvfetcher.models.identity import rope_facts, rope_text, tokenizer_digest, weights_digest
 from kvfetcher.spec import KVDtype, KVSpec, ModelIdentity
 
 if TYPE_CHECKING:

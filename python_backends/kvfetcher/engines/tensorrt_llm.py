@@ -26,14 +26,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from kvfetcher import trtllm_connector
 from kvfetcher.config import RUN_DIR_VARIABLE
 from kvfetcher.engines.connector import checks
-from kvfetcher.engines.identity import (
-    config_rope_facts,
-    rope_text,
-    tokenizer_digest,
-    weights_digest,
-)
 from kvfetcher.engines.tokens import PRIOR_TOKENS_PER_SECOND, TokenStep
 from kvfetcher.errors import ConfigError, EngineError, RequestError
+from kvfetcher.models.identity import config_rope_facts, rope_text, tokenizer_digest, weights_digest
 from kvfetcher.prefill_rate import PrefillEstimator
 from kvfetcher.spec import KVSpec, ModelIdentity, heads_of_rank
 

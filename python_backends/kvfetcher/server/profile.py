@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvfetcher.codec.profiles import AUTO
-from kvfetcher.engines.identity import weights_digest
 from kvfetcher.errors import ConfigError, KVFetcherError
+from kvfetcher.models.identity import weights_digest
 from kvfetcher.transform.artifact import LADDER
 from kvfetcher.transform.library import certified, model_calibration_path, served_calibration
 

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from kvfetcher import __version__
-from kvfetcher.engines.identity import weights_digest
 from kvfetcher.errors import ConfigError
+from kvfetcher.models.identity import weights_digest
 from kvfetcher.transform.artifact import ARTIFACT_VERSION, LADDER, Calibration, StoredBasis
 from kvfetcher.transform.capture import CaptureModel
 from kvfetcher.transform.certify import CertifySettings, certify, held_out_documents

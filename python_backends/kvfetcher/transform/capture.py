@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from kvfetcher.engines.forward import forward
-from kvfetcher.engines.identity import refuse_changing_rope
 from kvfetcher.errors import ConfigError, EngineError
+from kvfetcher.models.identity import refuse_changing_rope
 from kvfetcher.spec import KVSpec
 from kvfetcher.transform.rope import LayerRope, Rope, unrotate_keys
 

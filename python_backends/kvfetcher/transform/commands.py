@@ -153,8 +153,8 @@ def _calibrate(args: argparse.Namespace) -> Calibration:
 
 
 def _model(name: str) -> tuple[Path, str]:
-    from kvfetcher.engines.identity import weights_digest
-    from kvfetcher.engines.models import prepare_model
+    from kvfetcher.models.folders import prepare_model
+    from kvfetcher.models.identity import weights_digest
 
     folder = prepare_model(name, progress=_tell).path
     return folder, weights_digest(folder)

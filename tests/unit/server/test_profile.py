@@ -2,8 +2,8 @@ import pytest
 
 from kvfetcher.codec.profiles import make_profile
 from kvfetcher.config import CodecConfig
-from kvfetcher.engines.identity import weights_digest
 from kvfetcher.errors import ConfigError
+from kvfetcher.models.identity import weights_digest
 from kvfetcher.server.profile import choose_profile
 from kvfetcher.spec import KVSpec
 from kvfetcher.transform import library

@@ -18,8 +18,10 @@ from transformers import (
     StableLmConfig,
 )
 
-from kvfetcher.engines import identity
-from kvfetcher.engines.identity import (
+from kvfetcher.engines.loader import choose_device, load_model
+from kvfetcher.errors import ConfigError, EngineError
+from kvfetcher.models import identity
+from kvfetcher.models.identity import (
     DIGEST_FILE,
     config_rope_facts,
     rope_facts,
@@ -27,8 +29,6 @@ from kvfetcher.engines.identity import (
     tokenizer_digest,
     weights_digest,
 )
-from kvfetcher.engines.loader import choose_device, load_model
-from kvfetcher.errors import ConfigError, EngineError
 from support.engine_rig import edit_json, write_model
 
 SMALL = {

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from kvfetcher.engines.tokenizer import Tokenizer
 from kvfetcher.errors import EngineError, RequestError
+from kvfetcher.models.tokenizer import Tokenizer
 
 
 def test_ids_are_those_of_the_models_tokenizer(model_folder, tokenizer):

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvfetcher.engines.models import prepare_model
 from kvfetcher.errors import EngineError, RequestError
+from kvfetcher.models.folders import prepare_model
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,11 +9,11 @@ import zipfile
 import numpy as np
 import pytest
 
-from kvfetcher.engines import models
 from kvfetcher.engines.loader import load_model
-from kvfetcher.engines.models import BuiltinModel, prepare_model
 from kvfetcher.errors import EngineError
 from kvfetcher.memory.leases import LeaseClaim
+from kvfetcher.models import folders as models
+from kvfetcher.models.folders import BuiltinModel, prepare_model
 from support.engine_rig import lease_with, saved_values
 
 GGUF = b"not weights, but bytes with a digest"

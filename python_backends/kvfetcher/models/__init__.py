@@ -1,0 +1,1 @@
+"""Model folders, tokenizers, and the identity of a loaded model."""
