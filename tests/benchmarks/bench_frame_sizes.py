@@ -23,17 +23,17 @@ import numpy as np
 
 from kvfetcher import __version__
 from kvfetcher.codec.exact import ExactProfile
+from kvfetcher.codec.ladder.artifact import Calibration
+from kvfetcher.codec.ladder.library import register_calibration
+from kvfetcher.codec.ladder.profile import TransformProfile
 from kvfetcher.codec.paper import PaperProfile
 from kvfetcher.codec.profiles import decode_parsed, encode_unnamed, restore_unit
-from kvfetcher.codec.transform import TransformProfile
+from kvfetcher.codec.quant import float32_to_bits
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.format.container import parse_header
 from kvfetcher.format.unit import BITSTREAM, parse_unit
 from kvfetcher.models.folders import prepare_model
-from kvfetcher.quant import float32_to_bits
-from kvfetcher.transform.artifact import Calibration
 from kvfetcher.transform.capture import CaptureModel
-from kvfetcher.transform.library import register_calibration
 from kvfetcher.transform.texts import default_texts
 
 if TYPE_CHECKING:

@@ -46,19 +46,19 @@ from gpu_bare import WAIT_SECONDS, Crew, decode_in_a_loop, rate_of, restore_in_a
 from gpu_cachegen import decode_cachegen_in_a_loop, find_kernels
 from gpu_counters import busy_cores, cpu_times, per_unit, stage_times, triton_counters
 
+from kvfetcher.codec.ladder.artifact import Calibration, StoredBasis
+from kvfetcher.codec.ladder.groups import Grouping, from_vectors
+from kvfetcher.codec.ladder.library import store_calibration
+from kvfetcher.codec.ladder.profile import TransformProfile
+from kvfetcher.codec.ladder.rope import LayerRope, Rope, rotate_keys
 from kvfetcher.codec.profiles import decode_unit, encode_chunk, restore_unit
-from kvfetcher.codec.transform import TransformProfile
+from kvfetcher.codec.quant import bits_to_float32, float32_to_bits
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.config import MPS_PIPE_VARIABLE, load_config
 from kvfetcher.format.container import parse_header
 from kvfetcher.format.unit import BITSTREAM, parse_unit
 from kvfetcher.memory.cuda import cuda_context
-from kvfetcher.quant import bits_to_float32, float32_to_bits
 from kvfetcher.spec import PACKED_VARIANT, KVSpec
-from kvfetcher.transform.artifact import Calibration, StoredBasis
-from kvfetcher.transform.groups import Grouping, from_vectors
-from kvfetcher.transform.library import store_calibration
-from kvfetcher.transform.rope import LayerRope, Rope, rotate_keys
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -18,17 +18,17 @@ from pathlib import Path
 import numpy as np
 
 from kvfetcher.codec.exact import ExactProfile
+from kvfetcher.codec.ladder.artifact import LADDER, Calibration
+from kvfetcher.codec.ladder.library import model_calibration_path, register_calibration
+from kvfetcher.codec.ladder.profile import TransformProfile
+from kvfetcher.codec.ladder.rope import rotate_keys
 from kvfetcher.codec.profiles import encode_unnamed, restore_unit
-from kvfetcher.codec.transform import TransformProfile
+from kvfetcher.codec.quant import float32_to_bits
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.format.container import parse_header
 from kvfetcher.format.unit import parse_unit
 from kvfetcher.models.folders import prepare_model
 from kvfetcher.models.identity import weights_digest
-from kvfetcher.quant import float32_to_bits
-from kvfetcher.transform.artifact import LADDER, Calibration
-from kvfetcher.transform.library import model_calibration_path, register_calibration
-from kvfetcher.transform.rope import rotate_keys
 from kvfetcher.transform.statistics import Statistics
 
 _M_MMAP_THRESHOLD = -3

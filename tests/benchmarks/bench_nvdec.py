@@ -37,13 +37,13 @@ from pathlib import Path
 
 import numpy as np
 
-from kvfetcher.codec.nvdec import NvdecDecoder, all_caps
+from kvfetcher.codec.gpu.nvdec import NvdecDecoder, all_caps
 from kvfetcher.codec.profiles import encode_chunk, make_profile
+from kvfetcher.codec.quant import float32_to_bits
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.config import CodecConfig, load_config
 from kvfetcher.format.container import parse_header
 from kvfetcher.format.unit import BITSTREAM, parse_unit
-from kvfetcher.quant import float32_to_bits
 from kvfetcher.spec import KVSpec
 
 REPOSITORY = Path(__file__).parents[2] / "model_repository"

@@ -7,7 +7,7 @@ import multiprocessing
 import time
 from typing import Self
 
-from kvfetcher.codec.nvdec import NvdecDecoder
+from kvfetcher.codec.gpu.nvdec import NvdecDecoder
 from kvfetcher.codec.profiles import decode_unit
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.errors import KVFetcherError
@@ -147,7 +147,7 @@ def restore_in_a_loop(pipe) -> None:
     """One `GpuRestorer`; planes are on the GPU, values go to blocks as large as a unit."""
     import torch
 
-    from kvfetcher.codec.gpu_restore import Destination, GpuPlanes, GpuRestorer
+    from kvfetcher.codec.gpu.restore import Destination, GpuPlanes, GpuRestorer
 
     device = torch.device("cuda", 0)
     restorer = GpuRestorer(device)

@@ -77,8 +77,8 @@ def _units(chunk: bytes) -> list[dict]:
 
 def _chunk(profile: str) -> bytes:
     from kvfetcher.codec.profiles import encode_chunk, make_profile
+    from kvfetcher.codec.quant import float32_to_bits
     from kvfetcher.config import CodecConfig
-    from kvfetcher.quant import float32_to_bits
     from kvfetcher.spec import KVSpec
 
     spec = KVSpec(num_layers=8, num_kv_heads=8, head_dim=128, dtype="bfloat16")

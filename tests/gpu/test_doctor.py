@@ -5,7 +5,7 @@ import json
 import pytest
 
 from kvfetcher.cli import main
-from kvfetcher.codec.nvdec import count_engines
+from kvfetcher.codec.gpu.nvdec import count_engines
 from kvfetcher.config import cache_home
 from kvfetcher.doctor import timing
 from kvfetcher.fetch.decode_times import H100_NVDEC, load_table

@@ -14,10 +14,15 @@ import pytest
 import torch
 
 from kvfetcher.codec.exact import ExactProfile
-from kvfetcher.codec.gpu_rows import EXTRA_FACTOR, HIGH_BITS
+from kvfetcher.codec.gpu.rows import EXTRA_FACTOR, HIGH_BITS
+from kvfetcher.codec.ladder import artifact, inverse
+from kvfetcher.codec.ladder.artifact import LADDER, Calibration
+from kvfetcher.codec.ladder.library import register_calibration
+from kvfetcher.codec.ladder.profile import TransformProfile, plan_restore
+from kvfetcher.codec.ladder.rope import rotate_keys
 from kvfetcher.codec.profiles import decode_unit, encode_chunk, restore_parsed
+from kvfetcher.codec.quant import bits_to_float32, float32_to_bits
 from kvfetcher.codec.symbols import ESCAPE_INDICES, ESCAPE_VALUES, escapes
-from kvfetcher.codec.transform import TransformProfile, plan_restore
 from kvfetcher.codec.uncalibrated import UncalibratedProfile
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.errors import ChecksumError, LayoutError
@@ -31,12 +36,7 @@ from kvfetcher.format.unit import (
     parse_unit,
     write_unit,
 )
-from kvfetcher.quant import bits_to_float32, float32_to_bits
 from kvfetcher.spec import KVSpec
-from kvfetcher.transform import artifact, inverse
-from kvfetcher.transform.artifact import LADDER, Calibration
-from kvfetcher.transform.library import register_calibration
-from kvfetcher.transform.rope import rotate_keys
 from support.calibrations import OnlyPacked, correlated_values, make_calibration
 from support.kv_values import special_values
 
@@ -62,7 +62,7 @@ def _add_scaled_product_int8(out, a, b, scale):
 
 @pytest.fixture(scope="module")
 def restorer():
-    from kvfetcher.codec.gpu_restore import GpuRestorer  # the Triton language comes with it
+    from kvfetcher.codec.gpu.restore import GpuRestorer  # the Triton language comes with it
 
     return GpuRestorer(DEVICE)
 
@@ -90,7 +90,7 @@ def units_of(profile, spec, values, first_position=0):
 
 def on_gpu(planes, *, high_bits):
     """Planes as NVDEC leaves them (`high_bits`) or as a host decoder gives them."""
-    from kvfetcher.codec.gpu_restore import GpuPlanes
+    from kvfetcher.codec.gpu.restore import GpuPlanes
 
     shift = 0
     if planes.dtype == np.uint16:
@@ -103,7 +103,7 @@ def on_gpu(planes, *, high_bits):
 
 def restore_both(restorer, data, *, high_bits=True, planes=None):
     """Values [Lg, K, H, T, D] of the CPU, and of the GPU through scattered blocks."""
-    from kvfetcher.codec.gpu_restore import Destination
+    from kvfetcher.codec.gpu.restore import Destination
 
     unit = parse_unit(data)
     decoded = decode_unit(data, VideoDecoder()) if planes is None else planes
@@ -267,7 +267,7 @@ def test_packed_rows_give_the_bits_of_pictures(
 
 @pytest.mark.skipif(IS_INTERPRETED, reason="nothing is compiled")
 def test_values_are_stored_16_bytes_at_a_time(restorer, monkeypatch):
-    from kvfetcher.codec import gpu_kernels
+    from kvfetcher.codec.gpu import kernels as gpu_kernels
 
     compiled = []
 
@@ -348,7 +348,7 @@ def test_golden_chunks(restorer, name):
 
 @pytest.mark.parametrize("profile", [ExactProfile(), UncalibratedProfile()])
 def test_one_wrong_sample_is_found(restorer, profile):
-    from kvfetcher.codec.gpu_restore import Destination
+    from kvfetcher.codec.gpu.restore import Destination
 
     spec = spec_of()
     values = float32_to_bits(correlated_values(spec, TOKENS), spec.dtype)
@@ -365,7 +365,7 @@ def test_one_wrong_sample_is_found(restorer, profile):
 
 
 def test_what_does_not_fit_is_refused(restorer):
-    from kvfetcher.codec.gpu_restore import Destination, GpuPlanes
+    from kvfetcher.codec.gpu.restore import Destination, GpuPlanes
 
     spec = spec_of()
     values = float32_to_bits(correlated_values(spec, TOKENS), spec.dtype)
@@ -436,7 +436,7 @@ def integers_of(got, number):
 
 
 def test_integers_beyond_two_halves_are_left_to_the_cpu(restorer):
-    from kvfetcher.codec.gpu_restore import Destination
+    from kvfetcher.codec.gpu.restore import Destination
 
     spec = spec_of()
     calibration = make_calibration(spec, layers=2)

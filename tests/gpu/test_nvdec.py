@@ -6,12 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvfetcher.codec import nvdec
 from kvfetcher.codec.exact import ExactProfile
-from kvfetcher.codec.nvdec import DecoderCaps, NvdecDecoder
+from kvfetcher.codec.gpu import nvdec
+from kvfetcher.codec.gpu.nvdec import DecoderCaps, NvdecDecoder
+from kvfetcher.codec.ladder.artifact import LADDER, Calibration
+from kvfetcher.codec.ladder.library import register_calibration
+from kvfetcher.codec.ladder.profile import TransformProfile
 from kvfetcher.codec.paper import PaperProfile
 from kvfetcher.codec.profiles import decode_unit, encode_chunk, restore_unit
-from kvfetcher.codec.transform import TransformProfile
+from kvfetcher.codec.quant import float32_to_bits
 from kvfetcher.codec.uncalibrated import UncalibratedProfile
 from kvfetcher.codec.video import VideoDecoder, encode_planes
 from kvfetcher.config import Config
@@ -19,12 +22,9 @@ from kvfetcher.errors import CodecError, DecoderUnavailableError
 from kvfetcher.format.container import parse_header
 from kvfetcher.format.pictures import PlaneGeometry
 from kvfetcher.format.unit import parse_unit
-from kvfetcher.quant import float32_to_bits
 from kvfetcher.server.repository import decode_instances
 from kvfetcher.serving.coding import UnitDecoder
 from kvfetcher.spec import KVSpec
-from kvfetcher.transform.artifact import LADDER, Calibration
-from kvfetcher.transform.library import register_calibration
 from support.calibrations import correlated_values, make_calibration
 from support.kv_values import special_values
 

@@ -6,11 +6,11 @@ import torch
 
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.profiles import encode_chunk
+from kvfetcher.codec.quant import float32_to_bits
 from kvfetcher.codec.uncalibrated import UncalibratedProfile
 from kvfetcher.format.container import parse_header
 from kvfetcher.memory.arena import Arena
 from kvfetcher.memory.split_arena import create_arena
-from kvfetcher.quant import float32_to_bits
 from kvfetcher.serving.coding import UnitDecoder, UnitRestorer
 from kvfetcher.spec import HeadRange, KVSpec
 from support.calibrations import correlated_values

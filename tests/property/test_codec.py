@@ -5,15 +5,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvfetcher.codec.exact import ExactProfile
+from kvfetcher.codec.layout import RowGrid, TileGrid, Tiling
 from kvfetcher.codec.paper import PaperProfile
 from kvfetcher.codec.profiles import decode_unit, encode_chunk, restore_unit
+from kvfetcher.codec.quant import bits_to_float32, quantise
 from kvfetcher.codec.video import VideoDecoder, encode_planes
 from kvfetcher.format.container import UnitData, build_chunk, parse_header
 from kvfetcher.format.digest import integer_digest
 from kvfetcher.format.pictures import PlaneGeometry, UnitSource
 from kvfetcher.format.unit import parse_unit
-from kvfetcher.layout import RowGrid, TileGrid, Tiling
-from kvfetcher.quant import bits_to_float32, quantise
 from kvfetcher.spec import KVSpec
 from support import reference_reader
 from support.kv_values import SPECIALS, finite_values, special_values

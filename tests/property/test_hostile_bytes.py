@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvfetcher.codec.exact import ExactProfile
+from kvfetcher.codec.ladder.library import register_calibration
+from kvfetcher.codec.ladder.profile import TransformProfile
 from kvfetcher.codec.paper import PaperProfile
 from kvfetcher.codec.profiles import decode_unit, describe_chunk, encode_chunk, restore_unit
 from kvfetcher.codec.raw import RawProfile
-from kvfetcher.codec.transform import TransformProfile
 from kvfetcher.codec.uncalibrated import UncalibratedProfile
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.errors import ChecksumError, CodecError, FormatError
@@ -23,7 +24,6 @@ from kvfetcher.format.container import header_size, parse_header
 from kvfetcher.format.pictures import UnitSource
 from kvfetcher.format.unit import parse_unit
 from kvfetcher.spec import KVSpec
-from kvfetcher.transform.library import register_calibration
 from support.calibrations import make_calibration
 from support.kv_values import finite_values
 from support.tamper import resealed_chunk, resealed_sections, resealed_unit

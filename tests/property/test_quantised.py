@@ -12,17 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvfetcher.codec.ladder.artifact import LADDER
+from kvfetcher.codec.ladder.library import register_calibration
+from kvfetcher.codec.ladder.profile import TransformProfile
+from kvfetcher.codec.ladder.rope import rotate_keys
 from kvfetcher.codec.profiles import decode_unit, restore_unit
-from kvfetcher.codec.transform import TransformProfile
+from kvfetcher.codec.quant import bits_to_float32, float32_to_bits
 from kvfetcher.codec.uncalibrated import UncalibratedProfile
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.format.pictures import UnitSource
 from kvfetcher.format.unit import parse_unit
-from kvfetcher.quant import bits_to_float32, float32_to_bits
 from kvfetcher.spec import KVSpec
-from kvfetcher.transform.artifact import LADDER
-from kvfetcher.transform.library import register_calibration
-from kvfetcher.transform.rope import rotate_keys
 from support import reference_reader
 from support.calibrations import correlated_values, make_calibration
 from support.kv_values import SPECIALS

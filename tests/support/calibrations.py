@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from kvfetcher.codec.transform import TransformProfile
+from kvfetcher.codec.ladder.artifact import LADDER, Calibration
+from kvfetcher.codec.ladder.groups import Grouping
+from kvfetcher.codec.ladder.profile import TransformProfile
+from kvfetcher.codec.ladder.rope import LayerRope, Rope
 from kvfetcher.spec import KVSpec
-from kvfetcher.transform.artifact import LADDER, Calibration
 from kvfetcher.transform.calibrate import solve
-from kvfetcher.transform.groups import Grouping
-from kvfetcher.transform.rope import LayerRope, Rope
 from kvfetcher.transform.statistics import Statistics
 
 STEPS = {"near": 0.02, "balanced": 0.06, "compact": 0.12, "tiny": 0.25}

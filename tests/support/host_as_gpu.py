@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from kvfetcher.codec import nvdec
+from kvfetcher.codec.gpu import nvdec
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.errors import GpuError
 from kvfetcher.memory import gpu_arena

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kvfetcher.quant import float32_to_bits
+from kvfetcher.codec.quant import float32_to_bits
 from kvfetcher.spec import KVSpec
 
 SPECIALS = {

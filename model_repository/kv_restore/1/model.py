@@ -14,7 +14,7 @@ Errors   INVALID_ARG bad unit or target · NOT_FOUND the arena is gone
 import triton_python_backend_utils as pb_utils
 
 from kvfetcher import wire
-from kvfetcher.codec.nvdec import has_driver
+from kvfetcher.codec.gpu.nvdec import has_driver
 from kvfetcher.config import load_config
 from kvfetcher.serving import setup
 from kvfetcher.serving.coding import UnitRestorer

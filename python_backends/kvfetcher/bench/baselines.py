@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import zstandard
 
-from kvfetcher.quant import bits_to_float32, float32_to_bits
+from kvfetcher.codec.quant import bits_to_float32, float32_to_bits
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -28,26 +28,26 @@ from kvfetcher import __version__
 from kvfetcher.bench import baselines
 from kvfetcher.bench.plot import rate_quality_svg
 from kvfetcher.codec.exact import ExactProfile
-from kvfetcher.codec.low_bits import LOW_BITS, split
+from kvfetcher.codec.ladder.artifact import LADDER, Calibration
+from kvfetcher.codec.ladder.library import (
+    model_calibration_path,
+    register_calibration,
+    store_calibration,
+)
+from kvfetcher.codec.ladder.low_bits import LOW_BITS, split
+from kvfetcher.codec.ladder.profile import TransformProfile, plan_restore
+from kvfetcher.codec.layout import RowGrid, Tiling
 from kvfetcher.codec.paper import PaperProfile, search_tiling
 from kvfetcher.codec.profiles import encode_unnamed, restore_unit
-from kvfetcher.codec.transform import TransformProfile, plan_restore
+from kvfetcher.codec.quant import bits_to_float32, float32_to_bits
 from kvfetcher.codec.uncalibrated import UncalibratedProfile
 from kvfetcher.codec.video import VideoDecoder, encode_planes
 from kvfetcher.errors import ConfigError, KVFetcherError
 from kvfetcher.format.container import parse_header
 from kvfetcher.format.unit import BITSTREAM, PAPER, TRANSFORM, parse_unit
-from kvfetcher.layout import RowGrid, Tiling
-from kvfetcher.quant import bits_to_float32, float32_to_bits
-from kvfetcher.transform.artifact import LADDER, Calibration
 from kvfetcher.transform.calibrate import CalibrateSettings, calibrate
 from kvfetcher.transform.capture import CaptureModel
 from kvfetcher.transform.certify import CertifySettings, held_out_documents
-from kvfetcher.transform.library import (
-    model_calibration_path,
-    register_calibration,
-    store_calibration,
-)
 from kvfetcher.transform.quality import Document, measure
 from kvfetcher.transform.texts import default_texts, load_texts
 

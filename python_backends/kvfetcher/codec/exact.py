@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvfetcher.codec.frame_size import EvenUnits, row_grid
+from kvfetcher.codec.layout import RowGrid
 from kvfetcher.codec.video import encode_for
 from kvfetcher.errors import ChecksumError, FormatError
 from kvfetcher.format.digest import integer_digest
 from kvfetcher.format.unit import EXACT, Unit, packed_section, video_sections, write_unit
-from kvfetcher.layout import RowGrid
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

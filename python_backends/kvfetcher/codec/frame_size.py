@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from kvfetcher.codec.layout import NUM_PLANES, RowGrid
 from kvfetcher.errors import ConfigError
 from kvfetcher.format.pictures import (
     MAX_PLANE_BYTES,
@@ -15,7 +16,6 @@ from kvfetcher.format.pictures import (
     even_groups,
     layers_of_a_picture,
 )
-from kvfetcher.layout import NUM_PLANES, RowGrid
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvfetcher.codec.exact import FLOAT_BITS, ExactProfile, restore_exact
+from kvfetcher.codec.ladder.artifact import LADDER
+from kvfetcher.codec.ladder.library import certified, served_calibration
+from kvfetcher.codec.ladder.profile import TransformProfile, restore_transform
 from kvfetcher.codec.paper import PAPER_FRAME_SIZES, PaperProfile, restore_paper
 from kvfetcher.codec.raw import RawProfile, WithRawCopy, restore_raw
-from kvfetcher.codec.transform import TransformProfile, restore_transform
 from kvfetcher.codec.uncalibrated import UncalibratedProfile, restore_uncalibrated
 from kvfetcher.errors import ConfigError, FormatError, LayoutError, UnsupportedVersionError
 from kvfetcher.format.container import UnitData, build_chunk, check_unit, parse_header
@@ -24,8 +26,6 @@ from kvfetcher.format.pictures import (
     UnitSource,
 )
 from kvfetcher.format.unit import EXACT, PAPER, RAW_VALUES, TRANSFORM, UNCALIBRATED, parse_unit
-from kvfetcher.transform.artifact import LADDER
-from kvfetcher.transform.library import certified, served_calibration
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from kvfetcher.codec.ladder.inverse import Corrections
 from kvfetcher.errors import ChecksumError, FormatError
 from kvfetcher.format.digest import integer_digest
 from kvfetcher.format.pictures import BIT_DEPTHS
 from kvfetcher.format.unit import Section, Unit, packed_section
-from kvfetcher.transform.inverse import Corrections
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from kvfetcher.codec.layout import RowGrid
     from kvfetcher.format.pictures import Integers
-    from kvfetcher.layout import RowGrid
 
 ESCAPE_INDICES = 17
 ESCAPE_VALUES = 18

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvfetcher.codec.frame_size import EvenUnits, row_grid
+from kvfetcher.codec.layout import RowGrid
+from kvfetcher.codec.quant import MAX_MAGNITUDE, bits_to_float32, float32_to_bits
 from kvfetcher.codec.raw_tokens import (
     RAW_TOKENS,
     RAW_VALUES,
@@ -33,8 +35,6 @@ from kvfetcher.codec.video import encode_for
 from kvfetcher.errors import FormatError
 from kvfetcher.format.digest import integer_digest
 from kvfetcher.format.unit import UNCALIBRATED, Unit, packed_section, video_sections, write_unit
-from kvfetcher.layout import RowGrid
-from kvfetcher.quant import MAX_MAGNITUDE, bits_to_float32, float32_to_bits
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

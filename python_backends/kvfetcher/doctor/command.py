@@ -140,8 +140,8 @@ def _check_calibration(config: Config) -> Check:
 
 
 def _video_checks(config: Config, *, quick: bool) -> Iterator[Check]:
-    from kvfetcher.codec.nvdec import ask_caps, count_engines, loads_library
-    from kvfetcher.codec.nvenc import choose_encoder
+    from kvfetcher.codec.gpu.nvdec import ask_caps, count_engines, loads_library
+    from kvfetcher.codec.gpu.nvenc import choose_encoder
     from kvfetcher.codec.video import VideoDecoder
     from kvfetcher.doctor import video
     from kvfetcher.server.repository import decode_instances
@@ -176,7 +176,7 @@ def _video_checks(config: Config, *, quick: bool) -> Iterator[Check]:
 
 
 def _check_mps(config: Config) -> Check:
-    from kvfetcher.codec.nvdec import has_driver
+    from kvfetcher.codec.gpu.nvdec import has_driver
     from kvfetcher.server.mps import find_control, find_daemon
 
     return host.check_mps(

@@ -161,7 +161,7 @@ def _serve(connection: Connection, kind: DecoderKind, gpu: int) -> None:
 def _open(kind: DecoderKind, gpu: int, connection: Connection) -> tuple[Any, Callable[..., object]]:
     try:
         if kind == "nvdec":
-            from kvfetcher.codec.nvdec import NvdecDecoder
+            from kvfetcher.codec.gpu.nvdec import NvdecDecoder
 
             on_gpu = NvdecDecoder(gpu)
             return on_gpu, on_gpu.decode_on_gpu

@@ -183,7 +183,7 @@ def check_calibration(config: Config, *, read: Callable[[str, str], Certified | 
         config: names profile and artifact.
         read: what the artifact (a file) certifies of a profile; None = nothing.
     """
-    from kvfetcher.transform.artifact import LADDER  # numpy comes with it
+    from kvfetcher.codec.ladder.artifact import LADDER  # numpy comes with it
 
     codec = config.codec
     if codec.profile not in LADDER:
@@ -220,8 +220,8 @@ def read_certificate(path: str, profile: str) -> Certified | None:
     Raises:
         ConfigError, FormatError: the file is missing or not an artifact.
     """
-    from kvfetcher.transform.artifact import Calibration
-    from kvfetcher.transform.library import certified
+    from kvfetcher.codec.ladder.artifact import Calibration
+    from kvfetcher.codec.ladder.library import certified
 
     calibration = Calibration.load(Path(path).expanduser())
     try:

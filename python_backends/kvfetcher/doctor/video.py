@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvfetcher.codec.nvdec import DRIVER_LIBRARIES, REMEDY
+from kvfetcher.codec.gpu.nvdec import DRIVER_LIBRARIES, REMEDY
 from kvfetcher.doctor.check import Check
 from kvfetcher.doctor.streams import golden_streams, planes_sha256
 from kvfetcher.errors import CodecError, KVFetcherError
@@ -12,8 +12,8 @@ from kvfetcher.errors import CodecError, KVFetcherError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from kvfetcher.codec.nvdec import DecoderCaps
-    from kvfetcher.codec.nvenc import ChosenEncoder
+    from kvfetcher.codec.gpu.nvdec import DecoderCaps
+    from kvfetcher.codec.gpu.nvenc import ChosenEncoder
     from kvfetcher.doctor.check import Status
     from kvfetcher.doctor.crew import Crew, DecoderKind
     from kvfetcher.format.pictures import Decoder

@@ -277,7 +277,7 @@ def _make_folder(run_dir: Path) -> Path:
 
 
 def _has_driver() -> bool:
-    from kvfetcher.codec.nvdec import has_driver  # numpy comes with it
+    from kvfetcher.codec.gpu.nvdec import has_driver  # numpy comes with it
 
     return has_driver()
 

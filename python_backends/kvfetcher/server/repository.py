@@ -93,7 +93,7 @@ def nvdec_engines(config: Config) -> int:
     """
     if config.codec.decoder == "cpu":
         return 0
-    from kvfetcher.codec.nvdec import count_engines  # numpy comes with it
+    from kvfetcher.codec.gpu.nvdec import count_engines  # numpy comes with it
 
     gpus = config.nvdec_gpus
     with ThreadPoolExecutor(len(gpus)) as pool:  # each takes a second or two

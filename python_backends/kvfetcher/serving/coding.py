@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from kvfetcher import wire
-from kvfetcher.codec import nvdec, profiles
-from kvfetcher.codec.nvenc import choose_encoder
+from kvfetcher.codec import profiles
+from kvfetcher.codec.gpu import nvdec
+from kvfetcher.codec.gpu.nvenc import choose_encoder
 from kvfetcher.codec.video import VideoDecoder, encode_planes
 from kvfetcher.errors import (
     CodecError,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from kvfetcher.codec import profiles
-from kvfetcher.codec.nvdec import sample_shift
+from kvfetcher.codec.gpu.nvdec import sample_shift
 from kvfetcher.errors import GpuError, KVFetcherError, LayoutError
 from kvfetcher.format.pictures import LeftToCpuError
 from kvfetcher.memory.arena import BlockTarget, read_arena_header
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from kvfetcher.codec.gpu_restore import PendingBatch
-    from kvfetcher.codec.nvdec import NvdecDecoder
+    from kvfetcher.codec.gpu.nvdec import NvdecDecoder
+    from kvfetcher.codec.gpu.restore import PendingBatch
     from kvfetcher.format.pictures import Integers, PlaneGeometry
     from kvfetcher.format.unit import Unit
     from kvfetcher.memory.arena import Arena
@@ -388,7 +388,7 @@ class GpuInput:
     def _restorer(self, gpu: int) -> Any:
         if gpu not in self._restorers:
             try:
-                from kvfetcher.codec.gpu_restore import GpuRestorer
+                from kvfetcher.codec.gpu.restore import GpuRestorer
             except ImportError as exc:
                 _log.warning("units are restored by the CPU and copied to GPU %d: %s", gpu, exc)
                 self._restorers[gpu] = None
@@ -401,7 +401,7 @@ class GpuInput:
     ) -> Any:
         import torch
 
-        from kvfetcher.codec.gpu_restore import GpuPlanes
+        from kvfetcher.codec.gpu.restore import GpuPlanes
 
         geometry = unit.geometry
         device = torch.device("cuda", gpu)
@@ -440,7 +440,7 @@ class GpuInput:
     def _destination(self, unit: Unit, arena: Arena, target: BlockTarget) -> Any:
         import torch
 
-        from kvfetcher.codec.gpu_restore import Destination
+        from kvfetcher.codec.gpu.restore import Destination
 
         key = (arena.gpu or 0, target.block_ids)
         if key not in self._block_ids:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvfetcher.codec.exact import ExactProfile
+from kvfetcher.codec.ladder.profile import TransformProfile
 from kvfetcher.codec.profiles import make_profile
-from kvfetcher.codec.transform import TransformProfile
 from kvfetcher.format.pictures import ONLY_VARIANT, UnitSource
 from kvfetcher.memory.arena import storage_dtype
 from kvfetcher.spec import PACKED_VARIANT, KVSpec

@@ -18,15 +18,15 @@ import numpy as np
 import torch
 
 from kvfetcher import __version__
+from kvfetcher.codec.ladder.artifact import ARTIFACT_VERSION, LADDER, Calibration, StoredBasis
+from kvfetcher.codec.ladder.groups import Grouping
+from kvfetcher.codec.ladder.klt import fisher_roots, solve_basis
+from kvfetcher.codec.ladder.rope import Rope, unrotate_keys
 from kvfetcher.errors import ConfigError
 from kvfetcher.models.identity import weights_digest
-from kvfetcher.transform.artifact import ARTIFACT_VERSION, LADDER, Calibration, StoredBasis
 from kvfetcher.transform.capture import CaptureModel
 from kvfetcher.transform.certify import CertifySettings, certify, held_out_documents
-from kvfetcher.transform.groups import Grouping
 from kvfetcher.transform.journal import Journal
-from kvfetcher.transform.klt import fisher_roots, solve_basis
-from kvfetcher.transform.rope import Rope, unrotate_keys
 from kvfetcher.transform.statistics import Statistics
 from kvfetcher.transform.steps import TARGETS, choose_steps
 from kvfetcher.transform.texts import Text, texts_digest

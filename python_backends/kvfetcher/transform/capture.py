@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvfetcher.codec.ladder.rope import LayerRope, Rope, unrotate_keys
 from kvfetcher.engines.forward import forward
 from kvfetcher.errors import ConfigError, EngineError
 from kvfetcher.models.identity import refuse_changing_rope
 from kvfetcher.spec import KVSpec
-from kvfetcher.transform.rope import LayerRope, Rope, unrotate_keys
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvfetcher import __version__
+from kvfetcher.codec.ladder.artifact import LADDER, Calibration
+from kvfetcher.codec.ladder.library import register_calibration
+from kvfetcher.codec.ladder.profile import TransformProfile
 from kvfetcher.codec.profiles import encode_unnamed, restore_unit
-from kvfetcher.codec.transform import TransformProfile
+from kvfetcher.codec.quant import bits_to_float32, float32_to_bits
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.errors import ConfigError
 from kvfetcher.format.container import parse_header
 from kvfetcher.format.unit import parse_unit
-from kvfetcher.quant import bits_to_float32, float32_to_bits
-from kvfetcher.transform.artifact import LADDER, Calibration
 from kvfetcher.transform.journal import Journal
-from kvfetcher.transform.library import register_calibration
 from kvfetcher.transform.quality import Document, measure, prepare
 from kvfetcher.transform.texts import Text, texts_digest
 

@@ -9,8 +9,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvfetcher.codec.ladder.artifact import LADDER, Calibration
+from kvfetcher.codec.ladder.library import (
+    calibration_folder,
+    model_calibration_path,
+    store_calibration,
+)
 from kvfetcher.errors import ConfigError, KVFetcherError
-from kvfetcher.transform.artifact import LADDER, Calibration
 from kvfetcher.transform.calibrate import (
     CalibrateSettings,
     CollectSettings,
@@ -20,11 +25,6 @@ from kvfetcher.transform.calibrate import (
     recertify,
 )
 from kvfetcher.transform.certify import CertifySettings
-from kvfetcher.transform.library import (
-    calibration_folder,
-    model_calibration_path,
-    store_calibration,
-)
 from kvfetcher.transform.texts import Text, default_texts, keep_apart, load_texts
 
 if TYPE_CHECKING:

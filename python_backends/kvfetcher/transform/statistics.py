@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvfetcher.codec.ladder.groups import Grouping, to_vectors
+from kvfetcher.codec.ladder.product import multiply
 from kvfetcher.errors import FormatError
-from kvfetcher.transform.groups import Grouping, to_vectors
-from kvfetcher.transform.product import multiply
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvfetcher.transform.artifact import LADDER, Calibration
-from kvfetcher.transform.groups import from_vectors, to_vectors
-from kvfetcher.transform.product import multiply
+from kvfetcher.codec.ladder.artifact import LADDER, Calibration
+from kvfetcher.codec.ladder.groups import from_vectors, to_vectors
+from kvfetcher.codec.ladder.product import multiply
+from kvfetcher.codec.ladder.rope import rotate_keys, unrotate_keys
 from kvfetcher.transform.quality import Document, compare
-from kvfetcher.transform.rope import rotate_keys, unrotate_keys
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

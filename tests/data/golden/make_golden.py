@@ -16,16 +16,16 @@ import numpy as np
 
 from kvfetcher.codec import uncalibrated
 from kvfetcher.codec.exact import ExactProfile
+from kvfetcher.codec.ladder.artifact import Calibration
+from kvfetcher.codec.ladder.profile import TransformProfile
+from kvfetcher.codec.ladder.rope import rotate_keys
 from kvfetcher.codec.paper import PaperProfile
 from kvfetcher.codec.profiles import encode_chunk
+from kvfetcher.codec.quant import float32_to_bits
 from kvfetcher.codec.raw import WithRawCopy
-from kvfetcher.codec.transform import TransformProfile
 from kvfetcher.codec.uncalibrated import UncalibratedProfile
 from kvfetcher.format.pictures import Profile
-from kvfetcher.quant import float32_to_bits
 from kvfetcher.spec import KVSpec
-from kvfetcher.transform.artifact import Calibration
-from kvfetcher.transform.rope import rotate_keys
 from support import reference_reader
 from support.calibrations import OnlyPacked, correlated_values, make_calibration
 from support.kv_values import SPECIALS, finite_values, special_values

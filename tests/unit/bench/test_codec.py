@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 
 from kvfetcher.bench import codec
-from kvfetcher.codec import transform
+from kvfetcher.codec.ladder import library
+from kvfetcher.codec.ladder import profile as transform
+from kvfetcher.codec.ladder.artifact import LADDER
+from kvfetcher.codec.ladder.rope import rotate_keys
 from kvfetcher.codec.profiles import decode_unit
+from kvfetcher.codec.quant import float32_to_bits
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.errors import ConfigError
 from kvfetcher.format.pictures import UnitSource
 from kvfetcher.format.unit import parse_unit
-from kvfetcher.quant import float32_to_bits
 from kvfetcher.spec import KVSpec
-from kvfetcher.transform import library
-from kvfetcher.transform.artifact import LADDER
 from kvfetcher.transform.calibrate import CalibrateSettings, CollectSettings, calibrate
 from kvfetcher.transform.capture import CaptureModel
 from kvfetcher.transform.certify import CertifySettings, held_out_documents
-from kvfetcher.transform.rope import rotate_keys
 from support.calibrations import correlated_values, make_calibration
 from support.tiny_llama import save_tiny_llama, walk_text
 

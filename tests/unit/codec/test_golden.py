@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvfetcher.codec.ladder.artifact import Calibration
+from kvfetcher.codec.ladder.library import register_calibration
 from kvfetcher.codec.profiles import decode_unit, describe_chunk, restore_unit
+from kvfetcher.codec.quant import bits_to_float32
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.format.container import check_unit, parse_header
 from kvfetcher.format.unit import parse_unit
-from kvfetcher.quant import bits_to_float32
-from kvfetcher.transform.artifact import Calibration
-from kvfetcher.transform.library import register_calibration
 from support import reference_reader
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden"

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from kvfetcher.cli import main
-from kvfetcher.codec import nvdec
-from kvfetcher.codec.nvdec import DecoderCaps
+from kvfetcher.codec.gpu import nvdec
+from kvfetcher.codec.gpu.nvdec import DecoderCaps
 from kvfetcher.config import cache_home, load_config
 from kvfetcher.doctor import command, timing
 from kvfetcher.doctor.check import Check

@@ -10,9 +10,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kvfetcher.codec import nvdec
-from kvfetcher.codec.nvdec import DecoderCaps
-from kvfetcher.codec.nvenc import ChosenEncoder
+from kvfetcher.codec.gpu import nvdec
+from kvfetcher.codec.gpu.nvdec import DecoderCaps
+from kvfetcher.codec.gpu.nvenc import ChosenEncoder
 from kvfetcher.codec.video import VideoDecoder, encode_planes
 from kvfetcher.doctor import timing, video
 from kvfetcher.doctor.crew import Crew

@@ -5,14 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvfetcher.codec.ladder.artifact import Calibration
+from kvfetcher.codec.ladder.library import register_calibration
 from kvfetcher.codec.profiles import decode_unit, restore_unit
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.errors import FormatError
 from kvfetcher.format.container import parse_header
 from kvfetcher.format.unit import BITSTREAM, parse_unit
 from kvfetcher.format.unit_rest import without_bitstream
-from kvfetcher.transform.artifact import Calibration
-from kvfetcher.transform.library import register_calibration
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden"
 

@@ -1,12 +1,12 @@
 import pytest
 
+from kvfetcher.codec.ladder import library
 from kvfetcher.codec.profiles import make_profile
 from kvfetcher.config import CodecConfig
 from kvfetcher.errors import ConfigError
 from kvfetcher.models.identity import weights_digest
 from kvfetcher.server.profile import choose_profile
 from kvfetcher.spec import KVSpec
-from kvfetcher.transform import library
 from support.calibrations import certify, make_calibration
 from support.engine_rig import write_model
 

@@ -96,7 +96,7 @@ def test_default_is_one_decoder_per_core_at_most_four():
 def test_restorers_are_as_many_as_the_gpu_has_turns_for(
     monkeypatch, arena, mps, engines, setting, processes
 ):
-    monkeypatch.setattr("kvfetcher.codec.nvdec.count_engines", lambda gpu: engines)
+    monkeypatch.setattr("kvfetcher.codec.gpu.nvdec.count_engines", lambda gpu: engines)
     config = load_config(environ={})
     server = replace(config.server, restore_instances=setting, mps=mps)
     config = replace(config, server=server, engine=replace(config.engine, arena=arena))
@@ -110,7 +110,7 @@ def test_restorers_are_as_many_as_the_gpu_has_turns_for(
 def test_two_decoders_share_an_engine_where_planes_stay_on_the_gpu(
     monkeypatch, arena, instances, processes, side_by_side
 ):
-    monkeypatch.setattr("kvfetcher.codec.nvdec.count_engines", lambda gpu: 7)
+    monkeypatch.setattr("kvfetcher.codec.gpu.nvdec.count_engines", lambda gpu: 7)
     config = _config(instances)
     config = replace(config, engine=replace(config.engine, arena=arena))
     assert decode_instances(config) == processes
@@ -132,7 +132,7 @@ def test_two_decoders_share_an_engine_where_planes_stay_on_the_gpu(
 )
 def test_engines_of_all_gpus_that_decode_count(monkeypatch, arena, gpus, processes, side_by_side):
     engines = {0: 7, 1: 3}
-    monkeypatch.setattr("kvfetcher.codec.nvdec.count_engines", lambda gpu: engines.get(gpu, 0))
+    monkeypatch.setattr("kvfetcher.codec.gpu.nvdec.count_engines", lambda gpu: engines.get(gpu, 0))
     config = load_config(environ={})
     config = replace(
         config,

@@ -19,7 +19,7 @@ from tritonclient.utils import InferenceServerException
 
 from kvfetcher import wire
 from kvfetcher.codec import profiles
-from kvfetcher.codec.nvdec import MIN_WIDTH
+from kvfetcher.codec.gpu.nvdec import MIN_WIDTH
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.errors import ServerError
 from kvfetcher.format.unit import parse_unit

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from kvfetcher.codec import nvdec
+from kvfetcher.codec.gpu import nvdec
 from kvfetcher.config import CodecConfig
 from kvfetcher.errors import (
     ArenaError,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvfetcher.codec.exact import ExactProfile
-from kvfetcher.codec.nvdec import NvdecDecoder
+from kvfetcher.codec.gpu.nvdec import NvdecDecoder
 from kvfetcher.codec.profiles import encode_chunk, restore_parsed
 from kvfetcher.config import CodecConfig
 from kvfetcher.errors import ArenaError, ChecksumError, GpuError, LayoutError

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from kvfetcher.codec.ladder.artifact import LADDER
+from kvfetcher.codec.ladder.groups import Grouping
 from kvfetcher.errors import ConfigError, FormatError
-from kvfetcher.transform.artifact import LADDER
 from kvfetcher.transform.calibrate import (
     CalibrateSettings,
     CollectSettings,
@@ -15,7 +16,6 @@ from kvfetcher.transform.calibrate import (
 )
 from kvfetcher.transform.capture import CaptureModel
 from kvfetcher.transform.certify import CertifySettings
-from kvfetcher.transform.groups import Grouping
 from kvfetcher.transform.journal import Journal
 from kvfetcher.transform.quality import compare, prepare
 from support.tiny_llama import save_tiny_llama
@@ -43,7 +43,7 @@ def test_rope_is_measured_with_its_scaling(model):
 
 
 def test_rope_that_explains_nothing_is_refused(model, monkeypatch):
-    from kvfetcher.transform.rope import LayerRope
+    from kvfetcher.codec.ladder.rope import LayerRope
 
     monkeypatch.setattr(
         CaptureModel, "_rope_candidates", lambda *_: [LayerRope(), LayerRope((0.5, 0.1))]

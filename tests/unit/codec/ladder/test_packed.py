@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfetcher.codec.packed import (
+from kvfetcher.codec.ladder.artifact import LADDER
+from kvfetcher.codec.ladder.library import register_calibration
+from kvfetcher.codec.ladder.packed import (
     MAX_WIDTH,
     NEUTRAL,
     PACKED_ROWS,
@@ -16,18 +18,16 @@ from kvfetcher.codec.packed import (
     pack,
     read_packed,
 )
+from kvfetcher.codec.ladder.profile import TransformProfile, plan_restore
 from kvfetcher.codec.profiles import decode_unit, encode_unnamed, make_profile, restore_unit
-from kvfetcher.codec.transform import TransformProfile, plan_restore
+from kvfetcher.codec.quant import float32_to_bits
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.config import CodecConfig
 from kvfetcher.errors import ChecksumError, ConfigError, FormatError, UnsupportedVersionError
 from kvfetcher.format.container import parse_header
 from kvfetcher.format.pictures import NO_PICTURES, UnitSource
 from kvfetcher.format.unit import IS_PACKED, parse_unit, raw_section, write_unit
-from kvfetcher.quant import float32_to_bits
 from kvfetcher.spec import KVSpec
-from kvfetcher.transform.artifact import LADDER
-from kvfetcher.transform.library import register_calibration
 from support.calibrations import correlated_values, make_calibration
 from support.tamper import resealed_unit
 

@@ -6,7 +6,7 @@ trusted nowhere: a probe in a process of its own encodes and decodes pictures of
 before NVENC is used at all, and the first unit of every picture size is decoded by the CPU and
 compared, sample by sample. Whatever NVENC refuses or changes is encoded by libx265.
 
-``python -m kvfetcher.codec.nvenc`` runs the probe: exit status 0 = usable, else says why not.
+``python -m kvfetcher.codec.gpu.nvenc`` runs the probe: exit status 0 = usable, else says why not.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from kvfetcher.codec.nvdec import has_driver, import_library
+from kvfetcher.codec.gpu.nvdec import has_driver, import_library
 from kvfetcher.codec.video import VideoDecoder, checked_geometry, encode_planes
 from kvfetcher.errors import CodecError, EncoderUnavailableError
 
@@ -213,7 +213,7 @@ def probe() -> None:
 
 def _probe_elsewhere() -> None:
     """`probe` in a process of its own: it leaves a CUDA context behind, and may crash."""
-    command = [sys.executable, "-m", "kvfetcher.codec.nvenc"]
+    command = [sys.executable, "-m", "kvfetcher.codec.gpu.nvenc"]
     try:
         done = subprocess.run(
             command,

@@ -15,8 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvfetcher.codec.gpu_rows import EXACT_HALF, EXTRA_FACTOR, HIGH_BITS, RANK8, RANK_EXTRA
-from kvfetcher.codec.low_bits import MAX_SHIFT
+from kvfetcher.codec.gpu.rows import EXACT_HALF, EXTRA_FACTOR, HIGH_BITS, RANK8, RANK_EXTRA
+from kvfetcher.codec.ladder.low_bits import MAX_SHIFT
 from kvfetcher.format.digest import BLOCK_WORDS
 
 RANK = 64

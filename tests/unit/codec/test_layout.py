@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from kvfetcher.codec.layout import RowGrid, TileGrid, Tiling
 from kvfetcher.errors import FormatError, LayoutError
-from kvfetcher.layout import RowGrid, TileGrid, Tiling
 
 
 def test_rows_are_interleaved_over_planes_and_padded_to_what_nvdec_takes():

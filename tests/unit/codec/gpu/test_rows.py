@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kvfetcher.codec.gpu_rows import (
+from kvfetcher.codec.gpu.rows import (
     EXACT_HALF,
     EXTRA_FACTOR,
     RANK8,

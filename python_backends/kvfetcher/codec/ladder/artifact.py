@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kvfetcher.codec.ladder.groups import Grouping
+from kvfetcher.codec.ladder.inverse import LEADING_STEPS, MIN_TRAILING, SplitInverse
+from kvfetcher.codec.ladder.klt import block_multiply
+from kvfetcher.codec.ladder.product import has_int8_product
+from kvfetcher.codec.ladder.rope import Rope
 from kvfetcher.errors import ConfigError, FormatError, UnsupportedVersionError
 from kvfetcher.spec import KVSpec
-from kvfetcher.transform.groups import Grouping
-from kvfetcher.transform.inverse import LEADING_STEPS, MIN_TRAILING, SplitInverse
-from kvfetcher.transform.klt import block_multiply
-from kvfetcher.transform.product import has_int8_product
-from kvfetcher.transform.rope import Rope
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

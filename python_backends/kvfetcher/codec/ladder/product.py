@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvfetcher.quant import float32_to_bits
+from kvfetcher.codec.quant import float32_to_bits
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from kvfetcher.codec.low_bits import MAX_SHIFT
+from kvfetcher.codec.ladder.low_bits import MAX_SHIFT
 from kvfetcher.format.pictures import LeftToCpuError
 
 if TYPE_CHECKING:

@@ -5,24 +5,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kvfetcher.codec import transform
-from kvfetcher.codec.low_bits import (
-    LOW_BITS,
-    cut,
-    packed_bytes,
-    row_shifts,
-    split,
-)
-from kvfetcher.codec.packed import read_lines
+from kvfetcher.codec.ladder import profile as transform
+from kvfetcher.codec.ladder.library import register_calibration
+from kvfetcher.codec.ladder.low_bits import LOW_BITS, cut, packed_bytes, row_shifts, split
+from kvfetcher.codec.ladder.packed import read_lines
+from kvfetcher.codec.ladder.profile import TransformProfile
 from kvfetcher.codec.profiles import decode_unit, restore_unit
-from kvfetcher.codec.transform import TransformProfile
+from kvfetcher.codec.quant import float32_to_bits
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.errors import FormatError, UnsupportedVersionError
 from kvfetcher.format.pictures import UnitSource
 from kvfetcher.format.unit import HAS_LOW_BITS, parse_unit, raw_section, write_unit
-from kvfetcher.quant import float32_to_bits
 from kvfetcher.spec import KVSpec
-from kvfetcher.transform.library import register_calibration
 from support.calibrations import correlated_values, make_calibration
 from support.tamper import resealed_unit
 

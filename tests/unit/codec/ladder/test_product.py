@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from kvfetcher.quant import float32_to_bits
-from kvfetcher.transform import product
+from kvfetcher.codec.ladder import product
+from kvfetcher.codec.quant import float32_to_bits
 
 SPECIAL = np.array(
     [

@@ -24,8 +24,11 @@ from kvfetcher.codec.frame_size import (
     parse_frame_size,
     row_grid,
 )
-from kvfetcher.codec.low_bits import LOW_BITS, cut, packed_bytes, row_shifts, split
-from kvfetcher.codec.packed import (
+from kvfetcher.codec.ladder.artifact import LADDER, Calibration
+from kvfetcher.codec.ladder.groups import from_vectors, to_vectors
+from kvfetcher.codec.ladder.library import find_calibration
+from kvfetcher.codec.ladder.low_bits import LOW_BITS, cut, packed_bytes, row_shifts, split
+from kvfetcher.codec.ladder.packed import (
     PACKED_ROWS,
     PACKED_WIDTHS,
     PackedRows,
@@ -33,6 +36,10 @@ from kvfetcher.codec.packed import (
     read_lines,
     read_packed,
 )
+from kvfetcher.codec.ladder.product import multiply, round_to_bits
+from kvfetcher.codec.ladder.rope import rotate_keys, unrotate_keys
+from kvfetcher.codec.layout import NUM_PLANES, RowGrid
+from kvfetcher.codec.quant import MAX_MAGNITUDE, bits_to_float32
 from kvfetcher.codec.raw_tokens import (
     RAW_TOKENS,
     RAW_VALUES,
@@ -62,25 +69,18 @@ from kvfetcher.format.unit import (
     video_sections,
     write_unit,
 )
-from kvfetcher.layout import NUM_PLANES, RowGrid
-from kvfetcher.quant import MAX_MAGNITUDE, bits_to_float32
 from kvfetcher.spec import PACKED_VARIANT
-from kvfetcher.transform.artifact import LADDER, Calibration
-from kvfetcher.transform.groups import from_vectors, to_vectors
-from kvfetcher.transform.library import find_calibration
-from kvfetcher.transform.product import multiply, round_to_bits
-from kvfetcher.transform.rope import rotate_keys, unrotate_keys
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
+    from kvfetcher.codec.ladder.artifact import F32
+    from kvfetcher.codec.ladder.inverse import LowBits
     from kvfetcher.format.pictures import Integers, PlaneGeometry, UnitSource
     from kvfetcher.format.unit import Section
     from kvfetcher.spec import KVSpec
-    from kvfetcher.transform.artifact import F32
-    from kvfetcher.transform.inverse import LowBits
 
 
 # digest of the calibration, step, first layer group, its rank, frame_rows, frame_columns,

@@ -10,9 +10,9 @@ import importlib.util
 import numpy as np
 import pytest
 
-from kvfetcher.codec import nvdec, nvenc
 from kvfetcher.codec.exact import ExactProfile
-from kvfetcher.codec.nvenc import NvencEncoder, choose_encoder
+from kvfetcher.codec.gpu import nvdec, nvenc
+from kvfetcher.codec.gpu.nvenc import NvencEncoder, choose_encoder
 from kvfetcher.codec.profiles import decode_unit, encode_chunk, restore_unit
 from kvfetcher.codec.video import VideoDecoder, checked_geometry, encode_planes
 from kvfetcher.errors import CodecError, EncoderUnavailableError

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvfetcher.codec.ladder.rope import LayerRope, Rope, rotate_keys, unrotate_keys
 from kvfetcher.errors import ConfigError
-from kvfetcher.transform.rope import LayerRope, Rope, rotate_keys, unrotate_keys
 
 TABLE = tuple(float(f) for f in 1.0 / 10000 ** (np.arange(4) / 4))
 

@@ -1,6 +1,6 @@
 import numpy as np
 
-from kvfetcher.transform.klt import block_multiply, fisher_roots, solve_basis
+from kvfetcher.codec.ladder.klt import block_multiply, fisher_roots, solve_basis
 
 
 def definite(count, dim, seed):

@@ -5,8 +5,8 @@ import ctypes
 import numpy as np
 import pytest
 
-from kvfetcher.codec import nvdec
-from kvfetcher.codec.nvdec import NvdecDecoder, sample_shift
+from kvfetcher.codec.gpu import nvdec
+from kvfetcher.codec.gpu.nvdec import NvdecDecoder, sample_shift
 from kvfetcher.codec.video import encode_planes
 from kvfetcher.errors import CodecError
 from kvfetcher.format.pictures import PlaneGeometry

@@ -3,9 +3,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvfetcher.codec.ladder.groups import Grouping, from_vectors, to_vectors
 from kvfetcher.errors import ConfigError
 from kvfetcher.spec import KVSpec
-from kvfetcher.transform.groups import Grouping, from_vectors, to_vectors
 
 
 @given(

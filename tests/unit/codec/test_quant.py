@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from kvfetcher.codec.quant import bits_to_float32, dequantise, float32_to_bits, quantise
 from kvfetcher.errors import CodecError
-from kvfetcher.quant import bits_to_float32, dequantise, float32_to_bits, quantise
 
 TORCH = {
     "bfloat16": (torch.bfloat16, torch.uint16),

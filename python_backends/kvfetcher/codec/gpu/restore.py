@@ -24,35 +24,29 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from kvfetcher.codec import gpu_kernels
 from kvfetcher.codec.exact import check_exact, plan_exact
-from kvfetcher.codec.gpu_rows import (
-    RANK8,
-    TILE_ROWS,
-    padded_trailing,
-    plan_leading_rows,
-    plan_rows,
-)
+from kvfetcher.codec.gpu import kernels as gpu_kernels
+from kvfetcher.codec.gpu.rows import RANK8, TILE_ROWS, padded_trailing, plan_leading_rows, plan_rows
+from kvfetcher.codec.ladder.inverse import scale_of_8_bits
+from kvfetcher.codec.ladder.profile import plan_restore
 from kvfetcher.codec.raw_tokens import exact_tokens
 from kvfetcher.codec.symbols import check_digest, escapes
-from kvfetcher.codec.transform import plan_restore
 from kvfetcher.codec.uncalibrated import plan_uncalibrated
 from kvfetcher.errors import ChecksumError, LayoutError
 from kvfetcher.format import digest
 from kvfetcher.format.unit import EXACT, IS_PACKED, TRANSFORM, UNCALIBRATED
-from kvfetcher.transform.inverse import scale_of_8_bits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
-    from kvfetcher.codec.gpu_rows import Part, RowPlan
-    from kvfetcher.codec.transform import Place, RestorePlan
+    from kvfetcher.codec.gpu.rows import Part, RowPlan
+    from kvfetcher.codec.ladder.artifact import Calibration, InverseFactors
+    from kvfetcher.codec.ladder.profile import Place, RestorePlan
+    from kvfetcher.codec.ladder.rope import LayerRope
+    from kvfetcher.codec.layout import RowGrid
     from kvfetcher.format.unit import Unit
-    from kvfetcher.layout import RowGrid
-    from kvfetcher.transform.artifact import Calibration, InverseFactors
-    from kvfetcher.transform.rope import LayerRope
 
 MAX_SAMPLES = 32 << 20
 """Of one unit; larger ones are left to the CPU, so that memory stays bounded."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from kvfetcher.transform.inverse import LowBits
+from kvfetcher.codec.ladder.inverse import LowBits
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

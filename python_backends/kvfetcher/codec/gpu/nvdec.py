@@ -4,7 +4,7 @@ Packets go from memory straight into the driver's parser: no container, no demux
 open from unit to unit. The planes are copied to host memory, or kept on the GPU for `kv_restore`.
 
 One process per engine is the way to use all engines: seven threads of one process reach a third of
-what seven processes do (H100, PyNvVideoCodec 2.2.4). ``python -m kvfetcher.codec.nvdec [GPU]`` prints
+what seven processes do (H100, PyNvVideoCodec 2.2.4). ``python -m kvfetcher.codec.gpu.nvdec [GPU]`` prints
 what the driver offers as JSON.
 """
 
@@ -317,7 +317,7 @@ def ask_caps(gpu: int) -> list[DecoderCaps]:
     Raises:
         DecoderUnavailableError: as `all_caps`; or there was no answer.
     """
-    command = [sys.executable, "-m", "kvfetcher.codec.nvdec", str(gpu)]
+    command = [sys.executable, "-m", "kvfetcher.codec.gpu.nvdec", str(gpu)]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_ASK_TIMEOUT_SECONDS, check=False

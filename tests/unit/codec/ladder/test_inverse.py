@@ -3,10 +3,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvfetcher.codec.ladder import artifact, product
+from kvfetcher.codec.ladder.inverse import LEADING_STEPS, Corrections, SplitInverse
 from kvfetcher.errors import FormatError
 from kvfetcher.spec import KVSpec
-from kvfetcher.transform import artifact, product
-from kvfetcher.transform.inverse import LEADING_STEPS, Corrections, SplitInverse
 from support.calibrations import make_calibration
 
 NOTHING = Corrections(np.zeros(0, np.int64), np.zeros(0, np.float32))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvfetcher.transform.product import add_scaled_product_int8, multiply_add
+from kvfetcher.codec.ladder.product import add_scaled_product_int8, multiply_add
 
 if TYPE_CHECKING:
     from kvfetcher.format.pictures import Integers

@@ -10,9 +10,9 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
+from kvfetcher.codec.ladder.artifact import Calibration
 from kvfetcher.config import cache_home
 from kvfetcher.errors import ConfigError
-from kvfetcher.transform.artifact import Calibration
 
 if TYPE_CHECKING:
     from kvfetcher.spec import KVDtype

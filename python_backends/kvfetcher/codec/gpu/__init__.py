@@ -1,0 +1,1 @@
+"""Optional hardware: NVDEC and NVENC, and restoring on the GPU."""

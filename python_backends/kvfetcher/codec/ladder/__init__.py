@@ -1,0 +1,1 @@
+"""The calibrated transform profiles: what they store and how they restore it."""
