@@ -38,12 +38,12 @@ _ELSEWHERE = {
         "Bring a prompt's stored chunks near a running server.",
     ),
     "calibrate": (
-        "kvfetcher.transform.commands",
+        "kvfetcher.calibration.commands",
         "main_calibrate",
         "Make a model's calibration for near, balanced, compact and tiny.",
     ),
     "certify": (
-        "kvfetcher.transform.commands",
+        "kvfetcher.calibration.commands",
         "main_certify",
         "Measure the quality of a calibration again.",
     ),

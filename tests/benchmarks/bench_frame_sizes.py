@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvfetcher import __version__
+from kvfetcher.calibration.capture import CaptureModel
+from kvfetcher.calibration.texts import default_texts
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.ladder.artifact import Calibration
 from kvfetcher.codec.ladder.library import register_calibration
@@ -33,8 +35,6 @@ from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.format.container import parse_header
 from kvfetcher.format.unit import BITSTREAM, parse_unit
 from kvfetcher.models.folders import prepare_model
-from kvfetcher.transform.capture import CaptureModel
-from kvfetcher.transform.texts import default_texts
 
 if TYPE_CHECKING:
     from kvfetcher.spec import KVSpec

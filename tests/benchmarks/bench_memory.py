@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kvfetcher.calibration.statistics import Statistics
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.ladder.artifact import LADDER, Calibration
 from kvfetcher.codec.ladder.library import model_calibration_path, register_calibration
@@ -29,7 +30,6 @@ from kvfetcher.format.container import parse_header
 from kvfetcher.format.unit import parse_unit
 from kvfetcher.models.folders import prepare_model
 from kvfetcher.models.identity import weights_digest
-from kvfetcher.transform.statistics import Statistics
 
 _M_MMAP_THRESHOLD = -3
 

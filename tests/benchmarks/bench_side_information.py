@@ -18,15 +18,15 @@ import numpy as np
 import torch
 
 from kvfetcher.bench.baselines import order0_bits
+from kvfetcher.calibration.calibrate import SINK_TOKENS
+from kvfetcher.calibration.capture import CaptureModel
+from kvfetcher.calibration.texts import default_texts, load_texts
 from kvfetcher.codec.ladder.artifact import Calibration
 from kvfetcher.codec.ladder.groups import to_vectors
 from kvfetcher.codec.ladder.library import model_calibration_path
 from kvfetcher.codec.ladder.rope import unrotate_keys
 from kvfetcher.models.folders import prepare_model
 from kvfetcher.models.identity import weights_digest
-from kvfetcher.transform.calibrate import SINK_TOKENS
-from kvfetcher.transform.capture import CaptureModel
-from kvfetcher.transform.texts import default_texts, load_texts
 
 RIDGE = 1e-2  # of the mean diagonal
 

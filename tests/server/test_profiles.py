@@ -35,7 +35,7 @@ def tiny_model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def calibration(tiny_model, tmp_path_factory):
     """Made by the command, from a few short texts; its certificate comes with it."""
-    from kvfetcher.transform.commands import main_calibrate
+    from kvfetcher.calibration.commands import main_calibrate
 
     folder = tmp_path_factory.mktemp("calibration")
     texts = folder / "texts"

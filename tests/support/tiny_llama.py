@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kvfetcher.transform.texts import Text
+from kvfetcher.calibration.texts import Text
 
 WORDS = [f"w{i}" for i in range(64)]
 

@@ -27,6 +27,11 @@ import numpy as np
 from kvfetcher import __version__
 from kvfetcher.bench import baselines
 from kvfetcher.bench.plot import rate_quality_svg
+from kvfetcher.calibration.calibrate import CalibrateSettings, calibrate
+from kvfetcher.calibration.capture import CaptureModel
+from kvfetcher.calibration.certify import CertifySettings, held_out_documents
+from kvfetcher.calibration.quality import Document, measure
+from kvfetcher.calibration.texts import default_texts, load_texts
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.ladder.artifact import LADDER, Calibration
 from kvfetcher.codec.ladder.library import (
@@ -45,22 +50,17 @@ from kvfetcher.codec.video import VideoDecoder, encode_planes
 from kvfetcher.errors import ConfigError, KVFetcherError
 from kvfetcher.format.container import parse_header
 from kvfetcher.format.unit import BITSTREAM, PAPER, TRANSFORM, parse_unit
-from kvfetcher.transform.calibrate import CalibrateSettings, calibrate
-from kvfetcher.transform.capture import CaptureModel
-from kvfetcher.transform.certify import CertifySettings, held_out_documents
-from kvfetcher.transform.quality import Document, measure
-from kvfetcher.transform.texts import default_texts, load_texts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
+    from kvfetcher.calibration.quality import Coder
+    from kvfetcher.calibration.texts import Text
     from kvfetcher.format.pictures import Integers, Profile
     from kvfetcher.format.unit import Unit
     from kvfetcher.spec import KVSpec
-    from kvfetcher.transform.quality import Coder
-    from kvfetcher.transform.texts import Text
 
 CHUNK_TOKENS = baselines.CHUNK_TOKENS
 

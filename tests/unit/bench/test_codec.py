@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 
 from kvfetcher.bench import codec
+from kvfetcher.calibration.calibrate import CalibrateSettings, CollectSettings, calibrate
+from kvfetcher.calibration.capture import CaptureModel
+from kvfetcher.calibration.certify import CertifySettings, held_out_documents
 from kvfetcher.codec.ladder import library
 from kvfetcher.codec.ladder import profile as transform
 from kvfetcher.codec.ladder.artifact import LADDER
@@ -18,9 +21,6 @@ from kvfetcher.errors import ConfigError
 from kvfetcher.format.pictures import UnitSource
 from kvfetcher.format.unit import parse_unit
 from kvfetcher.spec import KVSpec
-from kvfetcher.transform.calibrate import CalibrateSettings, CollectSettings, calibrate
-from kvfetcher.transform.capture import CaptureModel
-from kvfetcher.transform.certify import CertifySettings, held_out_documents
 from support.calibrations import correlated_values, make_calibration
 from support.tiny_llama import save_tiny_llama, walk_text
 

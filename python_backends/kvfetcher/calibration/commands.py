@@ -9,14 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvfetcher.codec.ladder.artifact import LADDER, Calibration
-from kvfetcher.codec.ladder.library import (
-    calibration_folder,
-    model_calibration_path,
-    store_calibration,
-)
-from kvfetcher.errors import ConfigError, KVFetcherError
-from kvfetcher.transform.calibrate import (
+from kvfetcher.calibration.calibrate import (
     CalibrateSettings,
     CollectSettings,
     Progress,
@@ -24,8 +17,15 @@ from kvfetcher.transform.calibrate import (
     journal_path,
     recertify,
 )
-from kvfetcher.transform.certify import CertifySettings
-from kvfetcher.transform.texts import Text, default_texts, keep_apart, load_texts
+from kvfetcher.calibration.certify import CertifySettings
+from kvfetcher.calibration.texts import Text, default_texts, keep_apart, load_texts
+from kvfetcher.codec.ladder.artifact import LADDER, Calibration
+from kvfetcher.codec.ladder.library import (
+    calibration_folder,
+    model_calibration_path,
+    store_calibration,
+)
+from kvfetcher.errors import ConfigError, KVFetcherError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

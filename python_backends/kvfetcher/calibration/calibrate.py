@@ -18,18 +18,18 @@ import numpy as np
 import torch
 
 from kvfetcher import __version__
+from kvfetcher.calibration.capture import CaptureModel
+from kvfetcher.calibration.certify import CertifySettings, certify, held_out_documents
+from kvfetcher.calibration.journal import Journal
+from kvfetcher.calibration.statistics import Statistics
+from kvfetcher.calibration.steps import TARGETS, choose_steps
+from kvfetcher.calibration.texts import Text, texts_digest
 from kvfetcher.codec.ladder.artifact import ARTIFACT_VERSION, LADDER, Calibration, StoredBasis
 from kvfetcher.codec.ladder.groups import Grouping
 from kvfetcher.codec.ladder.klt import fisher_roots, solve_basis
 from kvfetcher.codec.ladder.rope import Rope, unrotate_keys
 from kvfetcher.errors import ConfigError
 from kvfetcher.models.identity import weights_digest
-from kvfetcher.transform.capture import CaptureModel
-from kvfetcher.transform.certify import CertifySettings, certify, held_out_documents
-from kvfetcher.transform.journal import Journal
-from kvfetcher.transform.statistics import Statistics
-from kvfetcher.transform.steps import TARGETS, choose_steps
-from kvfetcher.transform.texts import Text, texts_digest
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -3,10 +3,9 @@ import gzip
 
 import pytest
 
-from kvfetcher.errors import ConfigError
-from kvfetcher.transform import texts as module
-from kvfetcher.transform.commands import split_texts
-from kvfetcher.transform.texts import (
+from kvfetcher.calibration import texts as module
+from kvfetcher.calibration.commands import split_texts
+from kvfetcher.calibration.texts import (
     HELD_OUT,
     MAX_CHARACTERS,
     MIN_CHARACTERS,
@@ -15,6 +14,7 @@ from kvfetcher.transform.texts import (
     load_texts,
     texts_digest,
 )
+from kvfetcher.errors import ConfigError
 
 SCANS = ("_code", "_reference", "_docstrings", "_readmes", "_licences")
 

@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from kvfetcher.transform.capture import CaptureModel
-    from kvfetcher.transform.texts import Text
+    from kvfetcher.calibration.capture import CaptureModel
+    from kvfetcher.calibration.texts import Text
 
 F32 = NDArray[np.float32]
 

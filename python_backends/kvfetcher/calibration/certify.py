@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvfetcher import __version__
+from kvfetcher.calibration.journal import Journal
+from kvfetcher.calibration.quality import Document, measure, prepare
+from kvfetcher.calibration.texts import Text, texts_digest
 from kvfetcher.codec.ladder.artifact import LADDER, Calibration
 from kvfetcher.codec.ladder.library import register_calibration
 from kvfetcher.codec.ladder.profile import TransformProfile
@@ -23,17 +26,14 @@ from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.errors import ConfigError
 from kvfetcher.format.container import parse_header
 from kvfetcher.format.unit import parse_unit
-from kvfetcher.transform.journal import Journal
-from kvfetcher.transform.quality import Document, measure, prepare
-from kvfetcher.transform.texts import Text, texts_digest
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from kvfetcher.calibration.calibrate import Progress
+    from kvfetcher.calibration.capture import CaptureModel
     from kvfetcher.format.pictures import Profile
     from kvfetcher.spec import KVSpec
-    from kvfetcher.transform.calibrate import Progress
-    from kvfetcher.transform.capture import CaptureModel
 
 CHUNK_TOKENS = 256
 

@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvfetcher.calibration.quality import Document, compare
 from kvfetcher.codec.ladder.artifact import LADDER, Calibration
 from kvfetcher.codec.ladder.groups import from_vectors, to_vectors
 from kvfetcher.codec.ladder.product import multiply
 from kvfetcher.codec.ladder.rope import rotate_keys, unrotate_keys
-from kvfetcher.transform.quality import Document, compare
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from numpy.typing import NDArray
 
-    from kvfetcher.transform.calibrate import Progress
-    from kvfetcher.transform.capture import CaptureModel
-    from kvfetcher.transform.journal import Journal
+    from kvfetcher.calibration.calibrate import Progress
+    from kvfetcher.calibration.capture import CaptureModel
+    from kvfetcher.calibration.journal import Journal
 
 TARGETS: Mapping[str, float] = {
     "near": 7e-5,

@@ -5,9 +5,9 @@ import pytest
 import torch
 import transformers
 
+from kvfetcher.calibration.capture import CaptureModel
 from kvfetcher.codec.ladder.rope import unrotate_keys
 from kvfetcher.errors import ConfigError, EngineError
-from kvfetcher.transform.capture import CaptureModel
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,

@@ -4,20 +4,20 @@ import numpy as np
 import pytest
 import torch
 
-from kvfetcher.codec.ladder.artifact import LADDER
-from kvfetcher.codec.ladder.groups import Grouping
-from kvfetcher.errors import ConfigError, FormatError
-from kvfetcher.transform.calibrate import (
+from kvfetcher.calibration.calibrate import (
     CalibrateSettings,
     CollectSettings,
     calibrate,
     collect,
     recertify,
 )
-from kvfetcher.transform.capture import CaptureModel
-from kvfetcher.transform.certify import CertifySettings
-from kvfetcher.transform.journal import Journal
-from kvfetcher.transform.quality import compare, prepare
+from kvfetcher.calibration.capture import CaptureModel
+from kvfetcher.calibration.certify import CertifySettings
+from kvfetcher.calibration.journal import Journal
+from kvfetcher.calibration.quality import compare, prepare
+from kvfetcher.codec.ladder.artifact import LADDER
+from kvfetcher.codec.ladder.groups import Grouping
+from kvfetcher.errors import ConfigError, FormatError
 from support.tiny_llama import save_tiny_llama
 from support.tiny_llama import walk_text as text
 

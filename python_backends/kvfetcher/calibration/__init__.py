@@ -1,0 +1,1 @@
+"""Making calibrations: an offline tool that runs a model over texts."""

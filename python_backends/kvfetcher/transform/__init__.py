@@ -1,1 +1,0 @@
-"""Calibrated transforms: from a model's own statistics to the bases that the ladder codes with."""
