@@ -8,7 +8,7 @@ from kvfetcher.cli import main
 from kvfetcher.codec.gpu.nvdec import count_engines
 from kvfetcher.config import cache_home
 from kvfetcher.doctor import timing
-from kvfetcher.fetch.decode_times import H100_NVDEC, load_table
+from kvfetcher.fetch.planning.decode_times import H100_NVDEC, load_table
 
 pytestmark = pytest.mark.gpu
 

@@ -12,8 +12,8 @@ import numpy as np
 from kvfetcher.codec import profiles
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.config import CodecConfig, FetchConfig
-from kvfetcher.fetch.decode_times import cpu_table
 from kvfetcher.fetch.fetcher import EnginePace, Fetcher, FetchFacts, UnitStatus
+from kvfetcher.fetch.planning.decode_times import cpu_table
 from kvfetcher.format.keys import chunk_keys
 from kvfetcher.memory.arena import Arena
 from kvfetcher.memory.leases import LeaseTable

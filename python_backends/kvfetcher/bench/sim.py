@@ -46,9 +46,9 @@ from kvfetcher.bench.simulate import (
 )
 from kvfetcher.bench.traces import GBIT, all_traces
 from kvfetcher.config import FetchConfig
-from kvfetcher.fetch.decode_times import H100_NVDEC, picture_load
-from kvfetcher.fetch.gate import Prompt
-from kvfetcher.fetch.variants import UnitOption, UnitWalk, chunk_options
+from kvfetcher.fetch.planning.decode_times import H100_NVDEC, picture_load
+from kvfetcher.fetch.planning.gate import Prompt
+from kvfetcher.fetch.planning.variants import UnitOption, UnitWalk, chunk_options
 from kvfetcher.prefill_rate import PrefillModel
 from kvfetcher.spec import PACKED_VARIANT, RAW_VARIANT, KVSpec
 
@@ -57,10 +57,10 @@ if TYPE_CHECKING:
 
     from kvfetcher.bench.simulate import Walk
     from kvfetcher.bench.traces import Trace
-    from kvfetcher.fetch.bandwidth import LinkEstimate
-    from kvfetcher.fetch.decode_times import DecodeTable
-    from kvfetcher.fetch.pipeline import Machine
-    from kvfetcher.fetch.variants import ChunkOptions
+    from kvfetcher.fetch.planning.bandwidth import LinkEstimate
+    from kvfetcher.fetch.planning.decode_times import DecodeTable
+    from kvfetcher.fetch.planning.pipeline import Machine
+    from kvfetcher.fetch.planning.variants import ChunkOptions
 
 _LAYER_CHANNELS = 2048
 _SAMPLES_PER_PIXEL = 3  # 4:4:4

@@ -22,10 +22,10 @@ import numpy as np
 from kvfetcher.fetch.engine_side import EnginePace, FetchFacts
 from kvfetcher.fetch.fetcher import Fetcher
 from kvfetcher.fetch.lookup import Found
-from kvfetcher.fetch.plan import probe_batches
+from kvfetcher.fetch.planning.plan import probe_batches
+from kvfetcher.fetch.planning.variants import chunk_options
 from kvfetcher.fetch.run import ChunkRun, StoredChunk
 from kvfetcher.fetch.stages import UnitStatus
-from kvfetcher.fetch.variants import chunk_options
 from kvfetcher.fetch.work import FetchOrder, FetchWork
 from kvfetcher.format.container import HEADER_READ_BYTES, ChunkHeader, UnitEntry
 from kvfetcher.memory.arena import BlockTarget
@@ -41,10 +41,10 @@ if TYPE_CHECKING:
     from kvfetcher.bench.traces import Trace
     from kvfetcher.config import FetchConfig
     from kvfetcher.errors import StoreError
-    from kvfetcher.fetch.decode_times import DecodeTable
+    from kvfetcher.fetch.planning.decode_times import DecodeTable
+    from kvfetcher.fetch.planning.variants import ChunkOptions, UnitWalk
     from kvfetcher.fetch.report import FetchReport
     from kvfetcher.fetch.run import RunFacts, _Group
-    from kvfetcher.fetch.variants import ChunkOptions, UnitWalk
     from kvfetcher.storage.base import Store
 
 CHUNK_TOKENS = 256

@@ -11,7 +11,7 @@ import numpy as np
 from kvfetcher.doctor.check import Check
 from kvfetcher.doctor.streams import noise_stream
 from kvfetcher.errors import KVFetcherError
-from kvfetcher.fetch.decode_times import H100_NVDEC, DecodePoint, DecodeTable, store_table
+from kvfetcher.fetch.planning.decode_times import H100_NVDEC, DecodePoint, DecodeTable, store_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -24,13 +24,13 @@ from kvfetcher.errors import (
     RequestCancelledError,
     RequestError,
 )
-from kvfetcher.fetch.bandwidth import LinkEstimator
 from kvfetcher.fetch.engine_side import EnginePace, FetchFacts, LeaseService
-from kvfetcher.fetch.gate import Decision, Prompt, decide, join, regret
 from kvfetcher.fetch.line import Line
 from kvfetcher.fetch.lookup import Found, look_up
-from kvfetcher.fetch.pipeline import ChunkCost, finish_times
-from kvfetcher.fetch.plan import usable_chunks
+from kvfetcher.fetch.planning.bandwidth import LinkEstimator
+from kvfetcher.fetch.planning.gate import Decision, Prompt, decide, join, regret
+from kvfetcher.fetch.planning.pipeline import ChunkCost, finish_times
+from kvfetcher.fetch.planning.plan import usable_chunks
 from kvfetcher.fetch.probe import LinkProbe
 from kvfetcher.fetch.reads import SharedReads, Tally
 from kvfetcher.fetch.report import FetchReport, GateReport
@@ -48,9 +48,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kvfetcher.config import FetchConfig
-    from kvfetcher.fetch.bandwidth import LinkEstimate
-    from kvfetcher.fetch.decode_times import DecodeTable
-    from kvfetcher.fetch.pipeline import Machine
+    from kvfetcher.fetch.planning.bandwidth import LinkEstimate
+    from kvfetcher.fetch.planning.decode_times import DecodeTable
+    from kvfetcher.fetch.planning.pipeline import Machine
     from kvfetcher.fetch.run import StoredChunk
     from kvfetcher.memory.leases import LeaseClaim
     from kvfetcher.storage.base import Near, Store

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvfetcher.fetch.decode_times import DecodeCorrection, Factors
-from kvfetcher.fetch.pace import DecodePace
+from kvfetcher.fetch.planning.decode_times import DecodeCorrection, Factors
+from kvfetcher.fetch.planning.throughput import DecodePace
 
 if TYPE_CHECKING:
+    from kvfetcher.fetch.planning.variants import UnitOption
     from kvfetcher.fetch.stages import UnitStatus
-    from kvfetcher.fetch.variants import UnitOption
 
 
 class StageLearning:

@@ -1,4 +1,4 @@
-"""Places for requests that fetch, handed out in the order of `fetch/order.py`. One event loop."""
+"""Places for requests that fetch, handed out in the order of `fetch/planning/order.py`. One event loop."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from itertools import count
 from typing import TYPE_CHECKING
 
-from kvfetcher.fetch.order import Waiting, charge, next_requests
+from kvfetcher.fetch.planning.order import Waiting, charge, next_requests
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

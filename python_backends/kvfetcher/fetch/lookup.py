@@ -18,7 +18,7 @@ from kvfetcher.errors import (
     StoreError,
     StoreUnavailableError,
 )
-from kvfetcher.fetch.plan import probe_batches
+from kvfetcher.fetch.planning.plan import probe_batches
 from kvfetcher.fetch.reads import Tally
 from kvfetcher.fetch.run import StoredChunk
 from kvfetcher.format import container

@@ -16,7 +16,7 @@ from kvfetcher.fetch.reads import Tally
 from kvfetcher.storage.base import ByteRange
 
 if TYPE_CHECKING:
-    from kvfetcher.fetch.bandwidth import LinkEstimate
+    from kvfetcher.fetch.planning.bandwidth import LinkEstimate
     from kvfetcher.fetch.reads import SharedReads
     from kvfetcher.fetch.run import StoredChunk
 

@@ -16,7 +16,7 @@ from kvfetcher.fetch.turns import Turns
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvfetcher.fetch.bandwidth import LinkEstimate
+    from kvfetcher.fetch.planning.bandwidth import LinkEstimate
 
 # While one arrives, the next one's request is on its way.
 _MIN_READS = 2

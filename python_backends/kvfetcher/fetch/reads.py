@@ -17,7 +17,7 @@ from kvfetcher.storage.base import ByteRange, GetRange, GetRanges
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
-    from kvfetcher.fetch.bandwidth import LinkEstimator
+    from kvfetcher.fetch.planning.bandwidth import LinkEstimator
     from kvfetcher.storage.base import Near
 
 Answers = dict[ByteRange, "bytes | StoreError"]

@@ -6,11 +6,11 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from kvfetcher.fetch.gate import Regret
+from kvfetcher.fetch.planning.gate import Regret
 
 if TYPE_CHECKING:
-    from kvfetcher.fetch.bandwidth import LinkEstimate
-    from kvfetcher.fetch.gate import Decision
+    from kvfetcher.fetch.planning.bandwidth import LinkEstimate
+    from kvfetcher.fetch.planning.gate import Decision
     from kvfetcher.fetch.run import RunFacts
 
 Outcome = Literal["hit", "partial", "miss", "skipped", "warmed"]

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from kvfetcher.errors import FormatError, TransientStoreError
-from kvfetcher.fetch.gate import reconsider
-from kvfetcher.fetch.pipeline import ChunkCost, finish_times
+from kvfetcher.fetch.planning.gate import reconsider
+from kvfetcher.fetch.planning.pipeline import ChunkCost, finish_times
 from kvfetcher.fetch.reads import Tally
 from kvfetcher.fetch.stages import Backlog
 from kvfetcher.format import container
@@ -23,11 +23,11 @@ from kvfetcher.storage.base import ByteRange
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Sequence
 
-    from kvfetcher.fetch.bandwidth import LinkEstimate
-    from kvfetcher.fetch.gate import Prompt
+    from kvfetcher.fetch.planning.bandwidth import LinkEstimate
+    from kvfetcher.fetch.planning.gate import Prompt
+    from kvfetcher.fetch.planning.variants import UnitOption
     from kvfetcher.fetch.report import Reason
     from kvfetcher.fetch.stages import Stages, UnitStatus
-    from kvfetcher.fetch.variants import UnitOption
     from kvfetcher.format.container import ChunkHeader, UnitEntry
     from kvfetcher.memory.arena import BlockTarget
 

@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING
 
 from kvfetcher.fetch.budget import ByteBudget
 from kvfetcher.fetch.learning import StageLearning
-from kvfetcher.fetch.pipeline import Machine
 from kvfetcher.fetch.places import Places
+from kvfetcher.fetch.planning.pipeline import Machine
+from kvfetcher.fetch.planning.variants import UnitWalk, chunk_options
 from kvfetcher.fetch.read_places import ReadPlaces, full_window_bytes
-from kvfetcher.fetch.variants import UnitWalk, chunk_options
 from kvfetcher.memory.arena import BlockTarget
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from kvfetcher.fetch.bandwidth import LinkEstimate, LinkEstimator
-    from kvfetcher.fetch.decode_times import DecodeTable, Factors
+    from kvfetcher.fetch.planning.bandwidth import LinkEstimate, LinkEstimator
+    from kvfetcher.fetch.planning.decode_times import DecodeTable, Factors
     from kvfetcher.fetch.reads import SharedReads
     from kvfetcher.format.container import ChunkHeader
 

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
     from kvfetcher.config import FetchConfig
     from kvfetcher.fetch.engine_side import FetchFacts, LeaseService
-    from kvfetcher.fetch.gate import Prompt
     from kvfetcher.fetch.line import Line
-    from kvfetcher.fetch.pipeline import ChunkCost
+    from kvfetcher.fetch.planning.gate import Prompt
+    from kvfetcher.fetch.planning.pipeline import ChunkCost
     from kvfetcher.fetch.stages import Stages
     from kvfetcher.memory.arena import BlockTarget
     from kvfetcher.storage.base import Store

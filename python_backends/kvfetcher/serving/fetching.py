@@ -15,8 +15,8 @@ import numpy as np
 from kvfetcher import wire
 from kvfetcher.config import cache_home
 from kvfetcher.errors import CodecError, DecoderUnavailableError, RequestCancelledError
-from kvfetcher.fetch.decode_times import H100_NVDEC, cpu_table, load_table
 from kvfetcher.fetch.fetcher import Fetched, Fetcher, UnitStatus
+from kvfetcher.fetch.planning.decode_times import H100_NVDEC, cpu_table, load_table
 from kvfetcher.format.unit import has_video
 from kvfetcher.server.repository import decode_instances, nvdec_engines, parallel_decoders
 from kvfetcher.serving.leases import EngineLeases
@@ -27,8 +27,8 @@ from kvfetcher.storage import TieredStore, open_store
 
 if TYPE_CHECKING:
     from kvfetcher.config import Config
-    from kvfetcher.fetch.decode_times import DecodeTable
     from kvfetcher.fetch.fetcher import FetchLoad
+    from kvfetcher.fetch.planning.decode_times import DecodeTable
     from kvfetcher.fetch.report import FetchReport
     from kvfetcher.memory.arena import BlockTarget
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from kvfetcher.config import Config
     from kvfetcher.engines.base import SaveTicket
     from kvfetcher.engines.host import EngineHost
-    from kvfetcher.fetch.gate import Regret
+    from kvfetcher.fetch.planning.gate import Regret
 
 _log = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from kvfetcher.bench import sim
 from kvfetcher.bench.simulate import SimFetcher, SimLink, run_simulated
 from kvfetcher.bench.traces import GBIT, all_traces, make_trace, uniform_jitter
 from kvfetcher.config import FetchConfig
-from kvfetcher.fetch.bandwidth import LinkEstimate
-from kvfetcher.fetch.decode_times import H100_NVDEC
-from kvfetcher.fetch.pipeline import Machine
-from kvfetcher.fetch.variants import UnitWalk, chunk_options
+from kvfetcher.fetch.planning.bandwidth import LinkEstimate
+from kvfetcher.fetch.planning.decode_times import H100_NVDEC
+from kvfetcher.fetch.planning.pipeline import Machine
+from kvfetcher.fetch.planning.variants import UnitWalk, chunk_options
 from kvfetcher.format.container import HEADER_READ_BYTES
 from kvfetcher.spec import RAW_VARIANT
 

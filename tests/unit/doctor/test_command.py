@@ -16,7 +16,7 @@ from kvfetcher.doctor.check import Check
 from kvfetcher.doctor.engine import check_engine
 from kvfetcher.doctor.store import check_store
 from kvfetcher.errors import DecoderUnavailableError, EngineError
-from kvfetcher.fetch.decode_times import H100_NVDEC, load_table
+from kvfetcher.fetch.planning.decode_times import H100_NVDEC, load_table
 from kvfetcher.storage import LocalStore
 
 

@@ -23,7 +23,7 @@ from kvfetcher.errors import (
     DecoderUnavailableError,
     EncoderUnavailableError,
 )
-from kvfetcher.fetch.decode_times import H100_NVDEC, load_table
+from kvfetcher.fetch.planning.decode_times import H100_NVDEC, load_table
 from kvfetcher.format.pictures import BIT_DEPTHS
 
 

@@ -15,9 +15,9 @@ from kvfetcher.errors import (
     StoreError,
     StoreTimeoutError,
 )
-from kvfetcher.fetch.decode_times import AS_IN_TABLE
 from kvfetcher.fetch.failures import Failures
 from kvfetcher.fetch.fetcher import UnitStatus
+from kvfetcher.fetch.planning.decode_times import AS_IN_TABLE
 from kvfetcher.fetch.shared import SharedFetch
 from kvfetcher.format import container
 from kvfetcher.format.unit import has_video

@@ -10,7 +10,7 @@ import pytest
 from kvfetcher.codec.profiles import encode_chunk
 from kvfetcher.codec.raw import RawProfile
 from kvfetcher.errors import StoreError
-from kvfetcher.fetch.bandwidth import LinkEstimate, LinkEstimator
+from kvfetcher.fetch.planning.bandwidth import LinkEstimate, LinkEstimator
 from kvfetcher.fetch.probe import LinkProbe
 from kvfetcher.fetch.reads import SharedReads
 from kvfetcher.fetch.run import StoredChunk

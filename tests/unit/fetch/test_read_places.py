@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from kvfetcher.fetch.bandwidth import LinkEstimate
+from kvfetcher.fetch.planning.bandwidth import LinkEstimate
 from kvfetcher.fetch.read_places import ReadPlaces, full_window_bytes
 
 

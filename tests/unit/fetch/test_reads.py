@@ -6,7 +6,7 @@ import time
 import pytest
 
 from kvfetcher.errors import ChunkNotFoundError, StoreError
-from kvfetcher.fetch.bandwidth import LinkEstimator
+from kvfetcher.fetch.planning.bandwidth import LinkEstimator
 from kvfetcher.fetch.reads import SharedReads, Tally
 from kvfetcher.storage.base import ByteRange
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from kvfetcher.fetch.bandwidth import LinkEstimate
-from kvfetcher.fetch.gate import Prompt, decide
+from kvfetcher.fetch.planning.bandwidth import LinkEstimate
+from kvfetcher.fetch.planning.gate import Prompt, decide
 from kvfetcher.fetch.report import FetchReport, GateReport, tell_computed
 from kvfetcher.prefill_rate import PrefillModel
 

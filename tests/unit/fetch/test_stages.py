@@ -2,8 +2,8 @@
 
 import pytest
 
-from kvfetcher.fetch.bandwidth import LinkEstimate, LinkEstimator
-from kvfetcher.fetch.decode_times import cpu_table
+from kvfetcher.fetch.planning.bandwidth import LinkEstimate, LinkEstimator
+from kvfetcher.fetch.planning.decode_times import cpu_table
 from kvfetcher.fetch.stages import Stages
 
 MBYTE = 1_000_000

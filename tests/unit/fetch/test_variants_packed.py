@@ -4,12 +4,18 @@ import pytest
 
 from kvfetcher.bench import sim
 from kvfetcher.bench.traces import GBIT
-from kvfetcher.fetch.bandwidth import LinkEstimate
-from kvfetcher.fetch.decode_times import AS_IN_TABLE, H100_NVDEC, DecodeTable, Factors, cpu_table
 from kvfetcher.fetch.learning import StageLearning
-from kvfetcher.fetch.pipeline import Machine
+from kvfetcher.fetch.planning.bandwidth import LinkEstimate
+from kvfetcher.fetch.planning.decode_times import (
+    AS_IN_TABLE,
+    H100_NVDEC,
+    DecodeTable,
+    Factors,
+    cpu_table,
+)
+from kvfetcher.fetch.planning.pipeline import Machine
+from kvfetcher.fetch.planning.variants import UnitWalk, chunk_options
 from kvfetcher.fetch.stages import UnitStatus
-from kvfetcher.fetch.variants import UnitWalk, chunk_options
 from kvfetcher.spec import PACKED_VARIANT
 
 LIBRARY = sim.Library(H100_NVDEC, sim.PICTURE_SIZES)

@@ -8,10 +8,10 @@ import pytest
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.profiles import encode_chunk
 from kvfetcher.codec.raw import WithRawCopy
-from kvfetcher.fetch.bandwidth import LinkEstimate
-from kvfetcher.fetch.decode_times import DecodePoint, DecodeTable, Factors
-from kvfetcher.fetch.pipeline import Machine, finish_times
-from kvfetcher.fetch.variants import UnitWalk, chunk_options
+from kvfetcher.fetch.planning.bandwidth import LinkEstimate
+from kvfetcher.fetch.planning.decode_times import DecodePoint, DecodeTable, Factors
+from kvfetcher.fetch.planning.pipeline import Machine, finish_times
+from kvfetcher.fetch.planning.variants import UnitWalk, chunk_options
 from kvfetcher.format.container import parse_header
 from kvfetcher.spec import KVSpec
 

@@ -7,8 +7,8 @@ import pytest
 
 from kvfetcher.config import cache_home, load_config
 from kvfetcher.errors import CodecError, DecoderUnavailableError
-from kvfetcher.fetch.decode_times import H100_NVDEC, cpu_table, store_table
 from kvfetcher.fetch.fetcher import Fetched, FetchLoad
+from kvfetcher.fetch.planning.decode_times import H100_NVDEC, cpu_table, store_table
 from kvfetcher.fetch.report import FetchReport
 from kvfetcher.serving import fetching
 from kvfetcher.serving.metrics import store_observer

@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvfetcher.codec.ladder.artifact import LADDER
-from kvfetcher.fetch.decode_times import AS_IN_TABLE, MIN_BITS_PER_SAMPLE, picture_load
-from kvfetcher.fetch.pipeline import ChunkCost
+from kvfetcher.fetch.planning.decode_times import AS_IN_TABLE, MIN_BITS_PER_SAMPLE, picture_load
+from kvfetcher.fetch.planning.pipeline import ChunkCost
 from kvfetcher.spec import PACKED_VARIANT, RAW_VARIANT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from kvfetcher.fetch.bandwidth import LinkEstimate
-    from kvfetcher.fetch.decode_times import DecodeTable, Factors
-    from kvfetcher.fetch.pipeline import Machine
+    from kvfetcher.fetch.planning.bandwidth import LinkEstimate
+    from kvfetcher.fetch.planning.decode_times import DecodeTable, Factors
+    from kvfetcher.fetch.planning.pipeline import Machine
     from kvfetcher.format.container import ChunkHeader, UnitEntry
 
 _FRAME_SIZE = re.compile(r"([1-9][0-9]*)x([1-9][0-9]*)")

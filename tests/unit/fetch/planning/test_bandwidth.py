@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfetcher.fetch.bandwidth import LinkEstimate, LinkEstimator
+from kvfetcher.fetch.planning.bandwidth import LinkEstimate, LinkEstimator
 
 MBYTE = 1 << 20
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kvfetcher.fetch.bandwidth import LinkEstimate
+    from kvfetcher.fetch.planning.bandwidth import LinkEstimate
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfetcher.fetch.bandwidth import LinkEstimate
-from kvfetcher.fetch.pipeline import ChunkCost, Machine, finish_times
+from kvfetcher.fetch.planning.bandwidth import LinkEstimate
+from kvfetcher.fetch.planning.pipeline import ChunkCost, Machine, finish_times
 
 costs = st.lists(
     st.builds(

@@ -1,6 +1,6 @@
 import pytest
 
-from kvfetcher.fetch.pace import DecodePace, Pace
+from kvfetcher.fetch.planning.throughput import DecodePace, Pace
 
 
 def run(pace, ends, *, waiting):

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvfetcher.fetch.bandwidth import LinkEstimate
-from kvfetcher.fetch.decode_times import H100_NVDEC, Factors, cpu_table, picture_load
-from kvfetcher.fetch.pipeline import Machine
-from kvfetcher.fetch.variants import (
+from kvfetcher.fetch.planning.bandwidth import LinkEstimate
+from kvfetcher.fetch.planning.decode_times import H100_NVDEC, Factors, cpu_table, picture_load
+from kvfetcher.fetch.planning.pipeline import Machine
+from kvfetcher.fetch.planning.variants import (
     NOTHING_AHEAD,
     Ahead,
     Plan,

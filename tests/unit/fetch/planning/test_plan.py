@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfetcher.fetch.plan import probe_batches, usable_chunks
+from kvfetcher.fetch.planning.plan import probe_batches, usable_chunks
 
 
 @pytest.mark.parametrize(

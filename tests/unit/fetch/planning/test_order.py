@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfetcher.fetch.order import Waiting, charge, next_requests
+from kvfetcher.fetch.planning.order import Waiting, charge, next_requests
 
 entries = st.lists(
     st.builds(

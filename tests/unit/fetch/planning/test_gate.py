@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfetcher.fetch.bandwidth import LinkEstimate
-from kvfetcher.fetch.gate import Prompt, decide, join, reconsider, regret
-from kvfetcher.fetch.pipeline import ChunkCost, Machine, finish_times
+from kvfetcher.fetch.planning.bandwidth import LinkEstimate
+from kvfetcher.fetch.planning.gate import Prompt, decide, join, reconsider, regret
+from kvfetcher.fetch.planning.pipeline import ChunkCost, Machine, finish_times
 from kvfetcher.prefill_rate import PrefillModel
 
 CHUNK = 256

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfetcher.errors import ConfigError
-from kvfetcher.fetch.decode_times import (
+from kvfetcher.fetch.planning.decode_times import (
     H100_NVDEC,
     TABLE_FILE,
     DecodeCorrection,
