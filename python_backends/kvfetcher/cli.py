@@ -48,7 +48,7 @@ _ELSEWHERE = {
         "Measure the quality of a calibration again.",
     ),
     "store": (
-        "kvfetcher.storage.commands",
+        "kvfetcher.storage.admin.commands",
         "main",
         "Look into the store, check it, purge it; `kvfetcher store --help`.",
     ),

@@ -3,8 +3,14 @@ from hypothesis import strategies as st
 
 from kvfetcher.format.container import parse_header
 from kvfetcher.format.keys import parse_object_name
+from kvfetcher.storage.admin.reachability import (
+    Holding,
+    Survey,
+    chunks_from,
+    chunks_of_prompts,
+    plan_gc,
+)
 from kvfetcher.storage.base import ObjectInfo
-from kvfetcher.storage.reach import Holding, Survey, chunks_from, chunks_of_prompts, plan_gc
 from support.chunks import CHUNK_TOKENS, chain
 
 LONG = list(range(1, 21))  # five chunks

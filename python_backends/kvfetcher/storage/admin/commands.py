@@ -22,15 +22,15 @@ from kvfetcher.errors import ChunkNotFoundError, ConfigError, RequestError
 from kvfetcher.format.keys import object_name, parse_object_name, tenant_digits
 from kvfetcher.progress import StatusLine
 from kvfetcher.storage import TieredStore, open_store, open_tiers
-from kvfetcher.storage.reach import chunks_from, chunks_of_prompts, plan_gc
-from kvfetcher.storage.upkeep import remove, survey, verify, warm
+from kvfetcher.storage.admin.reachability import chunks_from, chunks_of_prompts, plan_gc
+from kvfetcher.storage.admin.upkeep import remove, survey, verify, warm
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     from kvfetcher.config import StoreConfig
+    from kvfetcher.storage.admin.reachability import Holding
     from kvfetcher.storage.base import ObjectInfo, SetAside, Store
-    from kvfetcher.storage.reach import Holding
 
 STATUS_FAILED = 1
 STATUS_DAMAGED = 3

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from kvfetcher.errors import ChunkNotFoundError, FormatError, StoreError
 from kvfetcher.format import container
 from kvfetcher.format.keys import model_digits, next_key, parse_object_name
+from kvfetcher.storage.admin.reachability import Holding, Survey
 from kvfetcher.storage.base import ByteRange
-from kvfetcher.storage.reach import Holding, Survey
 from kvfetcher.storage.spans import UNBOUNDED
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ import redis
 from kvfetcher.cli import main
 from kvfetcher.config import load_config
 from kvfetcher.errors import StoreError
-from kvfetcher.storage import LocalStore, TieredStore, commands, open_backend, upkeep
+from kvfetcher.storage import LocalStore, TieredStore, open_backend
 from kvfetcher.storage import tier as tier_module
+from kvfetcher.storage.admin import commands, upkeep
 from kvfetcher.storage.disk_tier import DiskTier
 from support.chunks import chain
 from support.stores import FaultyStore

@@ -1,0 +1,1 @@
+"""Commands for operators of a store: list, check, warm, purge and collect."""
