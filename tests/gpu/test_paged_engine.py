@@ -9,7 +9,7 @@ import pytest
 
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.profiles import encode_chunk, restore_unit
-from kvfetcher.engines.loader import load_model
+from kvfetcher.engines.hf.loader import load_model
 from kvfetcher.format.container import parse_header
 from kvfetcher.memory.leases import LeaseClaim
 from kvfetcher.serving.coding import UnitDecoder

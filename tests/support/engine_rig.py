@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvfetcher.config import CodecConfig, Config, EngineConfig, FetchConfig, SaveConfig
 from kvfetcher.engines.base import GenerateRequest, SamplingParams
-from kvfetcher.engines.torch_engine import TorchEngine
+from kvfetcher.engines.hf.engine import TorchEngine
 from kvfetcher.memory.arena import Arena
 from kvfetcher.memory.leases import LeaseTable, tokens_digest
 

@@ -39,5 +39,5 @@ def test_only_the_models_import_tritons_utilities():
 
 
 def test_the_connector_in_the_engines_processes_brings_torch_alone():
-    loaded = _loaded_by("import kvfetcher.trtllm_connector")
+    loaded = _loaded_by("import kvfetcher.engines.connector.entry")
     assert not loaded & {"transformers", "av", "PyNvVideoCodec", "pytriton", "tritonclient"}

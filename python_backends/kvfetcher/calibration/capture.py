@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvfetcher.codec.ladder.rope import LayerRope, Rope, unrotate_keys
-from kvfetcher.engines.forward import forward
+from kvfetcher.engines.hf.model_call import forward
 from kvfetcher.errors import ConfigError, EngineError
 from kvfetcher.models.identity import refuse_changing_rope
 from kvfetcher.spec import KVSpec

@@ -92,7 +92,7 @@ def check_paged(config: Config) -> list[Check]:
 
 
 def _check_running(config: Config, kind: Literal["paged", "tensorrt_llm"]) -> list[Check]:
-    from kvfetcher.engines.connected import ConnectedEngine
+    from kvfetcher.engines.connector.engine import ConnectedEngine
     from kvfetcher.engines.host import EngineHost
 
     # `--engine` may name another one than the configuration.
@@ -238,8 +238,8 @@ async def _answer(
 
 
 def _check_interface() -> Check:
-    from kvfetcher import trtllm_connector
     from kvfetcher.engines.connector import checks
+    from kvfetcher.engines.connector import entry as trtllm_connector
 
     api = trtllm_connector.find_interface()
     checks.check_interface(api)

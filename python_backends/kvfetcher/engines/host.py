@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from kvfetcher.engines.opening import prepare_engine
+from kvfetcher.engines.factory import prepare_engine
 from kvfetcher.engines.streams import Streams
 from kvfetcher.errors import ConfigError
 from kvfetcher.memory.arena import Arena

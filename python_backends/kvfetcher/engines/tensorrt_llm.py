@@ -23,9 +23,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kvfetcher import trtllm_connector
 from kvfetcher.config import RUN_DIR_VARIABLE
 from kvfetcher.engines.connector import checks
+from kvfetcher.engines.connector import entry as trtllm_connector
 from kvfetcher.engines.tokens import PRIOR_TOKENS_PER_SECOND, TokenStep
 from kvfetcher.errors import ConfigError, EngineError, RequestError
 from kvfetcher.models.identity import config_rope_facts, rope_text, tokenizer_digest, weights_digest
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from kvfetcher.spec import KVDtype
 
 CONNECTOR = {
-    "connector_module": "kvfetcher.trtllm_connector",
+    "connector_module": "kvfetcher.engines.connector.entry",
     "connector_scheduler_class": "KVFetcherScheduler",
     "connector_worker_class": "KVFetcherWorker",
 }

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from kvfetcher import trtllm_connector
-from kvfetcher.engines.connector.hub import ConnectorHub, HubSettings
+from kvfetcher.engines.connector import entry as trtllm_connector
 from kvfetcher.engines.connector.pool import PagedPool
+from kvfetcher.engines.connector.server import ConnectorHub, HubSettings
 from kvfetcher.engines.paged import contract
 from kvfetcher.engines.paged.executor import NewRequest, Rules
 from kvfetcher.engines.paged.model import PagedModel

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from kvfetcher import trtllm_connector
-from kvfetcher.engines.loader import load_model
+from kvfetcher.engines.connector import entry as trtllm_connector
+from kvfetcher.engines.hf.loader import load_model
 from kvfetcher.engines.paged import contract
 from kvfetcher.engines.paged.executor import NewRequest, Rules
 from kvfetcher.engines.paged.model import PagedModel

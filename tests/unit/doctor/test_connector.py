@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 import support
-from kvfetcher import trtllm_connector
 from kvfetcher.config import CodecConfig, Config, ConnectorConfig, EngineConfig
 from kvfetcher.doctor.connector import Compared, judge
 from kvfetcher.doctor.engine import check_engine
 from kvfetcher.engines.connector import copies, scheduler
+from kvfetcher.engines.connector import entry as trtllm_connector
 from support.engine_rig import BLOCK, CHUNK, SLICE, edit_json, write_model
 
 

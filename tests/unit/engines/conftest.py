@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 
-from kvfetcher.engines.loader import load_model
+from kvfetcher.engines.hf.loader import load_model
 from support.engine_rig import Rig, byte_tokenizer, write_model
 
 

@@ -7,11 +7,11 @@ import contextlib
 import numpy as np
 import pytest
 
-from kvfetcher.engines import connected
+from kvfetcher.engines.connector import engine as connected
 from kvfetcher.engines.connector.copies import BlockCopier
 from kvfetcher.engines.connector.link import OwnerLink
 from kvfetcher.engines.connector.worker import ConnectorWorker
-from kvfetcher.engines.loader import load_model
+from kvfetcher.engines.hf.loader import load_model
 from kvfetcher.engines.paged.model import PagedModel
 from kvfetcher.errors import EngineBusyError, EngineError, RequestError
 from kvfetcher.memory.leases import LeaseClaim

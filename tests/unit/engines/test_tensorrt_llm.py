@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 import support
-from kvfetcher import trtllm_connector
 from kvfetcher.config import CodecConfig, Config, ConnectorConfig, EngineConfig
 from kvfetcher.engines import tensorrt_llm
 from kvfetcher.engines.base import GenerateRequest, SamplingParams
+from kvfetcher.engines.connector import entry as trtllm_connector
 from kvfetcher.engines.host import EngineHost
 from kvfetcher.errors import ConfigError, EngineError, RequestError
 from kvfetcher.memory.leases import LeaseClaim, tokens_digest

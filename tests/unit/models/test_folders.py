@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from kvfetcher.engines.loader import load_model
+from kvfetcher.engines.hf.loader import load_model
 from kvfetcher.errors import EngineError
 from kvfetcher.memory.leases import LeaseClaim
 from kvfetcher.models import folders as models

@@ -18,7 +18,7 @@ from transformers import (
     StableLmConfig,
 )
 
-from kvfetcher.engines.loader import choose_device, load_model
+from kvfetcher.engines.hf.loader import choose_device, load_model
 from kvfetcher.errors import ConfigError, EngineError
 from kvfetcher.models import identity
 from kvfetcher.models.identity import (

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvfetcher.engines.loader import load_model
+from kvfetcher.engines.hf.loader import load_model
 from support.engine_rig import write_model
 from support.trtllm_contract.engine import Reference
 

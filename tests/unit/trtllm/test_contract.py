@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvfetcher.engines.loader import load_model
+from kvfetcher.engines.hf.loader import load_model
 from kvfetcher.engines.paged.model import PagedModel
 from kvfetcher.errors import EngineError
 from support.engine_rig import some_ids, write_model

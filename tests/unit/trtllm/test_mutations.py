@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvfetcher import trtllm_connector
+from kvfetcher.engines.connector import entry as trtllm_connector
 from kvfetcher.engines.connector import scheduler as scheduler_module
 from kvfetcher.engines.connector.messages import Copied
 from kvfetcher.engines.connector.scheduler import ConnectorScheduler

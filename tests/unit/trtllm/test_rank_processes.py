@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from kvfetcher.engines.connector.hub import ConnectorHub, HubSettings
-from kvfetcher.engines.loader import load_model
+from kvfetcher.engines.connector.server import ConnectorHub, HubSettings
+from kvfetcher.engines.hf.loader import load_model
 from kvfetcher.memory.leases import LeaseTable, tokens_digest
 from support.engine_rig import some_ids, write_model
 from support.trtllm_contract.engine import BLOCK, CHUNK, Reference, arena_of

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-from kvfetcher import trtllm_connector
-from kvfetcher.engines.connected import ConnectedEngine
-from kvfetcher.engines.connector.hub import open_hub
+from kvfetcher.engines.connector import entry as trtllm_connector
+from kvfetcher.engines.connector.engine import ConnectedEngine
+from kvfetcher.engines.connector.server import open_hub
 from kvfetcher.engines.paged import contract
 from kvfetcher.engines.paged.executor import PagedExecutor, Rules, Sink
 from kvfetcher.engines.paged.model import PagedModel
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from kvfetcher.config import Config
     from kvfetcher.engines.connector.pool import Layout
-    from kvfetcher.engines.loader import LoadedModel
+    from kvfetcher.engines.hf.loader import LoadedModel
     from kvfetcher.memory.arena import Arena
     from kvfetcher.memory.leases import LeaseTable
 

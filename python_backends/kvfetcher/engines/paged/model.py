@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvfetcher.engines.forward import forward
-from kvfetcher.engines.kv_cache import kv_torch_dtype
+from kvfetcher.engines.hf.kv_cache import kv_torch_dtype
+from kvfetcher.engines.hf.model_call import forward
 from kvfetcher.errors import EngineError
 from kvfetcher.spec import heads_of_rank
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kvfetcher.engines.connector.pool import Layout
-    from kvfetcher.engines.loader import LoadedModel
+    from kvfetcher.engines.hf.loader import LoadedModel
     from kvfetcher.engines.paged.contract import Ranks
     from kvfetcher.spec import HeadRange, KVSpec
 

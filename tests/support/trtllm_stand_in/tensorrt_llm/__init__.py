@@ -19,7 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from kvfetcher.engines import base
-from kvfetcher.engines.loader import load_model
+from kvfetcher.engines.hf.loader import load_model
 from kvfetcher.engines.paged.contract import OneRank
 from kvfetcher.engines.paged.executor import PagedExecutor, Rules
 from kvfetcher.engines.paged.model import PagedModel

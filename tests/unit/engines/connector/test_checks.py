@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvfetcher import trtllm_connector
 from kvfetcher.engines.connector import checks
+from kvfetcher.engines.connector import entry as trtllm_connector
 from kvfetcher.engines.paged import contract
 from kvfetcher.errors import ConfigError
 

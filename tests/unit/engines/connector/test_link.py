@@ -11,7 +11,6 @@ import pytest
 
 from kvfetcher.config import Config, ConnectorConfig, FetchConfig
 from kvfetcher.engines.connector import link as link_module
-from kvfetcher.engines.connector.hub import ConnectorHub, HubSettings, hub_settings
 from kvfetcher.engines.connector.link import OwnerLink
 from kvfetcher.engines.connector.messages import (
     Announce,
@@ -26,6 +25,7 @@ from kvfetcher.engines.connector.messages import (
     Withdrawn,
     to_line,
 )
+from kvfetcher.engines.connector.server import ConnectorHub, HubSettings, hub_settings
 from kvfetcher.errors import ArenaError, EngineError
 from kvfetcher.memory.arena import Arena
 from kvfetcher.memory.leases import LeaseTable

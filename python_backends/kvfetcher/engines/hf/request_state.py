@@ -8,9 +8,9 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from kvfetcher.engines.answer import AnswerText
 from kvfetcher.engines.base import GenerateEvent, GenerateTimings
 from kvfetcher.engines.sampling import Sampler
+from kvfetcher.engines.text_stream import AnswerText
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from kvfetcher.engines.base import FinishReason, GenerateRequest
     from kvfetcher.engines.detokenize import Decodes
-    from kvfetcher.engines.kv_cache import SequenceCache
+    from kvfetcher.engines.hf.kv_cache import SequenceCache
     from kvfetcher.memory.leases import Lease
 
 _log = logging.getLogger(__name__)

@@ -25,10 +25,10 @@ import torch
 
 from kvfetcher.engines.admission import check_request, claim_lease
 from kvfetcher.engines.base import EngineInfo, GenerateEvent, SaveTicket
-from kvfetcher.engines.forward import forward
-from kvfetcher.engines.kv_cache import SequenceCache
+from kvfetcher.engines.hf.kv_cache import SequenceCache
+from kvfetcher.engines.hf.model_call import forward
+from kvfetcher.engines.hf.request_state import EventPipe, Sequence
 from kvfetcher.engines.schedule import WaitingLine, chunks_to_save, slice_end
-from kvfetcher.engines.sequence import EventPipe, Sequence
 from kvfetcher.errors import (
     ArenaFullError,
     EngineError,
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from kvfetcher.config import Config
     from kvfetcher.engines.base import GenerateRequest
-    from kvfetcher.engines.loader import LoadedModel
+    from kvfetcher.engines.hf.loader import LoadedModel
     from kvfetcher.memory.arena import Arena
     from kvfetcher.memory.leases import Lease, LeaseTable
     from kvfetcher.prefill_rate import PrefillModel

@@ -65,7 +65,7 @@ def prepare_engine(
 
 class _Torch:
     def __init__(self, config: Config, model: Path) -> None:
-        from kvfetcher.engines.loader import load_model
+        from kvfetcher.engines.hf.loader import load_model
 
         self._config = config
         self._loaded = load_model(
@@ -75,14 +75,14 @@ class _Torch:
         self.devices = (str(self._loaded.device),)
 
     def open(self, arena: Arena, leases: LeaseTable, closing: contextlib.ExitStack) -> Engine:
-        from kvfetcher.engines.torch_engine import TorchEngine
+        from kvfetcher.engines.hf.engine import TorchEngine
 
         return TorchEngine(self._loaded, self._config, arena=arena, leases=leases)
 
 
 class _Paged:
     def __init__(self, config: Config, model: Path, run_folder: Path) -> None:
-        from kvfetcher.engines.loader import load_model
+        from kvfetcher.engines.hf.loader import load_model
 
         self._config = config
         self._run_folder = run_folder
@@ -125,8 +125,8 @@ class _TensorrtLlm:
         self.devices = tuple(f"cuda:{rank}" for rank in range(self._arguments.num_ranks))
 
     def open(self, arena: Arena, leases: LeaseTable, closing: contextlib.ExitStack) -> Engine:
-        from kvfetcher.engines.connected import ConnectedEngine
-        from kvfetcher.engines.connector.hub import open_hub
+        from kvfetcher.engines.connector.engine import ConnectedEngine
+        from kvfetcher.engines.connector.server import open_hub
         from kvfetcher.engines.tensorrt_llm import end_process, start_llm
 
         hub = open_hub(

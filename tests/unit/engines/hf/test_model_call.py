@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kvfetcher.engines.forward import forward
+from kvfetcher.engines.hf.model_call import forward
 
 
 class Newer:

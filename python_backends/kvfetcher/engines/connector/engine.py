@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kvfetcher.engines.admission import check_request, claim_lease
-from kvfetcher.engines.answer import AnswerText
 from kvfetcher.engines.base import EngineInfo, GenerateEvent, GenerateTimings, SamplingParams
+from kvfetcher.engines.text_stream import AnswerText
 from kvfetcher.errors import EngineBusyError, EngineError, LeaseError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from kvfetcher.config import Config
     from kvfetcher.engines.base import FinishReason, GenerateRequest, RopeFacts, SaveTicket
-    from kvfetcher.engines.connector.hub import ConnectorHub, Handle
+    from kvfetcher.engines.connector.server import ConnectorHub, Handle
     from kvfetcher.engines.detokenize import Decodes
     from kvfetcher.engines.tokens import TokenRun, TokenSource, TokenStep
     from kvfetcher.memory.arena import Arena

@@ -13,8 +13,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from kvfetcher.engines.forward import forward
-from kvfetcher.engines.kv_cache import SequenceCache
+from kvfetcher.engines.hf.kv_cache import SequenceCache
+from kvfetcher.engines.hf.model_call import forward
 from kvfetcher.errors import LayoutError
 from kvfetcher.spec import KVSpec
 
