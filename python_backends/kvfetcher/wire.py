@@ -40,7 +40,7 @@ KV_POLICIES = ("auto", "fetch", "recompute", "no_store", "warm")
 
 # Between the models
 INPUT_IDS = "input_ids"  # INT32 [num_tokens]
-SAMPLING = "sampling"  # STRING [1], JSON (serving/params.py)
+SAMPLING = "sampling"  # STRING [1], JSON (backend/params.py)
 STREAM_ID = "stream_id"  # STRING [1]; names a running answer (engines/streams.py)
 KV_LEASE = "kv_lease"  # STRING [1], JSON; "" = no lease
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvfetcher.backend.coding import UnitDecoder
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.gpu import nvdec
 from kvfetcher.codec.gpu.nvdec import DecoderCaps, NvdecDecoder
@@ -23,7 +24,6 @@ from kvfetcher.format.container import parse_header
 from kvfetcher.format.pictures import PlaneGeometry
 from kvfetcher.format.unit import parse_unit
 from kvfetcher.server.repository import decode_instances
-from kvfetcher.serving.coding import UnitDecoder
 from kvfetcher.spec import KVSpec
 from support.calibrations import correlated_values, make_calibration
 from support.kv_values import special_values

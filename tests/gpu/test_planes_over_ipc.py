@@ -7,6 +7,7 @@ import multiprocessing
 import numpy as np
 import pytest
 
+from kvfetcher.backend.coding import UnitDecoder, UnitRestorer
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.profiles import encode_chunk
 from kvfetcher.codec.quant import float32_to_bits
@@ -14,7 +15,6 @@ from kvfetcher.codec.uncalibrated import UncalibratedProfile
 from kvfetcher.format.container import parse_header
 from kvfetcher.memory.plane_ring import PlaneTicket
 from kvfetcher.memory.split_arena import create_arena
-from kvfetcher.serving.coding import UnitDecoder, UnitRestorer
 from kvfetcher.spec import HeadRange, KVSpec
 from support.calibrations import correlated_values
 from support.kv_values import special_values

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvfetcher.backend.coding import UnitDecoder, UnitRestorer
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.profiles import encode_chunk
 from kvfetcher.codec.quant import float32_to_bits
@@ -11,7 +12,6 @@ from kvfetcher.codec.uncalibrated import UncalibratedProfile
 from kvfetcher.format.container import parse_header
 from kvfetcher.memory.arena import Arena
 from kvfetcher.memory.split_arena import create_arena
-from kvfetcher.serving.coding import UnitDecoder, UnitRestorer
 from kvfetcher.spec import HeadRange, KVSpec
 from support.calibrations import correlated_values
 

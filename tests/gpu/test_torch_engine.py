@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
+from kvfetcher.backend.coding import UnitDecoder
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.profiles import encode_chunk, restore_unit
 from kvfetcher.engines.hf.loader import load_model
 from kvfetcher.format.container import parse_header
 from kvfetcher.memory.leases import LeaseClaim
-from kvfetcher.serving.coding import UnitDecoder
 from support.engine_rig import CHUNK, Rig, lease_with, saved_values, some_ids, write_model
 
 pytestmark = pytest.mark.gpu

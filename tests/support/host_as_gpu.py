@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from kvfetcher.backend import gpu_coding
 from kvfetcher.codec.gpu import nvdec
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.errors import GpuError
 from kvfetcher.memory import gpu_arena
 from kvfetcher.memory.cuda import CudaContext
-from kvfetcher.serving import gpu_coding
 
 
 class HostAsGpu:

@@ -12,11 +12,11 @@ Errors   INVALID_ARG bad unit or target · UNAVAILABLE no decoder for it
 import triton_python_backend_utils as pb_utils
 
 from kvfetcher import wire
+from kvfetcher.backend import setup
+from kvfetcher.backend.coding import UnitDecoder
+from kvfetcher.backend.respond import respond_each
+from kvfetcher.backend.tensors import bytes_tensor, read_text, read_view, text_tensor
 from kvfetcher.config import load_config
-from kvfetcher.serving import setup
-from kvfetcher.serving.coding import UnitDecoder
-from kvfetcher.serving.respond import respond_each
-from kvfetcher.serving.tensors import bytes_tensor, read_text, read_view, text_tensor
 
 
 class TritonPythonModel:

@@ -12,11 +12,11 @@ Errors   INVALID_ARG values, spec or profile do not fit
 import triton_python_backend_utils as pb_utils
 
 from kvfetcher import wire
+from kvfetcher.backend import setup
+from kvfetcher.backend.coding import ChunkEncoder
+from kvfetcher.backend.respond import respond_each
+from kvfetcher.backend.tensors import bytes_tensor, read_bytes, read_ids, read_text, text_tensor
 from kvfetcher.config import load_config
-from kvfetcher.serving import setup
-from kvfetcher.serving.coding import ChunkEncoder
-from kvfetcher.serving.respond import respond_each
-from kvfetcher.serving.tensors import bytes_tensor, read_bytes, read_ids, read_text, text_tensor
 
 
 class TritonPythonModel:

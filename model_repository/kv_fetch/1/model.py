@@ -2,7 +2,7 @@
 
 Inputs   input_ids INT32 [num_tokens] and the sampling inputs of the client
 Outputs  input_ids, sampling (JSON), kv_lease (JSON or ""), kv_report (JSON); inside an ensemble
-         signs of life before them (serving/watching.py)
+         signs of life before them (backend/watching.py)
 Errors   INVALID_ARG bad request. A store, chunk or decoder that fails is a miss with a reason.
 One process owns the fetcher; requests run concurrently on the stub's event loop.
 """
@@ -12,13 +12,13 @@ import asyncio
 import triton_python_backend_utils as pb_utils
 
 from kvfetcher import wire
+from kvfetcher.backend import setup
+from kvfetcher.backend.fetching import build_fetcher
+from kvfetcher.backend.params import read_client_request
+from kvfetcher.backend.respond import send
+from kvfetcher.backend.tensors import ids_tensor, text_tensor
+from kvfetcher.backend.watching import end_fetch
 from kvfetcher.config import load_config
-from kvfetcher.serving import setup
-from kvfetcher.serving.fetching import build_fetcher
-from kvfetcher.serving.params import read_client_request
-from kvfetcher.serving.respond import send
-from kvfetcher.serving.tensors import ids_tensor, text_tensor
-from kvfetcher.serving.watching import end_fetch
 
 
 class TritonPythonModel:

@@ -14,12 +14,12 @@ Errors   INVALID_ARG bad unit or target · NOT_FOUND the arena is gone
 import triton_python_backend_utils as pb_utils
 
 from kvfetcher import wire
+from kvfetcher.backend import setup
+from kvfetcher.backend.coding import UnitRestorer
+from kvfetcher.backend.overlapped import OverlappedResponses
+from kvfetcher.backend.tensors import bytes_tensor, read_array, read_text, read_view, text_tensor
 from kvfetcher.codec.gpu.nvdec import has_driver
 from kvfetcher.config import load_config
-from kvfetcher.serving import setup
-from kvfetcher.serving.coding import UnitRestorer
-from kvfetcher.serving.overlapped import OverlappedResponses
-from kvfetcher.serving.tensors import bytes_tensor, read_array, read_text, read_view, text_tensor
 
 
 class TritonPythonModel:

@@ -9,11 +9,11 @@ Errors   UNAVAILABLE the store failed
 import triton_python_backend_utils as pb_utils
 
 from kvfetcher import wire
+from kvfetcher.backend import setup
+from kvfetcher.backend.respond import respond_each_async
+from kvfetcher.backend.saving import build_saver
+from kvfetcher.backend.tensors import read_ids, read_text, text_tensor
 from kvfetcher.config import load_config
-from kvfetcher.serving import setup
-from kvfetcher.serving.respond import respond_each_async
-from kvfetcher.serving.saving import build_saver
-from kvfetcher.serving.tensors import read_ids, read_text, text_tensor
 
 
 class TritonPythonModel:

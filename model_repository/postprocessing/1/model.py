@@ -9,9 +9,9 @@ next step: it tells the engine process to stop.
 
 import triton_python_backend_utils as pb_utils
 
-from kvfetcher.serving import setup
-from kvfetcher.serving.answering import AnswerRelay
-from kvfetcher.serving.respond import send, send_error
+from kvfetcher.backend import setup
+from kvfetcher.backend.answering import AnswerRelay
+from kvfetcher.backend.respond import send, send_error
 
 
 class TritonPythonModel:

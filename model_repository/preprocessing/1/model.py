@@ -8,11 +8,11 @@ Errors   INVALID_ARG empty or undecodable text
 import triton_python_backend_utils as pb_utils
 
 from kvfetcher import wire
+from kvfetcher.backend import setup
+from kvfetcher.backend.respond import respond_each
+from kvfetcher.backend.tensors import ids_tensor, read_text
 from kvfetcher.config import load_config
 from kvfetcher.models.tokenizer import Tokenizer
-from kvfetcher.serving import setup
-from kvfetcher.serving.respond import respond_each
-from kvfetcher.serving.tensors import ids_tensor, read_text
 
 
 class TritonPythonModel:

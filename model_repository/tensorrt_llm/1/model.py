@@ -1,7 +1,7 @@
 """tensorrt_llm: token ids (and a lease on ready KV) -> text, streamed.
 
 Inputs   input_ids  INT32  [num_tokens]
-         sampling   STRING [1]  JSON (serving/params.py)
+         sampling   STRING [1]  JSON (backend/params.py)
          kv_lease   STRING [1]  JSON or ""
          kv_report  STRING [1]  JSON of the fetch, completed here
 Outputs  text_output STRING [1], output_ids INT32 [n], finish_reason STRING [1] ("" until the last),
@@ -15,18 +15,12 @@ import asyncio
 
 import triton_python_backend_utils as pb_utils
 
+from kvfetcher.backend import setup
+from kvfetcher.backend.generating import Generation, SaveQueue
+from kvfetcher.backend.metrics import Metrics
+from kvfetcher.backend.respond import is_internal, log_failure, send, send_error, settle_ensemble
 from kvfetcher.config import load_config
 from kvfetcher.engines.host import EngineHost
-from kvfetcher.serving import setup
-from kvfetcher.serving.generating import Generation, SaveQueue
-from kvfetcher.serving.metrics import Metrics
-from kvfetcher.serving.respond import (
-    is_internal,
-    log_failure,
-    send,
-    send_error,
-    settle_ensemble,
-)
 
 
 class TritonPythonModel:

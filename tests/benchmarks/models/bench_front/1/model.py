@@ -16,8 +16,8 @@ from pathlib import Path
 import triton_python_backend_utils as pb_utils
 
 from kvfetcher import wire
-from kvfetcher.serving.fetching import unit_request
-from kvfetcher.serving.tensors import read_text, text_tensor
+from kvfetcher.backend.fetching import unit_request
+from kvfetcher.backend.tensors import read_text, text_tensor
 
 
 class TritonPythonModel:

@@ -5,8 +5,8 @@ import threading
 import pytest
 
 from kvfetcher import errors
-from kvfetcher.serving import overlapped
-from kvfetcher.serving.overlapped import OverlappedResponses
+from kvfetcher.backend import overlapped
+from kvfetcher.backend.overlapped import OverlappedResponses
 from support import pb_utils
 
 WAIT_SECONDS = 10.0

@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from kvfetcher.backend.leases import EngineLeases
 from kvfetcher.config import Config
 from kvfetcher.errors import EngineError
 from kvfetcher.memory.arena import Arena
 from kvfetcher.memory.control import ControlServer, socket_path
 from kvfetcher.memory.leases import LeaseTable
-from kvfetcher.serving.leases import EngineLeases
 from kvfetcher.spec import KVSpec
 
 PREFILL = {"base_seconds": 0.001, "slope_seconds": 1e-6, "num_slices": 3}
@@ -55,13 +55,13 @@ async def test_many_requests_at_once_ask_for_the_pace_once(engine, monkeypatch):
     assert len(engine.asked) == 1
     assert {pace.arena_tokens for pace in paces} == {engine.arena.num_blocks * 16}
     assert paces[0].prefill.seconds(0, 1) == pytest.approx(0.001)
-    monkeypatch.setattr("kvfetcher.serving.leases._PACE_SECONDS", 0.0)
+    monkeypatch.setattr("kvfetcher.backend.leases._PACE_SECONDS", 0.0)
     await engine.leases.pace()
     assert len(engine.asked) == 2
 
 
 async def test_an_engine_that_is_gone_is_asked_again_later(engine, monkeypatch):
-    monkeypatch.setattr("kvfetcher.serving.leases._PACE_SECONDS", 0.0)
+    monkeypatch.setattr("kvfetcher.backend.leases._PACE_SECONDS", 0.0)
     engine.server.close()
     for _ in range(2):
         with pytest.raises(EngineError, match="did not answer"):

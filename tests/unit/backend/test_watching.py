@@ -6,9 +6,9 @@ import time
 
 import pytest
 
+from kvfetcher.backend import watching
+from kvfetcher.backend.watching import ClientWatch, Watches, end_fetch
 from kvfetcher.errors import EngineError, RequestCancelledError, StoreError
-from kvfetcher.serving import watching
-from kvfetcher.serving.watching import ClientWatch, Watches, end_fetch
 from support import pb_utils
 
 

@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 from kvfetcher import errors
-from kvfetcher.serving.respond import is_internal, respond_each, respond_each_async
+from kvfetcher.backend.respond import is_internal, respond_each, respond_each_async
 from support import pb_utils
 
 

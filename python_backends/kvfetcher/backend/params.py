@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kvfetcher import wire
+from kvfetcher.backend.tensors import read_ids, read_scalar, read_text, read_texts
 from kvfetcher.engines.base import SamplingParams
 from kvfetcher.errors import RequestError
-from kvfetcher.serving.tensors import read_ids, read_scalar, read_text, read_texts
 
 if TYPE_CHECKING:
     import numpy as np

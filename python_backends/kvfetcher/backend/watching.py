@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from kvfetcher import wire
+from kvfetcher.backend.params import GenerationOptions
+from kvfetcher.backend.respond import send, send_error, settle_ensemble
+from kvfetcher.backend.tensors import ids_tensor, text_tensor
 from kvfetcher.errors import KVFetcherError, RequestCancelledError
-from kvfetcher.serving.params import GenerationOptions
-from kvfetcher.serving.respond import send, send_error, settle_ensemble
-from kvfetcher.serving.tensors import ids_tensor, text_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

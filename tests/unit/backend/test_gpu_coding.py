@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from kvfetcher.backend import coding, gpu_coding
+from kvfetcher.backend.coding import ChunkEncoder, UnitDecoder, UnitRestorer
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.gpu.nvdec import NvdecDecoder
 from kvfetcher.codec.profiles import encode_chunk, restore_parsed
@@ -21,8 +23,6 @@ from kvfetcher.memory.gpu_arena import GpuArena
 from kvfetcher.memory.plane_ring import PlaneReader, PlaneTicket
 from kvfetcher.memory.split_arena import create_arena
 from kvfetcher.server.probe import probe_unit
-from kvfetcher.serving import coding, gpu_coding
-from kvfetcher.serving.coding import ChunkEncoder, UnitDecoder, UnitRestorer
 from kvfetcher.spec import HeadRange, KVSpec
 from support.host_as_gpu import gpus_in_host_memory, nvdec_on_host
 

@@ -6,9 +6,9 @@ import logging
 from typing import Any
 
 from kvfetcher import wire
+from kvfetcher.backend.tensors import ids_tensor, read_ids, read_text, text_tensor
 from kvfetcher.errors import KVFetcherError
 from kvfetcher.memory.control import ControlClient, socket_path
-from kvfetcher.serving.tensors import ids_tensor, read_ids, read_text, text_tensor
 
 _log = logging.getLogger(__name__)
 

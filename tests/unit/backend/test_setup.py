@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
+from kvfetcher.backend import setup
 from kvfetcher.config import load_config
-from kvfetcher.serving import setup
 
 ENDS = """
 import threading

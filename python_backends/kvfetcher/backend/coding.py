@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from kvfetcher import wire
+from kvfetcher.backend.gpu_coding import Arenas, GpuInput, GpuOutput
+from kvfetcher.backend.warm_up import gpu_of, warm_up_units
 from kvfetcher.codec import profiles
 from kvfetcher.codec.gpu import nvdec
 from kvfetcher.codec.gpu.nvenc import choose_encoder
@@ -28,8 +30,6 @@ from kvfetcher.format.pictures import PlaneGeometry
 from kvfetcher.format.unit import parse_unit
 from kvfetcher.format.unit_rest import without_bitstream
 from kvfetcher.memory.arena import BlockTarget, storage_dtype
-from kvfetcher.serving.gpu_coding import Arenas, GpuInput, GpuOutput
-from kvfetcher.serving.warm_up import gpu_of, warm_up_units
 from kvfetcher.spec import KVSpec
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from kvfetcher.backend.gpu_coding import GpuBatch, GpuJob, KeptPlanes
     from kvfetcher.config import CodecConfig, Config
     from kvfetcher.format.unit import Unit
-    from kvfetcher.serving.gpu_coding import GpuBatch, GpuJob, KeptPlanes
 
 DecoderChoice = Literal["auto", "cpu", "nvdec"]
 

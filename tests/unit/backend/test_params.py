@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from kvfetcher.backend.params import GenerationOptions, read_client_request
 from kvfetcher.config import EngineConfig
 from kvfetcher.engines.base import SamplingParams
 from kvfetcher.errors import RequestError
-from kvfetcher.serving.params import GenerationOptions, read_client_request
 from support import pb_utils
 
 

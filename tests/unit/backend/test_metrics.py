@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvfetcher.serving.metrics import Metrics, count_unit
+from kvfetcher.backend.metrics import Metrics, count_unit
 
 
 class Family:

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
+from kvfetcher.backend import warm_up
+from kvfetcher.backend.coding import UnitRestorer
 from kvfetcher.config import load_config
 from kvfetcher.errors import GpuError
 from kvfetcher.format.unit import EXACT, TRANSFORM, parse_unit
-from kvfetcher.serving import warm_up
-from kvfetcher.serving.coding import UnitRestorer
 from kvfetcher.spec import KVSpec
 from support.calibrations import make_calibration
 

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
+from kvfetcher.backend import fetching
+from kvfetcher.backend.metrics import store_observer
 from kvfetcher.config import cache_home, load_config
 from kvfetcher.errors import CodecError, DecoderUnavailableError
 from kvfetcher.fetch.fetcher import Fetched, FetchLoad
 from kvfetcher.fetch.planning.decode_times import H100_NVDEC, cpu_table, store_table
 from kvfetcher.fetch.report import FetchReport
-from kvfetcher.serving import fetching
-from kvfetcher.serving.metrics import store_observer
 from support import pb_utils
 
 

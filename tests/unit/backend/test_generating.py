@@ -7,11 +7,11 @@ import json
 import numpy as np
 import pytest
 
+from kvfetcher.backend import generating
+from kvfetcher.backend.generating import Generation
+from kvfetcher.backend.params import GenerationOptions
 from kvfetcher.engines.base import GenerateEvent, GenerateTimings, SamplingParams, SaveTicket
 from kvfetcher.engines.streams import Streams
-from kvfetcher.serving import generating
-from kvfetcher.serving.generating import Generation
-from kvfetcher.serving.params import GenerationOptions
 from support import pb_utils
 
 TIMINGS = GenerateTimings(1.0, 0.0, 2.0, 5, 0, 100.0)

@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from kvfetcher.backend import coding
+from kvfetcher.backend.coding import ChunkEncoder, UnitDecoder, UnitRestorer
 from kvfetcher.codec.gpu import nvdec
 from kvfetcher.config import CodecConfig
 from kvfetcher.errors import (
@@ -20,8 +22,6 @@ from kvfetcher.format.container import parse_header
 from kvfetcher.format.pictures import PlaneGeometry
 from kvfetcher.format.unit import BITSTREAM, parse_unit
 from kvfetcher.memory.arena import Arena
-from kvfetcher.serving import coding
-from kvfetcher.serving.coding import ChunkEncoder, UnitDecoder, UnitRestorer
 from kvfetcher.spec import KVSpec
 from support.tamper import resealed_unit
 

@@ -6,13 +6,13 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from kvfetcher import wire
+from kvfetcher.backend.leases import EngineLeases
+from kvfetcher.backend.metrics import Metrics, store_observer
+from kvfetcher.backend.tensors import ids_tensor, text_tensor
 from kvfetcher.engines.base import SaveTicket
 from kvfetcher.errors import CodecError, RequestError
 from kvfetcher.memory.arena import BlockTarget
 from kvfetcher.save import Saver, SaveReport
-from kvfetcher.serving.leases import EngineLeases
-from kvfetcher.serving.metrics import Metrics, store_observer
-from kvfetcher.serving.tensors import ids_tensor, text_tensor
 from kvfetcher.storage import open_store
 
 if TYPE_CHECKING:

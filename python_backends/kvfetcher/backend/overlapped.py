@@ -14,7 +14,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kvfetcher.serving.respond import log_failure, send, send_error
+from kvfetcher.backend.respond import log_failure, send, send_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvfetcher import wire
+from kvfetcher.backend.leases import EngineLeases
+from kvfetcher.backend.metrics import Metrics
+from kvfetcher.backend.params import GenerationOptions
+from kvfetcher.backend.saving import ticket_to_json
+from kvfetcher.backend.tensors import ids_tensor, read_ids, read_text, text_tensor
 from kvfetcher.engines.base import GenerateEvent, GenerateRequest
 from kvfetcher.errors import RequestError
 from kvfetcher.fetch.report import tell_computed
 from kvfetcher.memory.leases import LeaseClaim
-from kvfetcher.serving.leases import EngineLeases
-from kvfetcher.serving.metrics import Metrics
-from kvfetcher.serving.params import GenerationOptions
-from kvfetcher.serving.saving import ticket_to_json
-from kvfetcher.serving.tensors import ids_tensor, read_ids, read_text, text_tensor
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable
