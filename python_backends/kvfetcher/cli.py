@@ -144,8 +144,8 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from kvfetcher.server import Supervisor, TritonServer
-    from kvfetcher.server.repository import find_repository
+    from kvfetcher.launcher import Supervisor, TritonServer
+    from kvfetcher.launcher.repository import find_repository
 
     config = load_config(arguments.config)
     chosen = {
@@ -189,7 +189,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    from kvfetcher.server.installation import find_installation
+    from kvfetcher.launcher.installation import find_installation
 
     config = load_config(arguments.config)
     installation = find_installation()
@@ -209,7 +209,7 @@ def _prepare_model(config: Config) -> Path:
 
 
 def _choose_profile(config: Config, model: Path) -> CodecConfig:
-    from kvfetcher.server.profile import choose_profile
+    from kvfetcher.launcher.profile import choose_profile
 
     chosen = choose_profile(config.codec, model, dtype=config.engine.kv_dtype)
     print(f"kvfetcher: profile {chosen.codec.profile} ({chosen.reason})", file=sys.stderr)
@@ -228,7 +228,7 @@ def _config(arguments: argparse.Namespace) -> None:
 
 
 def _env(arguments: argparse.Namespace) -> None:
-    from kvfetcher.server.process import plain_environment
+    from kvfetcher.launcher.process import plain_environment
 
     for name, value in plain_environment(os.environ).items():
         print(f"export {name}={shlex.quote(value)}")

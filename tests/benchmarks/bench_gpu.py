@@ -232,10 +232,10 @@ class Rig:
         plane_bytes: int = 0,
         gpus: tuple[int, ...] = (0,),
     ) -> None:
+        from kvfetcher.launcher import TritonServer
         from kvfetcher.memory.gpu_arena import (
             GpuArena,  # torch: not in the bare decoders' processes
         )
-        from kvfetcher.server import TritonServer
 
         config = load_config(environ={})
         ports = {"http_port": 8100, "grpc_port": 8101, "metrics_port": 8102}
@@ -592,8 +592,8 @@ def run_instances(plan: Plan, works: list[Workload]) -> None:
 
 def run_under_mps(arguments: Sequence[str]) -> int:
     """All of it again in a process beside which nothing but its own children uses the GPU."""
-    from kvfetcher.server.mps import start_mps
-    from kvfetcher.server.rundir import RunDir
+    from kvfetcher.launcher.mps import start_mps
+    from kvfetcher.launcher.rundir import RunDir
 
     run_dir = RunDir()
     try:

@@ -231,7 +231,7 @@ def _sum(parts: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _kv_decode_server(count: int):
-    from kvfetcher.server import TritonServer
+    from kvfetcher.launcher import TritonServer
 
     config = load_config(environ={})
     config = replace(

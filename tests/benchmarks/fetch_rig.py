@@ -18,10 +18,10 @@ import redis
 
 from kvfetcher import __version__
 from kvfetcher.config import Config, load_config
+from kvfetcher.launcher import TritonServer
 from kvfetcher.memory.control import ControlClient, socket_path
 from kvfetcher.models.folders import prepare_model
 from kvfetcher.models.tokenizer import Tokenizer
-from kvfetcher.server import TritonServer
 from kvfetcher_client import Client
 from support.servers import RedisServer
 from support.shaping import LinkShape, ShapedLink

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvfetcher.config import Config, load_config
+from kvfetcher.launcher import TritonServer
 from kvfetcher.models.folders import prepare_model
-from kvfetcher.server import TritonServer
 from kvfetcher.storage import open_store
 from kvfetcher_client import Client, Generation
 from kvfetcher_client.protocol import Assembler

@@ -20,9 +20,9 @@ from kvfetcher import wire
 from kvfetcher.errors import KVFetcherError
 from kvfetcher.format.container import UnitData, build_chunk, parse_header
 from kvfetcher.format.unit import BITSTREAM, PACKET_LENGTHS, parse_unit, video_sections, write_unit
+from kvfetcher.launcher import supervise
 from kvfetcher.memory.arena import read_arena_header
 from kvfetcher.memory.control import ControlClient, socket_path
-from kvfetcher.server import supervise
 from server.test_supervision import heal, watch
 from support.gpu_site import (
     CHUNK,

@@ -18,9 +18,9 @@ from tritonclient.utils import InferenceServerException
 
 from kvfetcher import wire
 from kvfetcher.errors import KVFetcherError
-from kvfetcher.server import mps, supervise
-from kvfetcher.server.rundir import processes_of
-from kvfetcher.server.stubs import is_running
+from kvfetcher.launcher import mps, supervise
+from kvfetcher.launcher.rundir import processes_of
+from kvfetcher.launcher.stubs import is_running
 from server.test_supervision import heal, watch
 from support import mps_stand_in
 from support.gpu_site import NUM_DECODERS, ON_CPU, QUESTIONS, open_site

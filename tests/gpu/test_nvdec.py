@@ -23,7 +23,7 @@ from kvfetcher.errors import CodecError, DecoderUnavailableError
 from kvfetcher.format.container import parse_header
 from kvfetcher.format.pictures import PlaneGeometry
 from kvfetcher.format.unit import parse_unit
-from kvfetcher.server.repository import decode_instances
+from kvfetcher.launcher.repository import decode_instances
 from kvfetcher.spec import KVSpec
 from support.calibrations import correlated_values, make_calibration
 from support.kv_values import special_values

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import support
-from kvfetcher.server.repository import find_repository
+from kvfetcher.launcher.repository import find_repository
 from support.engine_rig import edit_json, write_model
 
 from .conftest import CHUNK_TOKENS, DOCUMENT, start_server

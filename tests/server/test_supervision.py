@@ -15,8 +15,8 @@ from tritonclient.utils import InferenceServerException
 
 from kvfetcher import wire
 from kvfetcher.errors import KVFetcherError
+from kvfetcher.launcher import Supervisor, probe, supervise
 from kvfetcher.memory.control import ControlClient, socket_path
-from kvfetcher.server import Supervisor, probe, supervise
 
 pytestmark = [pytest.mark.triton, pytest.mark.slow]
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from kvfetcher import wire
 from kvfetcher.format.container import parse_header
+from kvfetcher.launcher import Supervisor
 from kvfetcher.memory.cuda import cuda_context
 from kvfetcher.memory.plane_ring import NUM_TICKETS
-from kvfetcher.server import Supervisor
 from kvfetcher.storage import open_backend
 from server.conftest import start_server
 from server.test_supervision import shared_memory, watch

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from kvfetcher.config import Config, load_config
 from kvfetcher.errors import ServerError
-from kvfetcher.server import TritonServer
-from kvfetcher.server.installation import find_installation
+from kvfetcher.launcher import TritonServer
+from kvfetcher.launcher.installation import find_installation
 
 if TYPE_CHECKING:
     from pathlib import Path

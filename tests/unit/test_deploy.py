@@ -9,7 +9,7 @@ import yaml
 
 from kvfetcher.config import is_setting_variable, load_config
 from kvfetcher.engines.tensorrt_llm import llm_arguments
-from kvfetcher.server.repository import REPOSITORY_VARIABLE
+from kvfetcher.launcher.repository import REPOSITORY_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = yaml.safe_load((ROOT / "python_backends/deploy/compose.yaml").read_text())

@@ -18,7 +18,7 @@ def _loaded_by(statement):
 
 
 @pytest.mark.parametrize(
-    "module", ["kvfetcher_client", "kvfetcher_client.cli", "kvfetcher.cli", "kvfetcher.server"]
+    "module", ["kvfetcher_client", "kvfetcher_client.cli", "kvfetcher.cli", "kvfetcher.launcher"]
 )
 def test_light_modules_stay_light(module):
     assert not _loaded_by(f"import {module}") & set(HEAVY)
@@ -34,7 +34,7 @@ def test_stdlib_modules_bring_no_other_package(module):
 
 def test_only_the_models_import_tritons_utilities():
     assert "triton_python_backend_utils" not in _loaded_by(
-        "import kvfetcher.cli, kvfetcher.server, kvfetcher_client"
+        "import kvfetcher.cli, kvfetcher.launcher, kvfetcher_client"
     )
 
 

@@ -22,7 +22,7 @@ from kvfetcher.errors import CodecError, DecoderUnavailableError, RequestCancell
 from kvfetcher.fetch.fetcher import Fetched, Fetcher, UnitStatus
 from kvfetcher.fetch.planning.decode_times import H100_NVDEC, cpu_table, load_table
 from kvfetcher.format.unit import has_video
-from kvfetcher.server.repository import decode_instances, nvdec_engines, parallel_decoders
+from kvfetcher.launcher.repository import decode_instances, nvdec_engines, parallel_decoders
 from kvfetcher.storage import TieredStore, open_store
 
 if TYPE_CHECKING:

@@ -24,13 +24,13 @@ from kvfetcher.doctor import host
 from kvfetcher.doctor.check import Check, guarded
 from kvfetcher.doctor.engine import check_engine
 from kvfetcher.doctor.store import check_store
-from kvfetcher.server.rundir import SHARED_MEMORY
+from kvfetcher.launcher.rundir import SHARED_MEMORY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from kvfetcher.config import Config
-    from kvfetcher.doctor.crew import DecoderKind
+    from kvfetcher.doctor.parallel_decode import DecoderKind
 
 _VIDEO_PACKAGES = ("numpy", "av", "zstandard", "isal")
 _GOLDEN_ROUNDS = 3
@@ -109,9 +109,9 @@ def _checks(config: Config, arguments: argparse.Namespace) -> Iterator[Check]:
 
 
 def _host_checks(config: Config) -> Iterator[Check]:
+    from kvfetcher.launcher.installation import find_installation
+    from kvfetcher.launcher.ports import check_ports
     from kvfetcher.models.folders import prepared_folder
-    from kvfetcher.server.installation import find_installation
-    from kvfetcher.server.ports import check_ports
 
     free, total = host.shared_memory_bytes(SHARED_MEMORY)
     checks: dict[str, Callable[[], Check]] = {
@@ -129,8 +129,8 @@ def _host_checks(config: Config) -> Iterator[Check]:
 
 def _check_calibration(config: Config) -> Check:
     """With profile and calibration settled as `serve` settles them."""
+    from kvfetcher.launcher.profile import choose_profile
     from kvfetcher.models.folders import prepared_folder
-    from kvfetcher.server.profile import choose_profile
 
     model = prepared_folder(config.engine.model)
     if model is not None:
@@ -144,7 +144,7 @@ def _video_checks(config: Config, *, quick: bool) -> Iterator[Check]:
     from kvfetcher.codec.gpu.nvenc import choose_encoder
     from kvfetcher.codec.video import VideoDecoder
     from kvfetcher.doctor import video
-    from kvfetcher.server.repository import decode_instances
+    from kvfetcher.launcher.repository import decode_instances
 
     choice = config.codec.decoder
     driver = video.check_driver(choice, loads=loads_library)
@@ -177,7 +177,7 @@ def _video_checks(config: Config, *, quick: bool) -> Iterator[Check]:
 
 def _check_mps(config: Config) -> Check:
     from kvfetcher.codec.gpu.nvdec import has_driver
-    from kvfetcher.server.mps import find_control, find_daemon
+    from kvfetcher.launcher.mps import find_control, find_daemon
 
     return host.check_mps(
         config,
@@ -200,7 +200,7 @@ def _decoder_checks(
         quick: do not measure decode times.
     """
     from kvfetcher.doctor import timing, video
-    from kvfetcher.doctor.crew import Crew
+    from kvfetcher.doctor.parallel_decode import Crew
     from kvfetcher.errors import CodecError
 
     _talk(f"starting {len(places)} {kind} decoders")

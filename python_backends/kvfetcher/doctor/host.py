@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kvfetcher.config import Config
-    from kvfetcher.server.installation import Installation
+    from kvfetcher.launcher.installation import Installation
 
 _MIB = 1 << 20
 # What the stubs and tritonserver take besides the arena: a few MiB per model instance.

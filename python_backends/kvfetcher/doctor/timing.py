@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from kvfetcher.doctor.crew import Crew, DecoderKind, Pace
+    from kvfetcher.doctor.parallel_decode import Crew, DecoderKind, Pace
     from kvfetcher.doctor.streams import Stream
 
 # What chunks of 256 and 1024 tokens are stored in; the largest only where decoding it is quick.

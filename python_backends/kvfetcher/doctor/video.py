@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from kvfetcher.codec.gpu.nvdec import DecoderCaps
     from kvfetcher.codec.gpu.nvenc import ChosenEncoder
     from kvfetcher.doctor.check import Status
-    from kvfetcher.doctor.crew import Crew, DecoderKind
+    from kvfetcher.doctor.parallel_decode import Crew, DecoderKind
     from kvfetcher.format.pictures import Decoder
 
 _DRIVER = DRIVER_LIBRARIES[0]

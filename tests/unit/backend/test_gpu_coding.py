@@ -17,12 +17,12 @@ from kvfetcher.errors import ArenaError, ChecksumError, GpuError, LayoutError
 from kvfetcher.format.container import parse_header
 from kvfetcher.format.pictures import LeftToCpuError
 from kvfetcher.format.unit import parse_unit
+from kvfetcher.launcher.probe import probe_unit
 from kvfetcher.memory.arena import BlockTarget
 from kvfetcher.memory.cuda import IPC_HANDLE_BYTES
 from kvfetcher.memory.gpu_arena import GpuArena
 from kvfetcher.memory.plane_ring import PlaneReader, PlaneTicket
 from kvfetcher.memory.split_arena import create_arena
-from kvfetcher.server.probe import probe_unit
 from kvfetcher.spec import HeadRange, KVSpec
 from support.host_as_gpu import gpus_in_host_memory, nvdec_on_host
 

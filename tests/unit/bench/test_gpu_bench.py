@@ -289,7 +289,7 @@ def test_under_mps_all_of_it_runs_in_a_process_of_its_own(bench, monkeypatch, tm
         return Namespace(returncode=3)
 
     mps_stand_in.install(tmp_path, monkeypatch)
-    monkeypatch.setattr("kvfetcher.server.mps._has_driver", lambda: True)
+    monkeypatch.setattr("kvfetcher.launcher.mps._has_driver", lambda: True)
     monkeypatch.delenv("CUDA_MPS_PIPE_DIRECTORY", raising=False)
     monkeypatch.setattr(bench, "subprocess", Namespace(run=run))
     arguments = ["--mps", "--output", str(tmp_path / "out.json")]

@@ -11,8 +11,8 @@ from kvfetcher.config import load_config
 from kvfetcher.doctor import host
 from kvfetcher.doctor.check import Check, guarded
 from kvfetcher.errors import ConfigError, EngineError, ServerError
+from kvfetcher.launcher.installation import Installation
 from kvfetcher.models.folders import prepared_folder
-from kvfetcher.server.installation import Installation
 from kvfetcher.spec import KVSpec
 from support.calibrations import certify, make_calibration
 

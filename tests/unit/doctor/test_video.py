@@ -15,7 +15,7 @@ from kvfetcher.codec.gpu.nvdec import DecoderCaps
 from kvfetcher.codec.gpu.nvenc import ChosenEncoder
 from kvfetcher.codec.video import VideoDecoder, encode_planes
 from kvfetcher.doctor import timing, video
-from kvfetcher.doctor.crew import Crew
+from kvfetcher.doctor.parallel_decode import Crew
 from kvfetcher.doctor.streams import golden_streams, noise_stream, planes_sha256
 from kvfetcher.errors import (
     CodecError,
@@ -202,7 +202,7 @@ def test_a_process_that_dies_is_told_by_number_and_status():
 
 
 def test_a_process_that_does_not_answer_is_given_up(monkeypatch):
-    monkeypatch.setattr("kvfetcher.doctor.crew._CALL_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr("kvfetcher.doctor.parallel_decode._CALL_TIMEOUT_SECONDS", 0.2)
     with Crew("cpu", 1) as crew:
         os.kill(crew._members[0][0].pid, signal.SIGSTOP)
         with pytest.raises(CodecError, match="did not answer within 0 s"):

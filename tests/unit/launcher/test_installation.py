@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from kvfetcher.errors import ServerError
-from kvfetcher.server import installation, libpython
-from kvfetcher.server.installation import (
+from kvfetcher.launcher import installation, libpython
+from kvfetcher.launcher.installation import (
     Installation,
     check_numpy,
     find_installation,
     prepare_shim,
 )
-from kvfetcher.server.libpython import PYTHON_VERSION, library_name
+from kvfetcher.launcher.libpython import PYTHON_VERSION, library_name
 
 FITTING_STUB = f"ELF libpython{PYTHON_VERSION}.so.1.0".encode()
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Literal
 
 from kvfetcher.config import MPS_PIPE_VARIABLE, RUN_DIR_VARIABLE
 from kvfetcher.errors import ServerError
-from kvfetcher.server.rundir import TEMPORARY, processes_of, shared_memory_prefix
+from kvfetcher.launcher.rundir import TEMPORARY, processes_of, shared_memory_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

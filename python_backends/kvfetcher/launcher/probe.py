@@ -20,7 +20,7 @@ _REASON_CHARACTERS = 300
 
 def probe_unit() -> bytes:
     """The unit's bytes."""
-    return (resources.files("kvfetcher.server") / "probe.kvu").read_bytes()
+    return (resources.files("kvfetcher.launcher") / "probe.kvu").read_bytes()
 
 
 def probe_pipeline(host: str, http_port: int, *, timeout_seconds: float) -> str:

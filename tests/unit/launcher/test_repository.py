@@ -5,8 +5,8 @@ import pytest
 
 from kvfetcher.config import FetchConfig, load_config
 from kvfetcher.errors import ServerError
-from kvfetcher.server import TritonServer
-from kvfetcher.server.repository import (
+from kvfetcher.launcher import TritonServer
+from kvfetcher.launcher.repository import (
     decode_instances,
     find_repository,
     is_decoupled,

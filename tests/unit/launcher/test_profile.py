@@ -4,8 +4,8 @@ from kvfetcher.codec.ladder import library
 from kvfetcher.codec.profiles import make_profile
 from kvfetcher.config import CodecConfig
 from kvfetcher.errors import ConfigError
+from kvfetcher.launcher.profile import choose_profile
 from kvfetcher.models.identity import weights_digest
-from kvfetcher.server.profile import choose_profile
 from kvfetcher.spec import KVSpec
 from support.calibrations import certify, make_calibration
 from support.engine_rig import write_model

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from kvfetcher.errors import ServerError
-from kvfetcher.server import rundir
-from kvfetcher.server.rundir import RunDir, remove_leftovers
+from kvfetcher.launcher import rundir
+from kvfetcher.launcher.rundir import RunDir, remove_leftovers
 
 
 @pytest.fixture(autouse=True)

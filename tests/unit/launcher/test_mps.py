@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from kvfetcher.errors import ServerError
-from kvfetcher.server import mps, rundir
-from kvfetcher.server.mps import find_daemon, start_mps
-from kvfetcher.server.rundir import RunDir, remove_leftovers
+from kvfetcher.launcher import mps, rundir
+from kvfetcher.launcher.mps import find_daemon, start_mps
+from kvfetcher.launcher.rundir import RunDir, remove_leftovers
 from support import mps_stand_in
 from support.mps_stand_in import events
 from support.triton_server import TritonServer, server_config, write_identity

@@ -13,7 +13,7 @@ import tritonclient.grpc
 
 from kvfetcher.config import load_config
 from kvfetcher.errors import ServerError
-from kvfetcher.server import rundir
+from kvfetcher.launcher import rundir
 from support.triton_server import (
     IDENTITY_MODEL,
     TritonServer,

@@ -23,8 +23,8 @@ from kvfetcher.codec.gpu.nvdec import MIN_WIDTH
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.errors import ServerError
 from kvfetcher.format.unit import parse_unit
-from kvfetcher.server import probe, supervise
-from kvfetcher.server.supervise import (
+from kvfetcher.launcher import probe, supervise
+from kvfetcher.launcher.supervise import (
     MAX_LOST_BYTES,
     MAX_RELOADS,
     WINDOW_SECONDS,

@@ -32,18 +32,18 @@ from kvfetcher.config import (
     is_setting_variable,
 )
 from kvfetcher.errors import ServerError
-from kvfetcher.server.installation import Installation, find_installation
-from kvfetcher.server.mps import Mps, start_mps
-from kvfetcher.server.ports import check_ports
-from kvfetcher.server.repository import (
+from kvfetcher.launcher.installation import Installation, find_installation
+from kvfetcher.launcher.mps import Mps, start_mps
+from kvfetcher.launcher.ports import check_ports
+from kvfetcher.launcher.repository import (
     decode_instances,
     find_repository,
     is_decoupled,
     mark_changed,
     served_repository,
 )
-from kvfetcher.server.rundir import SHARED_MEMORY, RunDir, remove_leftovers
-from kvfetcher.server.stubs import Stub, find_stubs
+from kvfetcher.launcher.rundir import SHARED_MEMORY, RunDir, remove_leftovers
+from kvfetcher.launcher.stubs import Stub, find_stubs
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -444,7 +444,7 @@ def plain_environment(environ: Mapping[str, str]) -> dict[str, str]:
     Raises:
         ServerError: no tritonserver fits.
     """
-    from kvfetcher.server.installation import prepare_shim
+    from kvfetcher.launcher.installation import prepare_shim
 
     installation = find_installation()
     result = installation.environment(environ)

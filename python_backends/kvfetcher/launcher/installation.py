@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from kvfetcher.config import cache_home
 from kvfetcher.errors import ServerError
-from kvfetcher.server.libpython import PYTHON_VERSION, library_name, provide_libpython
+from kvfetcher.launcher.libpython import PYTHON_VERSION, library_name, provide_libpython
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -4,7 +4,7 @@ import socket
 import pytest
 
 from kvfetcher.errors import ServerError
-from kvfetcher.server.ports import check_ports, port_holder
+from kvfetcher.launcher.ports import check_ports, port_holder
 from support.triton_server import free_ports, server_config
 
 

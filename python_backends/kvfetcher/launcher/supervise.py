@@ -28,13 +28,13 @@ from typing import TYPE_CHECKING, Literal
 
 from kvfetcher import wire
 from kvfetcher.errors import ServerError
-from kvfetcher.server.probe import probe_pipeline
-from kvfetcher.server.process import status_text
-from kvfetcher.server.rundir import SHARED_MEMORY, shared_memory_prefix
-from kvfetcher.server.stubs import Stub, is_running
+from kvfetcher.launcher.probe import probe_pipeline
+from kvfetcher.launcher.process import status_text
+from kvfetcher.launcher.rundir import SHARED_MEMORY, shared_memory_prefix
+from kvfetcher.launcher.stubs import Stub, is_running
 
 if TYPE_CHECKING:
-    from kvfetcher.server.process import TritonServer
+    from kvfetcher.launcher.process import TritonServer
 
 WINDOW_SECONDS = 600.0
 """Repairs are counted over this time."""
