@@ -6,7 +6,7 @@
 #   docker build -t kvfetcher .
 #   docker build -t kvfetcher:plain --target plain .
 #
-# python_backends/deploy/compose.yaml runs the first with a store; python_backends/TENSORRT_LLM.md says how to size it.
+# python_backends/deploy/compose.yaml runs the first with a store; docs/tensorrt_llm.md says how to size it.
 # NVDEC needs the driver capability `video`, set below for both.
 
 # 26.04 to 26.07 carry TensorRT-LLM 1.2.1, which the KV connector is written for. For a reproducible

@@ -25,4 +25,4 @@ if [ -n "$changed" ]; then
     echo "these packages of the image were changed or removed: $changed" >&2
     exit 1
 fi
-"$python" -c 'import kvfetcher.engines.connector.entry, kvfetcher.config'
+"$python" -c 'import kvfetcher.trtllm_connector, kvfetcher.config'

@@ -45,7 +45,7 @@ STREAM_ID = "stream_id"  # STRING [1]; names a running answer (engines/streams.p
 KV_LEASE = "kv_lease"  # STRING [1], JSON; "" = no lease
 
 # Codec models
-UNIT = "unit"  # UINT8 [num_bytes], one unit (FORMAT.md)
+UNIT = "unit"  # UINT8 [num_bytes], one unit (docs/format.md)
 UNIT_REST = (
     "unit_rest"  # UINT8 [num_bytes], a unit whose bitstream was decoded (format/unit_rest.py)
 )
@@ -56,4 +56,4 @@ KV_VALUES = "kv_values"  # UINT8 [num_bytes], canonical [L, K, H, T, D], little-
 DECODE_STATUS = "decode_status"  # STRING [1], JSON: decoder, decode_ms, stamps
 KV_STATUS = "kv_status"  # STRING [1], JSON: timings and which decoder
 KV_SPEC = "kv_spec"  # STRING [1], JSON (ChunkSource of kv_encode)
-CHUNK = "chunk"  # UINT8 [num_bytes], one chunk object (FORMAT.md)
+CHUNK = "chunk"  # UINT8 [num_bytes], one chunk object (docs/format.md)

@@ -1,4 +1,4 @@
-"""An independent reader of the format, written from python_backends/FORMAT.md alone.
+"""An independent reader of the format, written from docs/format.md alone.
 
 It shares no code with the package and prefers plainness to speed: one element, row or tile at a
 time where that is the clearest. Needs numpy, PyAV and zstandard.
@@ -247,7 +247,7 @@ def paper_values(sections, codes, shape, dtype):
 
 
 def read_rows(planes, num_rows, tokens, frame_rows, frame_columns):
-    """Samples [num_rows, T] of rows that lie in pictures (FORMAT.md, section 5)."""
+    """Samples [num_rows, T] of rows that lie in pictures (docs/format.md, section 5)."""
     blocks = -(-num_rows // (3 * frame_rows))
     assert len(planes) == blocks * -(-tokens // frame_columns)
     rows = np.empty((num_rows, tokens), planes.dtype)
@@ -353,7 +353,7 @@ def read_integers_profile(
 
 
 def unpack_rows(widths, lines, tokens):
-    """Samples [num_rows, T] of packed rows (FORMAT.md, section 8)."""
+    """Samples [num_rows, T] of packed rows (docs/format.md, section 8)."""
     rows, at, size = [], 0, -(-tokens // 8)
     for width in widths:
         assert width <= 8
@@ -369,7 +369,7 @@ def unpack_rows(widths, lines, tokens):
 
 
 def add_low_bits(integers, section, first_rows, tensors, step):
-    """Integers of whole rows from their high parts, in place (FORMAT.md, section 8)."""
+    """Integers of whole rows from their high parts, in place (docs/format.md, section 8)."""
     at = 0
     tokens = integers.shape[1]
     for first, name, rank in first_rows:
@@ -388,7 +388,7 @@ def add_low_bits(integers, section, first_rows, tensors, step):
 
 
 def rotate(keys, kind, position):
-    """Keys [H, T, D] rotated (FORMAT.md, section 10)."""
+    """Keys [H, T, D] rotated (docs/format.md, section 10)."""
     keys = keys.copy()
     half, offset = len(kind["inv_freq"]), kind["offset"]
     for t in range(keys.shape[1]):

@@ -26,7 +26,7 @@ def test_light_modules_stay_light(module):
 
 @pytest.mark.parametrize(
     "module",
-    ["errors", "wire", "config", "spec", "keys", "storage", "server", "cli"],
+    ["errors", "wire", "config", "spec", "format.keys", "storage", "launcher", "cli"],
 )
 def test_stdlib_modules_bring_no_other_package(module):
     assert not _loaded_by(f"import kvfetcher.{module}") & {*HEAVY, "numpy", "grpc", "tritonclient"}
@@ -39,5 +39,12 @@ def test_only_the_models_import_tritons_utilities():
 
 
 def test_the_connector_in_the_engines_processes_brings_torch_alone():
-    loaded = _loaded_by("import kvfetcher.engines.connector.entry")
+    loaded = _loaded_by("import kvfetcher.trtllm_connector")
     assert not loaded & {"transformers", "av", "PyNvVideoCodec", "pytriton", "tritonclient"}
+
+
+def test_the_name_in_tensorrt_llms_configuration_is_the_connector_itself():
+    import kvfetcher.trtllm_connector as alias
+    from kvfetcher.engines.connector import entry
+
+    assert alias is entry or alias.bind is entry.bind

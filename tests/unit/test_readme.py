@@ -53,7 +53,7 @@ def report():
 
 
 def test_its_table_and_the_page_on_the_codec_show_the_results(report):
-    page = (ROOT / "python_backends" / "CODEC.md").read_text()
+    page = (ROOT / "docs" / "codec.md").read_text()
     results = sorted((ROOT / "tests/benchmarks/results").glob("codec_*.json"))
     assert results
     for path in results:
@@ -63,7 +63,7 @@ def test_its_table_and_the_page_on_the_codec_show_the_results(report):
 
 
 def test_the_page_on_fetching_shows_the_results(report):
-    page = (ROOT / "python_backends" / "FETCHING.md").read_text()
+    page = (ROOT / "docs" / "fetching.md").read_text()
     results = ROOT / "tests" / "benchmarks" / "results"
     for pattern, make in (("fetch_*", report.fetch_table), ("mixed_*", report.mixed_table)):
         paths = sorted(results.glob(f"{pattern}.json"))
@@ -73,7 +73,7 @@ def test_the_page_on_fetching_shows_the_results(report):
 
 
 def test_the_page_on_gpus_shows_the_results(report):
-    page = (ROOT / "python_backends" / "GPU.md").read_text()
+    page = (ROOT / "docs" / "gpu.md").read_text()
     results = ROOT / "tests" / "benchmarks" / "results"
     for pattern, make in (
         ("gpu_path_*", report.gpu_table),

@@ -1,6 +1,6 @@
 """kv_decode: one unit's H.265 bitstream -> integer planes.
 
-Inputs   unit    UINT8 [1, num_bytes]  one unit (FORMAT.md)
+Inputs   unit    UINT8 [1, num_bytes]  one unit (docs/format.md)
          kv_target  STRING [1, 1]  JSON BlockTarget; on a GPU, the planes stay there; optional
 Outputs  planes  UINT8 [1, num_frames, num_planes, height, width * bytes_per_sample]
          planes_at  STRING [1, 1]  JSON PlaneTicket of planes on a GPU (planes is then one zero), or ""

@@ -1,4 +1,4 @@
-"""kv_encode: KV values -> one chunk object (FORMAT.md).
+"""kv_encode: KV values -> one chunk object (docs/format.md).
 
 Inputs   input_ids  INT32  [num_tokens]  the chunk's token ids
          kv_spec    STRING [1]  JSON: spec, profile, first_position, identity, chunk_key, parent_key

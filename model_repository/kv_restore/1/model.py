@@ -1,6 +1,6 @@
 """kv_restore: integer planes -> KV values, checked, written into arena blocks or returned.
 
-Inputs   unit       UINT8  [1, num_bytes]  one unit (FORMAT.md), or kv_decode's unit_rest
+Inputs   unit       UINT8  [1, num_bytes]  one unit (docs/format.md), or kv_decode's unit_rest
          planes     UINT8  [1, num_frames, num_planes, height, width * bytes_per_sample]; not looked
                     at where the unit has no video
          planes_at  STRING [1, 1]  JSON PlaneTicket of planes on a GPU; optional

@@ -2,7 +2,7 @@
 
 Each channel's exponents minus their median are small integers; channels sorted by spread are rows,
 tokens are columns. The arithmetic is modulo 2^E, so NaN, infinities and denormals are ordinary bits.
-Measured on SmolLM2-135M, bf16: see FORMAT.md, section 5.
+Measured on SmolLM2-135M, bf16: see docs/format.md, section 5.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def profile_id(config: CodecConfig, spec: KVSpec, *, weights: str = "") -> str:
     """Canonical text of profile and parameters; part of a chunk's identity.
 
     Two profiles of the same text restore the same values from the same input, but for the
-    rounding that FORMAT.md leaves to the reader where the profile computes.
+    rounding that docs/format.md leaves to the reader where the profile computes.
 
     Args:
         config: names the profile.

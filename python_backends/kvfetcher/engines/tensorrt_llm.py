@@ -4,7 +4,7 @@ The LLM runs in worker processes of its own; this process owns the KV arena, whi
 workers reaches through the run folder (`trtllm_connector`). Requests go in as token ids, so that what was
 looked up in the store is what the engine runs.
 
-Nothing here was run against TensorRT-LLM itself: python_backends/TENSORRT_LLM.md says what is proven and how.
+Nothing here was run against TensorRT-LLM itself: docs/tensorrt_llm.md says what is proven and how.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from kvfetcher.spec import KVDtype
 
 CONNECTOR = {
-    "connector_module": "kvfetcher.engines.connector.entry",
+    "connector_module": "kvfetcher.trtllm_connector",
     "connector_scheduler_class": "KVFetcherScheduler",
     "connector_worker_class": "KVFetcherWorker",
 }

@@ -1,4 +1,4 @@
-"""The chunk object: header, token ids, unit table, units; bytes <-> dataclasses (FORMAT.md).
+"""The chunk object: header, token ids, unit table, units; bytes <-> dataclasses (docs/format.md).
 
 Standard library only. All numbers are little-endian. A reader checks every length against the
 constants below before it allocates, and rejects what it does not understand.
@@ -258,7 +258,7 @@ def parse_header(prefix: bytes | memoryview) -> ChunkHeader:
     Raises:
         ChecksumError: the header's digest differs.
         UnsupportedVersionError: written by another format version.
-        FormatError: too few bytes, or any rule of FORMAT.md is broken.
+        FormatError: too few bytes, or any rule of docs/format.md is broken.
     """
     size = header_size(prefix)
     if len(prefix) < size:

@@ -27,7 +27,7 @@ _MASK = (1 << 64) - 1
 
 
 def integer_digest(values: Integers) -> int:
-    """64-bit digest of integers, in C order of their little-endian bytes (FORMAT.md, section 4).
+    """64-bit digest of integers, in C order of their little-endian bytes (docs/format.md, section 4).
 
     Args:
         values: any shape; C-contiguous ones are not copied.

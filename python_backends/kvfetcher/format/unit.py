@@ -1,4 +1,4 @@
-"""The unit: one layer group of one chunk, self-contained; bytes <-> dataclass (FORMAT.md).
+"""The unit: one layer group of one chunk, self-contained; bytes <-> dataclass (docs/format.md).
 
 A unit holds a header (geometry of the values and of the pictures, a block of profile parameters, a
 section table) and its sections. Sections 1 and 2 are the video; the others belong to the profile.
@@ -250,7 +250,7 @@ def parse_unit(data: bytes | memoryview, *, checks_video: bool = True) -> Unit:
     Raises:
         ChecksumError: the header's or a section's CRC-32 differs.
         UnsupportedVersionError: version, flag, codec or encoding that this build does not read.
-        FormatError: any other rule of FORMAT.md is broken.
+        FormatError: any other rule of docs/format.md is broken.
     """
     view = memoryview(data)
     if len(view) < _FIXED.size:

@@ -13,7 +13,7 @@ from kvfetcher.config import load_config
 
 ENDS = """
 import threading
-from kvfetcher.serving import setup
+from kvfetcher.backend import setup
 setup.end_if_lost({is_lost})
 print("answered", flush=True)
 threading.Event().wait({seconds})
@@ -23,7 +23,7 @@ threading.Event().wait({seconds})
 LOWERS = """
 import os, threading
 from pathlib import Path
-from kvfetcher.serving import setup
+from kvfetcher.backend import setup
 said = threading.Event()
 threading.Thread(target=said.wait).start()
 setup.lower_priority(7)

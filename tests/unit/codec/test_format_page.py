@@ -1,4 +1,4 @@
-"""FORMAT.md states the limits that the code enforces."""
+"""docs/format.md states the limits that the code enforces."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ from kvfetcher import spec
 from kvfetcher.format import container, unit
 from kvfetcher.format import pictures as base
 
-PAGE = (Path(__file__).parents[3] / "python_backends" / "FORMAT.md").read_text()
+PAGE = (Path(__file__).parents[3] / "docs" / "format.md").read_text()
 UNITS = {"": 1, "bytes": 1, "MiB": 1 << 20, "GiB": 1 << 30}
 
 

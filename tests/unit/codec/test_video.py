@@ -99,7 +99,7 @@ def test_larger_pictures_than_promised_are_not_even_allocated():
 
 HOSTILE = """
 import sys, time
-from kvfetcher.codec.base import PlaneGeometry
+from kvfetcher.format.pictures import PlaneGeometry
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.errors import CodecError
 

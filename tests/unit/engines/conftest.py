@@ -5,17 +5,7 @@ import contextlib
 import pytest
 
 from kvfetcher.engines.hf.loader import load_model
-from support.engine_rig import Rig, byte_tokenizer, write_model
-
-
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="session")
-def tokenizer():
-    return byte_tokenizer()
+from support.engine_rig import Rig
 
 
 @pytest.fixture(scope="session")

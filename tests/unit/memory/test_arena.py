@@ -59,7 +59,7 @@ def test_strided_values_are_written_by_value(arena):
 
 DOUBLE_IN_CHILD = """
 import sys
-from kvfetcher.arena import Arena, BlockTarget
+from kvfetcher.memory.arena import Arena, BlockTarget
 arena, target = Arena.attach(sys.argv[1]), BlockTarget.from_json(sys.argv[2])
 arena.write(target, 0, arena.read(target) * 2)
 """

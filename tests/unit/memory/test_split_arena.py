@@ -206,7 +206,7 @@ CRASH = """
 import os, signal, sys
 from pathlib import Path
 from kvfetcher.spec import HeadRange, KVSpec
-from kvfetcher.split_arena import create_arena
+from kvfetcher.memory.split_arena import create_arena
 arena = create_arena(
     Path(sys.argv[1]),
     spec=KVSpec(1, 2, 4),

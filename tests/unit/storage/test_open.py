@@ -26,7 +26,7 @@ def test_a_missing_package_is_named_with_the_remedy(monkeypatch, kind, package, 
         open_backend(StoreConfig(kind=kind, url=url))
 
 
-PAGE = (Path(__file__).parents[3] / "python_backends" / "STORES.md").read_text()
+PAGE = (Path(__file__).parents[3] / "docs" / "stores.md").read_text()
 EXAMPLES = re.findall(r"^```toml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 
 

@@ -298,7 +298,7 @@ async def test_a_user_without_the_right_is_refused_with_the_remedy(tmp_path, mon
 
 
 async def test_the_documented_user_may_do_all_that_is_needed(tmp_path, monkeypatch):
-    page = (Path(__file__).parents[3] / "python_backends" / "STORES.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "stores.md").read_text()
     (rule,) = re.findall(r"^ACL SETUSER (.*)$", page, re.MULTILINE)
     with RedisServer(tmp_path, options=["--user", *rule.split()]) as server:
         monkeypatch.setenv("KVFETCHER_STORE_USERNAME", "kvfetcher")

@@ -293,7 +293,7 @@ class Calibration:
         Raises:
             ConfigError: there is no such file.
             UnsupportedVersionError: a version that this build does not read.
-            FormatError: it breaks any other rule of FORMAT.md.
+            FormatError: it breaks any other rule of docs/format.md.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -358,7 +358,7 @@ def _parse(metadata: Mapping[str, str], file: Any) -> Calibration:
     # The digest is over what is stored, so there is one way to store it.
     if _dump(calibration._metadata()) != metadata["kvfetcher"]:
         raise FormatError(
-            "its `kvfetcher` entry is not canonical JSON of the keys that FORMAT.md lists, and no"
+            "its `kvfetcher` entry is not canonical JSON of the keys that docs/format.md lists, and no"
             " others; get the artifact again"
         )
     return calibration

@@ -92,7 +92,7 @@ _MAX_KINDS = 512
 # GPU it is restored in a fraction of a millisecond, but takes kv_restore about one of Python, and a
 # picture costs whoever computes beside NVDEC as much as 4 MB of it: with a unit for each layer group
 # of 256 tokens an H100 restores 0.4 of what 14 decoders give, with four in one 0.92, with eight 0.99
-# (GPU.md).
+# (docs/gpu.md).
 _UNIT_SAMPLES = 5 << 20
 # Packed units of short chunks have half as many: the fetcher mixes them with pictures, and with large
 # ones loses up to 6 % to nothing but packed units (simulated, jitter of 2 to 40 Gbit/s).

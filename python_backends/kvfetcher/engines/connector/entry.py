@@ -1,7 +1,7 @@
 """The KV connector that TensorRT-LLM loads into its worker processes.
 
     kv_connector_config:
-      connector_module: kvfetcher.engines.connector.entry
+      connector_module: kvfetcher.trtllm_connector
       connector_scheduler_class: KVFetcherScheduler
       connector_worker_class: KVFetcherWorker
 
