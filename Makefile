@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.setup-done
 
-.PHONY: demo test serve lint setup
+.PHONY: demo test serve lint structure setup
 .DEFAULT_GOAL := setup
 
 demo: $(STAMP)
@@ -23,6 +23,10 @@ test: $(STAMP)
 
 serve: $(STAMP)
 	$(VENV)/bin/kvfetcher serve $(SERVE_ARGS)
+
+# Imports between the parts of the product, upward ones, cycles, lines of code.
+structure: $(STAMP)
+	$(VENV)/bin/python tests/architecture.py
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -21,10 +21,10 @@ from kvfetcher.format.keys import chunk_keys
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from kvfetcher.engines.base import SaveTicket
     from kvfetcher.fetch.fetcher import FetchFacts, LeaseService
     from kvfetcher.format.keys import ChunkKey
     from kvfetcher.memory.arena import BlockTarget
+    from kvfetcher.memory.leases import SaveTicket
     from kvfetcher.storage.base import Store
 
 _log = logging.getLogger(__name__)

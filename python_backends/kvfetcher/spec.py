@@ -159,3 +159,31 @@ class ModelIdentity:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ModelIdentity:
         return cls(**{**data, "spec": KVSpec(**data["spec"])})
+
+
+@dataclass(frozen=True, slots=True)
+class RopeFacts:
+    """The position encoding as numbers, for codecs that undo it on K.
+
+    Rotation is of the "half" kind: of a layer with n frequencies, dim i pairs with i + n, angle =
+    position * inv_freq[i]; both cos and sin are multiplied by ``attention_scaling``. Dims from 2 n
+    on are not rotated.
+    """
+
+    inv_freq: tuple[tuple[float, ...], ...]
+    """Per layer, radians per token of each pair; () = a layer without rotation."""
+    attention_scaling: tuple[float, ...]
+    """Per layer."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> RopeFacts:
+        return cls(
+            tuple(tuple(layer) for layer in data["inv_freq"]),
+            tuple(data["attention_scaling"]),
+        )
+
+
+LADDER = ("near", "balanced", "compact", "tiny")

@@ -19,7 +19,7 @@ import numpy as np
 
 from kvfetcher.calibration.statistics import Statistics
 from kvfetcher.codec.exact import ExactProfile
-from kvfetcher.codec.ladder.artifact import LADDER, Calibration
+from kvfetcher.codec.ladder.artifact import Calibration
 from kvfetcher.codec.ladder.library import model_calibration_path, register_calibration
 from kvfetcher.codec.ladder.profile import TransformProfile
 from kvfetcher.codec.ladder.rope import rotate_keys
@@ -30,6 +30,7 @@ from kvfetcher.format.container import parse_header
 from kvfetcher.format.unit import parse_unit
 from kvfetcher.models.folders import prepare_model
 from kvfetcher.models.identity import weights_digest
+from kvfetcher.spec import LADDER
 
 _M_MMAP_THRESHOLD = -3
 

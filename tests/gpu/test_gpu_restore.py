@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from kvfetcher.codec.base import LeftToCpuError
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.gpu.rows import EXTRA_FACTOR, HIGH_BITS
 from kvfetcher.codec.ladder import artifact, inverse
-from kvfetcher.codec.ladder.artifact import LADDER, Calibration
+from kvfetcher.codec.ladder.artifact import Calibration
 from kvfetcher.codec.ladder.library import register_calibration
 from kvfetcher.codec.ladder.profile import TransformProfile, plan_restore
 from kvfetcher.codec.ladder.rope import rotate_keys
@@ -27,7 +28,7 @@ from kvfetcher.codec.uncalibrated import UncalibratedProfile
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.errors import ChecksumError, LayoutError
 from kvfetcher.format.container import parse_header
-from kvfetcher.format.pictures import LeftToCpuError, PlaneGeometry
+from kvfetcher.format.pictures import PlaneGeometry
 from kvfetcher.format.unit import (
     HAS_LOW_BITS,
     IS_PACKED,
@@ -36,7 +37,7 @@ from kvfetcher.format.unit import (
     parse_unit,
     write_unit,
 )
-from kvfetcher.spec import KVSpec
+from kvfetcher.spec import LADDER, KVSpec
 from support.calibrations import OnlyPacked, correlated_values, make_calibration
 from support.kv_values import special_values
 

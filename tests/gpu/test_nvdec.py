@@ -9,8 +9,9 @@ import pytest
 from kvfetcher.backend.coding import UnitDecoder
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.gpu import nvdec
+from kvfetcher.codec.gpu.instances import decode_instances
 from kvfetcher.codec.gpu.nvdec import DecoderCaps, NvdecDecoder
-from kvfetcher.codec.ladder.artifact import LADDER, Calibration
+from kvfetcher.codec.ladder.artifact import Calibration
 from kvfetcher.codec.ladder.library import register_calibration
 from kvfetcher.codec.ladder.profile import TransformProfile
 from kvfetcher.codec.paper import PaperProfile
@@ -23,8 +24,7 @@ from kvfetcher.errors import CodecError, DecoderUnavailableError
 from kvfetcher.format.container import parse_header
 from kvfetcher.format.pictures import PlaneGeometry
 from kvfetcher.format.unit import parse_unit
-from kvfetcher.launcher.repository import decode_instances
-from kvfetcher.spec import KVSpec
+from kvfetcher.spec import LADDER, KVSpec
 from support.calibrations import correlated_values, make_calibration
 from support.kv_values import special_values
 

@@ -4,6 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvfetcher.codec.base import UnitSource
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.layout import RowGrid, TileGrid, Tiling
 from kvfetcher.codec.paper import PaperProfile
@@ -12,7 +13,7 @@ from kvfetcher.codec.quant import bits_to_float32, quantise
 from kvfetcher.codec.video import VideoDecoder, encode_planes
 from kvfetcher.format.container import UnitData, build_chunk, parse_header
 from kvfetcher.format.digest import integer_digest
-from kvfetcher.format.pictures import PlaneGeometry, UnitSource
+from kvfetcher.format.pictures import PlaneGeometry
 from kvfetcher.format.unit import parse_unit
 from kvfetcher.spec import KVSpec
 from support import reference_reader

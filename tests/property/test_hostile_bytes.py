@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvfetcher.codec.base import UnitSource
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.ladder.library import register_calibration
 from kvfetcher.codec.ladder.profile import TransformProfile
@@ -21,7 +22,6 @@ from kvfetcher.codec.uncalibrated import UncalibratedProfile
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.errors import ChecksumError, CodecError, FormatError
 from kvfetcher.format.container import header_size, parse_header
-from kvfetcher.format.pictures import UnitSource
 from kvfetcher.format.unit import parse_unit
 from kvfetcher.spec import KVSpec
 from support.calibrations import make_calibration

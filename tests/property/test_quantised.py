@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvfetcher.codec.ladder.artifact import LADDER
+from kvfetcher.codec.base import UnitSource
 from kvfetcher.codec.ladder.library import register_calibration
 from kvfetcher.codec.ladder.profile import TransformProfile
 from kvfetcher.codec.ladder.rope import rotate_keys
@@ -20,9 +20,8 @@ from kvfetcher.codec.profiles import decode_unit, restore_unit
 from kvfetcher.codec.quant import bits_to_float32, float32_to_bits
 from kvfetcher.codec.uncalibrated import UncalibratedProfile
 from kvfetcher.codec.video import VideoDecoder
-from kvfetcher.format.pictures import UnitSource
 from kvfetcher.format.unit import parse_unit
-from kvfetcher.spec import KVSpec
+from kvfetcher.spec import LADDER, KVSpec
 from support import reference_reader
 from support.calibrations import correlated_values, make_calibration
 from support.kv_values import SPECIALS

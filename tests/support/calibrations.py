@@ -4,11 +4,11 @@ import numpy as np
 
 from kvfetcher.calibration.calibrate import solve
 from kvfetcher.calibration.statistics import Statistics
-from kvfetcher.codec.ladder.artifact import LADDER, Calibration
+from kvfetcher.codec.ladder.artifact import Calibration
 from kvfetcher.codec.ladder.groups import Grouping
 from kvfetcher.codec.ladder.profile import TransformProfile
 from kvfetcher.codec.ladder.rope import LayerRope, Rope
-from kvfetcher.spec import KVSpec
+from kvfetcher.spec import LADDER, KVSpec
 
 STEPS = {"near": 0.02, "balanced": 0.06, "compact": 0.12, "tiny": 0.25}
 

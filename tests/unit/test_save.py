@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from kvfetcher.engines.base import SaveTicket
 from kvfetcher.errors import CodecError, LeaseError, StoreError
 from kvfetcher.fetch.fetcher import FetchFacts
+from kvfetcher.memory.leases import SaveTicket
 from kvfetcher.save import Saver
 from kvfetcher.spec import KVSpec
 from kvfetcher.storage.local import LocalStore

@@ -17,12 +17,12 @@ from kvfetcher.backend.leases import EngineLeases
 from kvfetcher.backend.metrics import Metrics, count_unit, store_observer
 from kvfetcher.backend.tensors import bytes_tensor, text_tensor
 from kvfetcher.backend.watching import ClientWatch, Watches
+from kvfetcher.codec.gpu.instances import decode_instances, nvdec_engines, parallel_decoders
 from kvfetcher.config import cache_home
 from kvfetcher.errors import CodecError, DecoderUnavailableError, RequestCancelledError
 from kvfetcher.fetch.fetcher import Fetched, Fetcher, UnitStatus
 from kvfetcher.fetch.planning.decode_times import H100_NVDEC, cpu_table, load_table
 from kvfetcher.format.unit import has_video
-from kvfetcher.launcher.repository import decode_instances, nvdec_engines, parallel_decoders
 from kvfetcher.storage import TieredStore, open_store
 
 if TYPE_CHECKING:

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kvfetcher.config import Config
-    from kvfetcher.engines.base import SaveTicket
     from kvfetcher.engines.host import EngineHost
     from kvfetcher.fetch.planning.gate import Regret
+    from kvfetcher.memory.leases import SaveTicket
 
 _log = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from kvfetcher.codec import profiles
+from kvfetcher.codec.base import LeftToCpuError
 from kvfetcher.codec.gpu.nvdec import sample_shift
 from kvfetcher.errors import GpuError, KVFetcherError, LayoutError
-from kvfetcher.format.pictures import LeftToCpuError
 from kvfetcher.memory.arena import BlockTarget, read_arena_header
 from kvfetcher.memory.control import run_dir
 from kvfetcher.memory.cuda import cuda_context

@@ -9,9 +9,9 @@ from kvfetcher import wire
 from kvfetcher.backend.leases import EngineLeases
 from kvfetcher.backend.metrics import Metrics, store_observer
 from kvfetcher.backend.tensors import ids_tensor, text_tensor
-from kvfetcher.engines.base import SaveTicket
 from kvfetcher.errors import CodecError, RequestError
 from kvfetcher.memory.arena import BlockTarget
+from kvfetcher.memory.leases import SaveTicket
 from kvfetcher.save import Saver, SaveReport
 from kvfetcher.storage import open_store
 

@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvfetcher.codec.base import UnitSource
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.ladder.profile import TransformProfile
 from kvfetcher.codec.profiles import make_profile
-from kvfetcher.format.pictures import ONLY_VARIANT, UnitSource
+from kvfetcher.format.pictures import ONLY_VARIANT
 from kvfetcher.memory.arena import storage_dtype
 from kvfetcher.spec import PACKED_VARIANT, KVSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from kvfetcher.codec.base import Profile
     from kvfetcher.config import Config
-    from kvfetcher.format.pictures import Profile
 
 # Kernels are compiled for each; which one the model has, the engine knows.
 _HEAD_DIMS = (64, 128)

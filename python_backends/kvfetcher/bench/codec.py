@@ -33,7 +33,7 @@ from kvfetcher.calibration.certify import CertifySettings, held_out_documents
 from kvfetcher.calibration.quality import Document, measure
 from kvfetcher.calibration.texts import default_texts, load_texts
 from kvfetcher.codec.exact import ExactProfile
-from kvfetcher.codec.ladder.artifact import LADDER, Calibration
+from kvfetcher.codec.ladder.artifact import Calibration
 from kvfetcher.codec.ladder.library import (
     model_calibration_path,
     register_calibration,
@@ -50,6 +50,7 @@ from kvfetcher.codec.video import VideoDecoder, encode_planes
 from kvfetcher.errors import ConfigError, KVFetcherError
 from kvfetcher.format.container import parse_header
 from kvfetcher.format.unit import BITSTREAM, PAPER, TRANSFORM, parse_unit
+from kvfetcher.spec import LADDER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -58,7 +59,8 @@ if TYPE_CHECKING:
 
     from kvfetcher.calibration.quality import Coder
     from kvfetcher.calibration.texts import Text
-    from kvfetcher.format.pictures import Integers, Profile
+    from kvfetcher.codec.base import Profile
+    from kvfetcher.format.pictures import Integers
     from kvfetcher.format.unit import Unit
     from kvfetcher.spec import KVSpec
 

@@ -21,11 +21,11 @@ import numpy as np
 
 from kvfetcher.fetch.engine_side import EnginePace, FetchFacts
 from kvfetcher.fetch.fetcher import Fetcher
+from kvfetcher.fetch.learning import UnitStatus
 from kvfetcher.fetch.lookup import Found
 from kvfetcher.fetch.planning.plan import probe_batches
 from kvfetcher.fetch.planning.variants import chunk_options
 from kvfetcher.fetch.run import ChunkRun, StoredChunk
-from kvfetcher.fetch.stages import UnitStatus
 from kvfetcher.fetch.work import FetchOrder, FetchWork
 from kvfetcher.format.container import HEADER_READ_BYTES, ChunkHeader, UnitEntry
 from kvfetcher.memory.arena import BlockTarget
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from kvfetcher.errors import StoreError
     from kvfetcher.fetch.planning.decode_times import DecodeTable
     from kvfetcher.fetch.planning.variants import ChunkOptions, UnitWalk
-    from kvfetcher.fetch.report import FetchReport
-    from kvfetcher.fetch.run import RunFacts, _Group
+    from kvfetcher.fetch.report import FetchReport, RunFacts
+    from kvfetcher.fetch.run import _Group
     from kvfetcher.storage.base import Store
 
 CHUNK_TOKENS = 256

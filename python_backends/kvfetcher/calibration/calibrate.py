@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,17 +20,20 @@ from kvfetcher import __version__
 from kvfetcher.calibration.capture import CaptureModel
 from kvfetcher.calibration.certify import CertifySettings, certify, held_out_documents
 from kvfetcher.calibration.journal import Journal
+from kvfetcher.calibration.progress import Progress, no_progress
 from kvfetcher.calibration.statistics import Statistics
 from kvfetcher.calibration.steps import TARGETS, choose_steps
 from kvfetcher.calibration.texts import Text, texts_digest
-from kvfetcher.codec.ladder.artifact import ARTIFACT_VERSION, LADDER, Calibration, StoredBasis
+from kvfetcher.codec.ladder.artifact import ARTIFACT_VERSION, Calibration, StoredBasis
 from kvfetcher.codec.ladder.groups import Grouping
 from kvfetcher.codec.ladder.klt import fisher_roots, solve_basis
 from kvfetcher.codec.ladder.rope import Rope, unrotate_keys
 from kvfetcher.errors import ConfigError
 from kvfetcher.models.identity import weights_digest
+from kvfetcher.spec import LADDER
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from kvfetcher.spec import KVDtype, KVSpec
@@ -41,13 +43,6 @@ log = logging.getLogger(__name__)
 # Sinks have another distribution than all other tokens; in the statistics they would take the
 # first components.
 SINK_TOKENS = 4
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is done, number done, number in all)."""
-
-
-def no_progress(what: str, done: int, total: int) -> None:
-    """The `Progress` that says nothing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,6 @@ from kvfetcher import __version__
 from kvfetcher.calibration.journal import Journal
 from kvfetcher.calibration.quality import Document, measure, prepare
 from kvfetcher.calibration.texts import Text, texts_digest
-from kvfetcher.codec.ladder.artifact import LADDER, Calibration
 from kvfetcher.codec.ladder.library import register_calibration
 from kvfetcher.codec.ladder.profile import TransformProfile
 from kvfetcher.codec.profiles import encode_unnamed, restore_unit
@@ -26,13 +25,15 @@ from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.errors import ConfigError
 from kvfetcher.format.container import parse_header
 from kvfetcher.format.unit import parse_unit
+from kvfetcher.spec import LADDER
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from kvfetcher.calibration.calibrate import Progress
     from kvfetcher.calibration.capture import CaptureModel
-    from kvfetcher.format.pictures import Profile
+    from kvfetcher.calibration.progress import Progress
+    from kvfetcher.codec.base import Profile
+    from kvfetcher.codec.ladder.artifact import Calibration
     from kvfetcher.spec import KVSpec
 
 CHUNK_TOKENS = 256

@@ -12,23 +12,25 @@ from typing import TYPE_CHECKING
 from kvfetcher.calibration.calibrate import (
     CalibrateSettings,
     CollectSettings,
-    Progress,
     calibrate,
     journal_path,
     recertify,
 )
 from kvfetcher.calibration.certify import CertifySettings
 from kvfetcher.calibration.texts import Text, default_texts, keep_apart, load_texts
-from kvfetcher.codec.ladder.artifact import LADDER, Calibration
+from kvfetcher.codec.ladder.artifact import Calibration
 from kvfetcher.codec.ladder.library import (
     calibration_folder,
     model_calibration_path,
     store_calibration,
 )
 from kvfetcher.errors import ConfigError, KVFetcherError
+from kvfetcher.spec import LADDER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from kvfetcher.calibration.progress import Progress
 
 
 def main_calibrate(argv: Sequence[str] | None = None) -> int:

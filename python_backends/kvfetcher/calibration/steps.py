@@ -13,19 +13,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvfetcher.calibration.quality import Document, compare
-from kvfetcher.codec.ladder.artifact import LADDER, Calibration
 from kvfetcher.codec.ladder.groups import from_vectors, to_vectors
 from kvfetcher.codec.ladder.product import multiply
 from kvfetcher.codec.ladder.rope import rotate_keys, unrotate_keys
+from kvfetcher.spec import LADDER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from numpy.typing import NDArray
 
-    from kvfetcher.calibration.calibrate import Progress
     from kvfetcher.calibration.capture import CaptureModel
     from kvfetcher.calibration.journal import Journal
+    from kvfetcher.calibration.progress import Progress
+    from kvfetcher.codec.ladder.artifact import Calibration
 
 TARGETS: Mapping[str, float] = {
     "near": 7e-5,

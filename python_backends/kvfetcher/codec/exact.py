@@ -23,7 +23,8 @@ from kvfetcher.format.unit import EXACT, Unit, packed_section, video_sections, w
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from kvfetcher.format.pictures import Integers, UnitSource
+    from kvfetcher.codec.base import UnitSource
+    from kvfetcher.format.pictures import Integers
 
 MEDIANS = 16
 SPREADS = 17

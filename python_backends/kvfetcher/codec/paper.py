@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from kvfetcher.codec.base import UnitSource
 from kvfetcher.codec.frame_size import check_frame_sizes, parse_frame_size
 from kvfetcher.codec.layout import NUM_PLANES, TileGrid, Tiling
 from kvfetcher.codec.quant import bits_to_float32, dequantise, float32_to_bits, quantise
 from kvfetcher.codec.video import encode_for
 from kvfetcher.errors import ChecksumError, ConfigError, FormatError
 from kvfetcher.format.digest import integer_digest
-from kvfetcher.format.pictures import UnitSource, even_groups
+from kvfetcher.format.pictures import even_groups
 from kvfetcher.format.unit import PAPER, Unit, packed_section, video_sections, write_unit
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvfetcher.codec.base import Decoder, PlaneEncoder, Profile, RestoredUnit, Restorer, UnitSource
 from kvfetcher.codec.exact import FLOAT_BITS, ExactProfile, restore_exact
-from kvfetcher.codec.ladder.artifact import LADDER
 from kvfetcher.codec.ladder.library import certified, served_calibration
 from kvfetcher.codec.ladder.profile import TransformProfile, restore_transform
 from kvfetcher.codec.paper import PAPER_FRAME_SIZES, PaperProfile, restore_paper
@@ -17,15 +17,8 @@ from kvfetcher.codec.raw import RawProfile, WithRawCopy, restore_raw
 from kvfetcher.codec.uncalibrated import UncalibratedProfile, restore_uncalibrated
 from kvfetcher.errors import ConfigError, FormatError, LayoutError, UnsupportedVersionError
 from kvfetcher.format.container import UnitData, build_chunk, check_unit, parse_header
-from kvfetcher.format.pictures import (
-    Decoder,
-    PlaneEncoder,
-    Profile,
-    RestoredUnit,
-    Restorer,
-    UnitSource,
-)
 from kvfetcher.format.unit import EXACT, PAPER, RAW_VALUES, TRANSFORM, UNCALIBRATED, parse_unit
+from kvfetcher.spec import LADDER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,12 +13,13 @@ import numpy as np
 from kvfetcher.codec.exact import FLOAT_BITS
 from kvfetcher.errors import ChecksumError, FormatError
 from kvfetcher.format.digest import integer_digest
-from kvfetcher.format.pictures import NO_PICTURES, UnitSource, even_groups
+from kvfetcher.format.pictures import NO_PICTURES, even_groups
 from kvfetcher.format.unit import RAW_VALUES, Unit, raw_section, write_unit
 from kvfetcher.spec import RAW_VARIANT
 
 if TYPE_CHECKING:
-    from kvfetcher.format.pictures import Integers, Profile
+    from kvfetcher.codec.base import Profile, UnitSource
+    from kvfetcher.format.pictures import Integers
     from kvfetcher.spec import KVSpec
 
 VALUES = 16

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from kvfetcher.codec.ladder.inverse import Corrections
 from kvfetcher.errors import ChecksumError, FormatError
 from kvfetcher.format.digest import integer_digest
 from kvfetcher.format.pictures import BIT_DEPTHS
@@ -154,3 +153,18 @@ def check_pictures(unit: Unit, grid: RowGrid) -> None:
     expected = grid.geometry(unit.geometry.bit_depth)
     if unit.geometry != expected:
         raise FormatError(f"pictures of the unit are {unit.geometry}, its values need {expected}")
+
+
+class Corrections(NamedTuple):
+    """Integers that differ from their samples: position ``row * T + t``, rising, and by how much."""
+
+    positions: NDArray[np.int64]
+    amounts: NDArray[np.float32]
+
+    def of_rows(self, rows: slice, num_tokens: int) -> Corrections:
+        """Those of some rows, counted from the first of them."""
+        start, stop = np.searchsorted(
+            self.positions, (rows.start * num_tokens, rows.stop * num_tokens)
+        )
+        first = rows.start * num_tokens
+        return Corrections(self.positions[start:stop] - first, self.amounts[start:stop])

@@ -39,7 +39,8 @@ from kvfetcher.format.unit import UNCALIBRATED, Unit, packed_section, video_sect
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from kvfetcher.format.pictures import Integers, UnitSource
+    from kvfetcher.codec.base import UnitSource
+    from kvfetcher.format.pictures import Integers
 
 MEANS = 21
 STEPS = 22

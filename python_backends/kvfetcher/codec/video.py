@@ -18,7 +18,8 @@ from kvfetcher.format.pictures import PlaneGeometry
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kvfetcher.format.pictures import Chroma, Integers, PlaneEncoder, UnitSource
+    from kvfetcher.codec.base import PlaneEncoder, UnitSource
+    from kvfetcher.format.pictures import Chroma, Integers
 
 # All work in the calling thread (units are the parallelism), so no pool and no wavefront, whose
 # entry points also cost bits. Presets slower than ultrafast gain 0.2 % (reference: KLT symbols).

@@ -183,7 +183,7 @@ def check_calibration(config: Config, *, read: Callable[[str, str], Certified | 
         config: names profile and artifact.
         read: what the artifact (a file) certifies of a profile; None = nothing.
     """
-    from kvfetcher.codec.ladder.artifact import LADDER  # numpy comes with it
+    from kvfetcher.spec import LADDER  # numpy comes with it
 
     codec = config.codec
     if codec.profile not in LADDER:

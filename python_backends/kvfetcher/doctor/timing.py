@@ -73,10 +73,10 @@ def measure_table(
 def measure_restore() -> float:
     """KV elements that one process restores per second on the CPU (profile `uncalibrated`)."""
     from kvfetcher.codec import profiles
+    from kvfetcher.codec.base import UnitSource
     from kvfetcher.codec.quant import float32_to_bits
     from kvfetcher.codec.uncalibrated import UncalibratedProfile
     from kvfetcher.codec.video import VideoDecoder
-    from kvfetcher.format.pictures import UnitSource
     from kvfetcher.spec import KVSpec
 
     spec = KVSpec(num_layers=4, num_kv_heads=4, head_dim=64)

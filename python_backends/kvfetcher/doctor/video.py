@@ -12,11 +12,11 @@ from kvfetcher.errors import CodecError, KVFetcherError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from kvfetcher.codec.base import Decoder
     from kvfetcher.codec.gpu.nvdec import DecoderCaps
     from kvfetcher.codec.gpu.nvenc import ChosenEncoder
     from kvfetcher.doctor.check import Status
     from kvfetcher.doctor.parallel_decode import Crew, DecoderKind
-    from kvfetcher.format.pictures import Decoder
 
 _DRIVER = DRIVER_LIBRARIES[0]
 

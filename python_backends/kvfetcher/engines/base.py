@@ -14,9 +14,8 @@ from kvfetcher.errors import RequestError
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Mapping
 
-    from kvfetcher.memory.arena import BlockTarget
-    from kvfetcher.memory.leases import LeaseClaim
-    from kvfetcher.spec import ModelIdentity
+    from kvfetcher.memory.leases import LeaseClaim, SaveTicket
+    from kvfetcher.spec import ModelIdentity, RopeFacts
 
 FinishReason = Literal["", "stop", "length", "cancelled", "warmed"]
 """`warmed` = nothing was to be generated (kv_policy `warm`); no engine gives it."""
@@ -116,33 +115,6 @@ class GenerateTimings:
 
 
 @dataclass(frozen=True, slots=True)
-class SaveTicket:
-    """KV ready to be encoded and stored: it lies sealed in the arena until the saver lets go.
-
-    The saver copies a chunk out, calls ``ControlClient.renew(lease_id)`` and only when that
-    succeeds uses the copy; it calls ``release(lease_id)`` when done.
-    """
-
-    lease_id: str
-    targets: tuple[BlockTarget, ...]
-    """One per chunk, in order."""
-    first_chunk_index: int
-    """Of ``targets[0]``; the chunks before it came from the lease and are in the store."""
-    token_ids: tuple[int, ...]
-    """From position 0 to the end of the last chunk (the key chain needs them all)."""
-    cache_salt: str
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "lease_id": self.lease_id,
-            "targets": [target.to_dict() for target in self.targets],
-            "first_chunk_index": self.first_chunk_index,
-            "token_ids": list(self.token_ids),
-            "cache_salt": self.cache_salt,
-        }
-
-
-@dataclass(frozen=True, slots=True)
 class GenerateEvent:
     """One step of a stream.
 
@@ -158,31 +130,6 @@ class GenerateEvent:
     finish_reason: FinishReason = ""
     timings: GenerateTimings | None = None
     save: SaveTicket | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RopeFacts:
-    """The position encoding as numbers, for codecs that undo it on K.
-
-    Rotation is of the "half" kind: of a layer with n frequencies, dim i pairs with i + n, angle =
-    position * inv_freq[i]; both cos and sin are multiplied by ``attention_scaling``. Dims from 2 n
-    on are not rotated.
-    """
-
-    inv_freq: tuple[tuple[float, ...], ...]
-    """Per layer, radians per token of each pair; () = a layer without rotation."""
-    attention_scaling: tuple[float, ...]
-    """Per layer."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> RopeFacts:
-        return cls(
-            tuple(tuple(layer) for layer in data["inv_freq"]),
-            tuple(data["attention_scaling"]),
-        )
 
 
 @dataclass(frozen=True, slots=True)

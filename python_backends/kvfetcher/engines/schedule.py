@@ -23,14 +23,6 @@ def slice_end(position: int, prompt_tokens: int, slice_tokens: int) -> int:
     return min(prompt_tokens, (position // slice_tokens + 1) * slice_tokens)
 
 
-def chunks_to_save(*, cached_tokens: int, tokens_with_kv: int, chunk_tokens: int) -> range:
-    """Indices of the whole chunks that were computed here.
-
-    A chunk that came from a lease, even in part, is not among them.
-    """
-    return range(-(-cached_tokens // chunk_tokens), tokens_with_kv // chunk_tokens)
-
-
 class WaitingLine(Generic[T]):
     """First come, first served, bounded. Not thread-safe."""
 

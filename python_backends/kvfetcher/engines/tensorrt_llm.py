@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
     from kvfetcher.config import Config
-    from kvfetcher.engines.base import FinishReason, RopeFacts, SamplingParams
+    from kvfetcher.engines.base import FinishReason, SamplingParams
     from kvfetcher.prefill_rate import PrefillModel
-    from kvfetcher.spec import KVDtype
+    from kvfetcher.spec import KVDtype, RopeFacts
 
 CONNECTOR = {
     "connector_module": "kvfetcher.trtllm_connector",

@@ -25,6 +25,7 @@ from kvfetcher.errors import (
     RequestError,
 )
 from kvfetcher.fetch.engine_side import EnginePace, FetchFacts, LeaseService
+from kvfetcher.fetch.learning import UnitStatus
 from kvfetcher.fetch.line import Line
 from kvfetcher.fetch.lookup import Found, look_up
 from kvfetcher.fetch.planning.bandwidth import LinkEstimator
@@ -35,7 +36,7 @@ from kvfetcher.fetch.probe import LinkProbe
 from kvfetcher.fetch.reads import SharedReads, Tally
 from kvfetcher.fetch.report import FetchReport, GateReport
 from kvfetcher.fetch.shared import FetchKey, Outcome, SharedFetch, SharedFetches, Waiter
-from kvfetcher.fetch.stages import RunUnit, Stages, UnitStatus
+from kvfetcher.fetch.stages import RunUnit, Stages
 from kvfetcher.fetch.warm import Warmer
 from kvfetcher.fetch.work import FetchOrder, FetchWork
 from kvfetcher.format.keys import ChunkKey, chunk_keys

@@ -9,6 +9,7 @@ units is 2 to 3 times what their own times say (bench_fetch at 5 Gbit/s).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvfetcher.fetch.planning.decode_times import DecodeCorrection, Factors
@@ -16,7 +17,6 @@ from kvfetcher.fetch.planning.throughput import DecodePace
 
 if TYPE_CHECKING:
     from kvfetcher.fetch.planning.variants import UnitOption
-    from kvfetcher.fetch.stages import UnitStatus
 
 
 class StageLearning:
@@ -67,3 +67,12 @@ class StageLearning:
         elif was_alone:
             self._latency.observe(option.latency_seconds / factors.latency, status.decode_ms / 1e3)
         self._restore.observe(option.restore_seconds / factors.restore, status.restore_ms / 1e3)
+
+
+@dataclass(frozen=True, slots=True)
+class UnitStatus:
+    """What decoding and restoring one unit took."""
+
+    decoder: str
+    decode_ms: float
+    restore_ms: float

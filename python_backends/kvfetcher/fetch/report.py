@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvfetcher.fetch.planning.gate import Regret
+from kvfetcher.fetch.reads import Tally
 
 if TYPE_CHECKING:
     from kvfetcher.fetch.planning.bandwidth import LinkEstimate
     from kvfetcher.fetch.planning.gate import Decision
-    from kvfetcher.fetch.run import RunFacts
 
 Outcome = Literal["hit", "partial", "miss", "skipped", "warmed"]
 
@@ -175,3 +175,25 @@ class FetchReport:
 
 def _ms(seconds: float) -> float:
     return round(seconds * 1e3, 3)
+
+
+@dataclass(slots=True)
+class RunFacts:
+    """What a fetch did, for the report; times in milliseconds, summed over units side by side."""
+
+    profile: str
+    reason: Reason = ""
+    detail: str = ""
+    tally: Tally = field(default_factory=Tally)
+    num_units: int = 0
+    decoders: dict[str, int] = field(default_factory=dict)
+    variants: dict[str, int] = field(default_factory=dict)
+    stages_ms: dict[str, float] = field(default_factory=dict)
+
+    def add_ms(self, stage: str, seconds: float) -> None:
+        self.stages_ms[stage] = self.stages_ms.get(stage, 0.0) + seconds * 1e3
+
+    def end(self, reason: Reason, detail: str) -> None:
+        """Say why not everything came; the first reason stays."""
+        if not self.reason:
+            self.reason, self.detail = reason, detail

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from kvfetcher.errors import FormatError, TransientStoreError
 from kvfetcher.fetch.planning.gate import reconsider
 from kvfetcher.fetch.planning.pipeline import ChunkCost, finish_times
-from kvfetcher.fetch.reads import Tally
 from kvfetcher.fetch.stages import Backlog
 from kvfetcher.format import container
 from kvfetcher.storage.base import ByteRange
@@ -23,11 +22,12 @@ from kvfetcher.storage.base import ByteRange
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Sequence
 
+    from kvfetcher.fetch.learning import UnitStatus
     from kvfetcher.fetch.planning.bandwidth import LinkEstimate
     from kvfetcher.fetch.planning.gate import Prompt
     from kvfetcher.fetch.planning.variants import UnitOption
-    from kvfetcher.fetch.report import Reason
-    from kvfetcher.fetch.stages import Stages, UnitStatus
+    from kvfetcher.fetch.report import Reason, RunFacts
+    from kvfetcher.fetch.stages import Stages
     from kvfetcher.format.container import ChunkHeader, UnitEntry
     from kvfetcher.memory.arena import BlockTarget
 
@@ -45,28 +45,6 @@ _STALL_SHARE = 0.25
 
 OnFailure = Callable[[str, BaseException], tuple["Reason", str]]
 """Object name and exception -> why the run ends there (`Failures.note`)."""
-
-
-@dataclass(slots=True)
-class RunFacts:
-    """What a fetch did, for the report; times in milliseconds, summed over units side by side."""
-
-    profile: str
-    reason: Reason = ""
-    detail: str = ""
-    tally: Tally = field(default_factory=Tally)
-    num_units: int = 0
-    decoders: dict[str, int] = field(default_factory=dict)
-    variants: dict[str, int] = field(default_factory=dict)
-    stages_ms: dict[str, float] = field(default_factory=dict)
-
-    def add_ms(self, stage: str, seconds: float) -> None:
-        self.stages_ms[stage] = self.stages_ms.get(stage, 0.0) + seconds * 1e3
-
-    def end(self, reason: Reason, detail: str) -> None:
-        """Say why not everything came; the first reason stays."""
-        if not self.reason:
-            self.reason, self.detail = reason, detail
 
 
 @dataclass(frozen=True, slots=True)

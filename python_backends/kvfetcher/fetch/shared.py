@@ -18,8 +18,7 @@ from kvfetcher.errors import ArenaError, EngineError, KVFetcherError
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from kvfetcher.fetch.report import Reason
-    from kvfetcher.fetch.run import RunFacts
+    from kvfetcher.fetch.report import Reason, RunFacts
     from kvfetcher.memory.leases import LeaseClaim
 
 _MAX_KEPT = 256  # fetches that are over; each is a few hundred bytes

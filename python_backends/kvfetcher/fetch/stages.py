@@ -13,7 +13,7 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 from kvfetcher.fetch.budget import ByteBudget
-from kvfetcher.fetch.learning import StageLearning
+from kvfetcher.fetch.learning import StageLearning, UnitStatus
 from kvfetcher.fetch.places import Places
 from kvfetcher.fetch.planning.pipeline import Machine
 from kvfetcher.fetch.planning.variants import UnitWalk, chunk_options
@@ -36,15 +36,6 @@ _READ_ROUND_TRIPS = 2.0
 # come, and nothing is fetched once the last one has. Simulated: 0.3 to 0.5 % less time to the first
 # token.
 _READ_SHARE = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class UnitStatus:
-    """What decoding and restoring one unit took."""
-
-    decoder: str
-    decode_ms: float
-    restore_ms: float
 
 
 RunUnit = Callable[[bytes, BlockTarget], Awaitable[UnitStatus]]

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from kvfetcher.errors import ArenaError, ArenaFullError, EngineError
 from kvfetcher.fetch.failures import Failures
-from kvfetcher.fetch.run import ChunkRun, RunFacts, StoredChunk
+from kvfetcher.fetch.report import RunFacts
+from kvfetcher.fetch.run import ChunkRun, StoredChunk
 from kvfetcher.fetch.shared import Outcome, SharedFetch, SharedFetches
 from kvfetcher.fetch.stages import Backlog
 from kvfetcher.memory.leases import LeaseClaim, tokens_digest

@@ -23,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
+from kvfetcher.codec.gpu.instances import decode_instances
 from kvfetcher.config import (
     CONFIG_VARIABLE,
     RUN_DIR_VARIABLE,
@@ -36,7 +37,6 @@ from kvfetcher.launcher.installation import Installation, find_installation
 from kvfetcher.launcher.mps import Mps, start_mps
 from kvfetcher.launcher.ports import check_ports
 from kvfetcher.launcher.repository import (
-    decode_instances,
     find_repository,
     is_decoupled,
     mark_changed,

@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvfetcher.codec.ladder.artifact import LADDER
 from kvfetcher.codec.ladder.library import certified, model_calibration_path, served_calibration
 from kvfetcher.codec.profiles import AUTO
 from kvfetcher.errors import ConfigError, KVFetcherError
 from kvfetcher.models.identity import weights_digest
+from kvfetcher.spec import LADDER
 
 if TYPE_CHECKING:
     from pathlib import Path

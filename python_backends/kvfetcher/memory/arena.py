@@ -168,6 +168,14 @@ class ArenaHeader:
     def blocks_bytes(self) -> int:
         return math.prod(self.blocks_shape) * self.spec.item_bytes
 
+    def check_generation(self, path: Path, wanted: str) -> None:
+        """Raise ArenaError unless the arena of file `path` is of generation `wanted`."""
+        if self.generation != wanted:
+            raise ArenaError(
+                f"arena {path} is of generation {self.generation}, wanted {wanted}; the engine was"
+                " restarted, ask it for a new lease"
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class GpuMemory:
@@ -307,27 +315,22 @@ class Arena:
 
     @classmethod
     def attach(cls, path: str | Path, *, generation: str | None = None) -> Arena:
-        """Map an arena that another process created.
+        """Map an arena in host memory that another process created.
 
         Args:
             path: the file.
             generation: when given, the arena must be that one.
 
         Raises:
-            ArenaError: no such file, not an arena, cut short, or of another generation.
+            ArenaError: no such file, not an arena, cut short, on a GPU, or of another generation.
         """
         path = Path(path)
         fd, header = _open_arena_file(path)
         try:
-            if generation is not None and generation != header.generation:
-                raise ArenaError(
-                    f"arena {path} is of generation {header.generation}, wanted {generation}; the"
-                    " engine was restarted, ask it for a new lease"
-                )
+            if generation is not None:
+                header.check_generation(path, generation)
             if header.gpu is not None:
-                from kvfetcher.memory.gpu_arena import GpuArena  # torch comes with it
-
-                return GpuArena.open(path, header)
+                raise ArenaError(f"arena {path} is on a GPU; use split_arena.attach_part")
             memory = mmap.mmap(fd, os.fstat(fd).st_size)
         finally:
             os.close(fd)

@@ -57,7 +57,7 @@ def _keeps_device() -> Iterator[None]:
 class GpuArena(Arena):
     """An arena whose `blocks` are a torch tensor of bit patterns on a GPU: int16 or uint8.
 
-    Make one with `create_on` (the owner) or `Arena.attach`. Not thread-safe as to `close`. What a
+    Make one with `create_on` (the owner) or `split_arena.attach_part`. Not thread-safe as to `close`. What a
     method does to the blocks is over when it returns; whoever writes `blocks` directly synchronises
     before telling another process.
     """
@@ -128,7 +128,7 @@ class GpuArena(Arena):
     @classmethod
     @_keeps_device()
     def open(cls, path: Path, header: ArenaHeader) -> GpuArena:
-        """Map what a header names; `Arena.attach` calls it.
+        """Map what a header names; `split_arena.attach_part` calls it.
 
         Raises:
             ArenaError: the owner is gone.

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from kvfetcher.memory.arena import BlockTarget
+
 LeaseState = Literal["open", "sealed", "claimed"]
 
 MAX_TTL_SECONDS = 86400.0
@@ -385,3 +387,38 @@ def _view(lease_id: str, entry: _Entry) -> Lease:
     return Lease(
         lease_id, entry.block_ids, entry.num_tokens, entry.state, entry.digest, entry.expires_at
     )
+
+
+@dataclass(frozen=True, slots=True)
+class SaveTicket:
+    """KV ready to be encoded and stored: it lies sealed in the arena until the saver lets go.
+
+    The saver copies a chunk out, calls ``ControlClient.renew(lease_id)`` and only when that
+    succeeds uses the copy; it calls ``release(lease_id)`` when done.
+    """
+
+    lease_id: str
+    targets: tuple[BlockTarget, ...]
+    """One per chunk, in order."""
+    first_chunk_index: int
+    """Of ``targets[0]``; the chunks before it came from the lease and are in the store."""
+    token_ids: tuple[int, ...]
+    """From position 0 to the end of the last chunk (the key chain needs them all)."""
+    cache_salt: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "lease_id": self.lease_id,
+            "targets": [target.to_dict() for target in self.targets],
+            "first_chunk_index": self.first_chunk_index,
+            "token_ids": list(self.token_ids),
+            "cache_salt": self.cache_salt,
+        }
+
+
+def chunks_to_save(*, cached_tokens: int, tokens_with_kv: int, chunk_tokens: int) -> range:
+    """Indices of the whole chunks that were computed here.
+
+    A chunk that came from a lease, even in part, is not among them.
+    """
+    return range(-(-cached_tokens // chunk_tokens), tokens_with_kv // chunk_tokens)

@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kvfetcher.errors import ArenaError
-from kvfetcher.memory.arena import HEADER_BYTES, Arena, BlockTarget, plan_arena
+from kvfetcher.memory.arena import HEADER_BYTES, Arena, BlockTarget, plan_arena, read_arena_header
 from kvfetcher.spec import HeadRange
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -170,11 +170,26 @@ def attach_arena(paths: Sequence[str], *, generation: str) -> Arena:
     with contextlib.ExitStack() as undo:
         parts = []
         for path in paths:
-            parts.append(Arena.attach(path, generation=generation))
+            parts.append(attach_part(path, generation=generation))
             undo.callback(parts[-1].close)
         arena = _joined(parts)
         undo.pop_all()
     return arena
+
+
+def attach_part(path: str, *, generation: str) -> Arena:
+    """Map one file of an arena that another process created, as the rank that reads it does.
+
+    Raises:
+        ArenaError: the file is missing, not an arena, or of another generation.
+    """
+    header = read_arena_header(path)
+    if header.gpu is None:
+        return Arena.attach(path, generation=generation)
+    header.check_generation(Path(path), generation)
+    from kvfetcher.memory.gpu_arena import GpuArena  # torch comes with it
+
+    return GpuArena.open(Path(path), header)
 
 
 def _joined(parts: list[Arena]) -> Arena:

@@ -17,8 +17,8 @@ import mmap
 import os
 from typing import TYPE_CHECKING, Any
 
-from kvfetcher.engines.base import RopeFacts
 from kvfetcher.errors import EngineError
+from kvfetcher.spec import RopeFacts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

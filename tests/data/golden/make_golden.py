@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import numpy as np
 
 from kvfetcher.codec import uncalibrated
+from kvfetcher.codec.base import Profile
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.ladder.artifact import Calibration
 from kvfetcher.codec.ladder.profile import TransformProfile
@@ -24,7 +25,6 @@ from kvfetcher.codec.profiles import encode_chunk
 from kvfetcher.codec.quant import float32_to_bits
 from kvfetcher.codec.raw import WithRawCopy
 from kvfetcher.codec.uncalibrated import UncalibratedProfile
-from kvfetcher.format.pictures import Profile
 from kvfetcher.spec import KVSpec
 from support import reference_reader
 from support.calibrations import OnlyPacked, correlated_values, make_calibration

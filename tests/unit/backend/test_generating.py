@@ -10,8 +10,9 @@ import pytest
 from kvfetcher.backend import generating
 from kvfetcher.backend.generating import Generation
 from kvfetcher.backend.params import GenerationOptions
-from kvfetcher.engines.base import GenerateEvent, GenerateTimings, SamplingParams, SaveTicket
+from kvfetcher.engines.base import GenerateEvent, GenerateTimings, SamplingParams
 from kvfetcher.engines.streams import Streams
+from kvfetcher.memory.leases import SaveTicket
 from support import pb_utils
 
 TIMINGS = GenerateTimings(1.0, 0.0, 2.0, 5, 0, 100.0)

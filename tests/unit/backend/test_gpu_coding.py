@@ -9,13 +9,13 @@ import torch
 
 from kvfetcher.backend import coding, gpu_coding
 from kvfetcher.backend.coding import ChunkEncoder, UnitDecoder, UnitRestorer
+from kvfetcher.codec.base import LeftToCpuError
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.gpu.nvdec import NvdecDecoder
 from kvfetcher.codec.profiles import encode_chunk, restore_parsed
 from kvfetcher.config import CodecConfig
 from kvfetcher.errors import ArenaError, ChecksumError, GpuError, LayoutError
 from kvfetcher.format.container import parse_header
-from kvfetcher.format.pictures import LeftToCpuError
 from kvfetcher.format.unit import parse_unit
 from kvfetcher.launcher.probe import probe_unit
 from kvfetcher.memory.arena import BlockTarget

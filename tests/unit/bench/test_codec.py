@@ -10,17 +10,16 @@ from kvfetcher.bench import codec
 from kvfetcher.calibration.calibrate import CalibrateSettings, CollectSettings, calibrate
 from kvfetcher.calibration.capture import CaptureModel
 from kvfetcher.calibration.certify import CertifySettings, held_out_documents
+from kvfetcher.codec.base import UnitSource
 from kvfetcher.codec.ladder import library
 from kvfetcher.codec.ladder import profile as transform
-from kvfetcher.codec.ladder.artifact import LADDER
 from kvfetcher.codec.ladder.rope import rotate_keys
 from kvfetcher.codec.profiles import decode_unit
 from kvfetcher.codec.quant import float32_to_bits
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.errors import ConfigError
-from kvfetcher.format.pictures import UnitSource
 from kvfetcher.format.unit import parse_unit
-from kvfetcher.spec import KVSpec
+from kvfetcher.spec import LADDER, KVSpec
 from support.calibrations import correlated_values, make_calibration
 from support.tiny_llama import save_tiny_llama, walk_text
 

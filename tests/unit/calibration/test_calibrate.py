@@ -15,9 +15,9 @@ from kvfetcher.calibration.capture import CaptureModel
 from kvfetcher.calibration.certify import CertifySettings
 from kvfetcher.calibration.journal import Journal
 from kvfetcher.calibration.quality import compare, prepare
-from kvfetcher.codec.ladder.artifact import LADDER
 from kvfetcher.codec.ladder.groups import Grouping
 from kvfetcher.errors import ConfigError, FormatError
+from kvfetcher.spec import LADDER
 from support.tiny_llama import save_tiny_llama
 from support.tiny_llama import walk_text as text
 

@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from kvfetcher.codec.ladder.artifact import LADDER
+from kvfetcher.codec.base import UnitSource
 from kvfetcher.codec.ladder.library import register_calibration
 from kvfetcher.codec.ladder.profile import TransformProfile, restore_transform
 from kvfetcher.codec.ladder.rope import rotate_keys
@@ -11,9 +11,8 @@ from kvfetcher.codec.quant import bits_to_float32, float32_to_bits
 from kvfetcher.codec.uncalibrated import UncalibratedProfile, restore_uncalibrated
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.errors import ChecksumError, FormatError
-from kvfetcher.format.pictures import UnitSource
 from kvfetcher.format.unit import parse_unit
-from kvfetcher.spec import KVSpec
+from kvfetcher.spec import LADDER, KVSpec
 from support.calibrations import correlated_values, make_calibration
 
 

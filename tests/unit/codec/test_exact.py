@@ -3,11 +3,11 @@ import struct
 import numpy as np
 import pytest
 
+from kvfetcher.codec.base import UnitSource
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.profiles import decode_unit, restore_unit
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.errors import ChecksumError, FormatError
-from kvfetcher.format.pictures import UnitSource
 from kvfetcher.format.unit import parse_unit
 from kvfetcher.spec import KVSpec
 from support import reference_reader

@@ -3,13 +3,13 @@ import struct
 import numpy as np
 import pytest
 
+from kvfetcher.codec.base import UnitSource
 from kvfetcher.codec.layout import Tiling
 from kvfetcher.codec.paper import PaperProfile, search_tiling
 from kvfetcher.codec.profiles import decode_unit, restore_unit
 from kvfetcher.codec.quant import bits_to_float32
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.errors import ChecksumError, CodecError, ConfigError, FormatError, LayoutError
-from kvfetcher.format.pictures import UnitSource
 from kvfetcher.format.unit import parse_unit
 from kvfetcher.spec import KVSpec
 from support import reference_reader

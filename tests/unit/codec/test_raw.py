@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from kvfetcher.codec.base import UnitSource
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.paper import PaperProfile
 from kvfetcher.codec.profiles import (
@@ -19,7 +20,6 @@ from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.config import CodecConfig
 from kvfetcher.errors import ChecksumError, FormatError, UnsupportedVersionError
 from kvfetcher.format.container import parse_header
-from kvfetcher.format.pictures import UnitSource
 from kvfetcher.format.unit import parse_unit, write_unit
 from kvfetcher.spec import KVSpec
 from support import reference_reader

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from kvfetcher.config import CodecConfig, Config, EngineConfig
-from kvfetcher.engines.base import GenerateRequest, RopeFacts, SamplingParams
+from kvfetcher.engines.base import GenerateRequest, SamplingParams
 from kvfetcher.engines.host import EngineHost
 from kvfetcher.errors import ArenaError, EngineError
 from kvfetcher.memory.control import ControlClient, socket_path
 from kvfetcher.memory.leases import LeaseClaim, tokens_digest
 from kvfetcher.memory.split_arena import attach_arena
-from kvfetcher.spec import ModelIdentity
+from kvfetcher.spec import ModelIdentity, RopeFacts
 from support.engine_rig import BLOCK, CHUNK, SLICE, collect, some_ids
 
 

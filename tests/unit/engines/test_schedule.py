@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfetcher.engines.schedule import WaitingLine, chunks_to_save, slice_end
+from kvfetcher.engines.schedule import WaitingLine, slice_end
 from kvfetcher.errors import EngineBusyError
+from kvfetcher.memory.leases import chunks_to_save
 
 
 def slices(start, prompt, step):

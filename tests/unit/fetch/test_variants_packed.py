@@ -4,7 +4,7 @@ import pytest
 
 from kvfetcher.bench import sim
 from kvfetcher.bench.traces import GBIT
-from kvfetcher.fetch.learning import StageLearning
+from kvfetcher.fetch.learning import StageLearning, UnitStatus
 from kvfetcher.fetch.planning.bandwidth import LinkEstimate
 from kvfetcher.fetch.planning.decode_times import (
     AS_IN_TABLE,
@@ -15,7 +15,6 @@ from kvfetcher.fetch.planning.decode_times import (
 )
 from kvfetcher.fetch.planning.pipeline import Machine
 from kvfetcher.fetch.planning.variants import UnitWalk, chunk_options
-from kvfetcher.fetch.stages import UnitStatus
 from kvfetcher.spec import PACKED_VARIANT
 
 LIBRARY = sim.Library(H100_NVDEC, sim.PICTURE_SIZES)

@@ -3,16 +3,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from kvfetcher.codec.gpu.instances import decode_instances, parallel_decoders, restore_instances
 from kvfetcher.config import FetchConfig, load_config
 from kvfetcher.errors import ServerError
 from kvfetcher.launcher import TritonServer
 from kvfetcher.launcher.repository import (
-    decode_instances,
     find_repository,
     is_decoupled,
     mark_changed,
-    parallel_decoders,
-    restore_instances,
     served_repository,
 )
 

@@ -15,7 +15,7 @@ from kvfetcher.errors import ArenaError, ConfigError, LayoutError
 from kvfetcher.memory import gpu_arena
 from kvfetcher.memory.arena import Arena, read_arena_header
 from kvfetcher.memory.gpu_arena import GpuArena
-from kvfetcher.memory.split_arena import attach_arena, create_arena
+from kvfetcher.memory.split_arena import attach_arena, attach_part, create_arena
 from kvfetcher.spec import HeadRange, KVSpec
 from support.host_as_gpu import gpus_in_host_memory
 
@@ -66,7 +66,7 @@ def test_attach_says_where_it_lies_and_maps_the_same_memory(arena, gpu):
     assert arena.gpu == 0
     header = read_arena_header(arena.path)
     assert header.gpu.index == 0
-    other = Arena.attach(arena.path, generation=arena.generation)
+    other = attach_part(arena.path, generation=arena.generation)
     target = arena.target((2,), 4)
     arena.write(target, 0, values(4))
     assert np.array_equal(other.read(target), values(4))

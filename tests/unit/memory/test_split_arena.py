@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kvfetcher.errors import ArenaError, ConfigError, LayoutError
 from kvfetcher.memory.arena import HEADER_BYTES, Arena, plan_arena
-from kvfetcher.memory.split_arena import SplitArena, attach_arena, create_arena
+from kvfetcher.memory.split_arena import SplitArena, attach_arena, attach_part, create_arena
 from kvfetcher.spec import HeadRange, KVSpec
 
 SPEC = KVSpec(num_layers=3, num_kv_heads=4, head_dim=8)
@@ -111,7 +111,7 @@ def test_each_part_is_reserved_under_one_generation_with_its_own_heads(arena):
     assert [part.heads for part in arena.parts] == list(HALVES)
     assert {part.generation for part in arena.parts} == {arena.generation}
     assert {part.num_blocks for part in arena.parts} == {arena.num_blocks}
-    alone = Arena.attach(arena.paths[1], generation=arena.generation)  # as a rank does
+    alone = attach_part(arena.paths[1], generation=arena.generation)  # as a rank does
     arena.write(arena.target((3,), 4), 0, values(4))
     np.testing.assert_array_equal(alone.read(alone.target((3,), 4)), values(4)[:, :, 2:])
     alone.close()

@@ -25,7 +25,8 @@ from kvfetcher.codec.video import VideoDecoder, checked_geometry, encode_planes
 from kvfetcher.errors import CodecError, EncoderUnavailableError
 
 if TYPE_CHECKING:
-    from kvfetcher.format.pictures import Chroma, Integers, PlaneEncoder, PlaneGeometry
+    from kvfetcher.codec.base import PlaneEncoder
+    from kvfetcher.format.pictures import Chroma, Integers, PlaneGeometry
 
 EncoderChoice = Literal["auto", "x265", "nvenc"]
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from kvfetcher.codec.base import LeftToCpuError
 from kvfetcher.codec.ladder.low_bits import MAX_SHIFT
-from kvfetcher.format.pictures import LeftToCpuError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

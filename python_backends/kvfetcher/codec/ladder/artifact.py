@@ -23,7 +23,7 @@ from kvfetcher.codec.ladder.klt import block_multiply
 from kvfetcher.codec.ladder.product import has_int8_product
 from kvfetcher.codec.ladder.rope import Rope
 from kvfetcher.errors import ConfigError, FormatError, UnsupportedVersionError
-from kvfetcher.spec import KVSpec
+from kvfetcher.spec import LADDER, KVSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,8 +42,6 @@ MAX_METADATA_CHARACTERS = 4 << 20
 _ROOT_ASYMMETRY = 1e-6
 _ROOT_CONDITION = 1e4
 _ROOT_LIMITS = (1e-30, 1e30)
-
-LADDER = ("near", "balanced", "compact", "tiny")
 
 
 @dataclass(frozen=True)

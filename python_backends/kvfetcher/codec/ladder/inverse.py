@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvfetcher.codec.ladder.product import add_scaled_product_int8, multiply_add
+from kvfetcher.codec.symbols import Corrections
 
 if TYPE_CHECKING:
     from kvfetcher.format.pictures import Integers
@@ -26,21 +27,6 @@ MIN_TRAILING = 128
 """Fewer rows than these are not worth a second product."""
 
 _LOW, _HIGH = -128, 127
-
-
-class Corrections(NamedTuple):
-    """Integers that differ from their samples: position ``row * T + t``, rising, and by how much."""
-
-    positions: NDArray[np.int64]
-    amounts: F32
-
-    def of_rows(self, rows: slice, num_tokens: int) -> Corrections:
-        """Those of some rows, counted from the first of them."""
-        start, stop = np.searchsorted(
-            self.positions, (rows.start * num_tokens, rows.stop * num_tokens)
-        )
-        first = rows.start * num_tokens
-        return Corrections(self.positions[start:stop] - first, self.amounts[start:stop])
 
 
 class LowBits(NamedTuple):

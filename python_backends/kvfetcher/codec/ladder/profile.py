@@ -24,7 +24,6 @@ from kvfetcher.codec.frame_size import (
     parse_frame_size,
     row_grid,
 )
-from kvfetcher.codec.ladder.artifact import LADDER, Calibration
 from kvfetcher.codec.ladder.groups import from_vectors, to_vectors
 from kvfetcher.codec.ladder.library import find_calibration
 from kvfetcher.codec.ladder.low_bits import LOW_BITS, cut, packed_bytes, row_shifts, split
@@ -69,16 +68,17 @@ from kvfetcher.format.unit import (
     video_sections,
     write_unit,
 )
-from kvfetcher.spec import PACKED_VARIANT
+from kvfetcher.spec import LADDER, PACKED_VARIANT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
-    from kvfetcher.codec.ladder.artifact import F32
+    from kvfetcher.codec.base import UnitSource
+    from kvfetcher.codec.ladder.artifact import F32, Calibration
     from kvfetcher.codec.ladder.inverse import LowBits
-    from kvfetcher.format.pictures import Integers, PlaneGeometry, UnitSource
+    from kvfetcher.format.pictures import Integers, PlaneGeometry
     from kvfetcher.format.unit import Section
     from kvfetcher.spec import KVSpec
 

@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kvfetcher.config import Config
-    from kvfetcher.engines.base import FinishReason, GenerateRequest, RopeFacts, SaveTicket
+    from kvfetcher.engines.base import FinishReason, GenerateRequest
     from kvfetcher.engines.connector.server import ConnectorHub, Handle
     from kvfetcher.engines.detokenize import Decodes
     from kvfetcher.engines.tokens import TokenRun, TokenSource, TokenStep
     from kvfetcher.memory.arena import Arena
-    from kvfetcher.memory.leases import LeaseTable
-    from kvfetcher.spec import ModelIdentity
+    from kvfetcher.memory.leases import LeaseTable, SaveTicket
+    from kvfetcher.spec import ModelIdentity, RopeFacts
 
 _log = logging.getLogger(__name__)
 

@@ -31,8 +31,8 @@ from kvfetcher.engines.connector.pool import LAYOUTS, PagedPool
 from kvfetcher.engines.connector.scheduler import ConnectorScheduler
 from kvfetcher.engines.connector.worker import ConnectorWorker
 from kvfetcher.errors import ConfigError
-from kvfetcher.memory.arena import Arena
 from kvfetcher.memory.control import run_dir
+from kvfetcher.memory.split_arena import attach_part
 from kvfetcher.spec import KVSpec, heads_of_rank
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     import torch
 
     from kvfetcher.engines.connector.messages import Message
+    from kvfetcher.memory.arena import Arena
 
 # Newest first: 1.3 moved the module, 1.1 and 1.2 have the old path.
 INTERFACES = (
@@ -169,7 +170,7 @@ def bind(
             pool = PagedPool(
                 kv_cache_tensor, spec=spec, heads=heads, tokens_per_block=welcome.tokens_per_block
             )
-            self._arena = Arena.attach(welcome.arena, generation=welcome.generation)
+            self._arena = attach_part(welcome.arena, generation=welcome.generation)
             copier = BlockCopier(self._arena, pool)
             facts = (
                 f"{_version_text(api)}\n{checks.interface_text(api)}\nrank {rank} of {num_ranks}: pool"

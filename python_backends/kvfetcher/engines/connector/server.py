@@ -20,7 +20,6 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kvfetcher.engines.base import SaveTicket
 from kvfetcher.engines.connector.messages import (
     MAX_LINE_BYTES,
     SOCKET_NAME,
@@ -41,9 +40,8 @@ from kvfetcher.engines.connector.messages import (
     from_line,
     to_line,
 )
-from kvfetcher.engines.schedule import chunks_to_save
 from kvfetcher.errors import ArenaError, ArenaFullError, EngineError, LeaseError, RequestError
-from kvfetcher.memory.leases import tokens_digest
+from kvfetcher.memory.leases import SaveTicket, chunks_to_save, tokens_digest
 from kvfetcher.spec import heads_of_rank
 
 if TYPE_CHECKING:

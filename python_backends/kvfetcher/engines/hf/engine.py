@@ -24,18 +24,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvfetcher.engines.admission import check_request, claim_lease
-from kvfetcher.engines.base import EngineInfo, GenerateEvent, SaveTicket
+from kvfetcher.engines.base import EngineInfo, GenerateEvent
 from kvfetcher.engines.hf.kv_cache import SequenceCache
 from kvfetcher.engines.hf.model_call import forward
 from kvfetcher.engines.hf.request_state import EventPipe, Sequence
-from kvfetcher.engines.schedule import WaitingLine, chunks_to_save, slice_end
+from kvfetcher.engines.schedule import WaitingLine, slice_end
 from kvfetcher.errors import (
     ArenaFullError,
     EngineError,
     KVFetcherError,
     LeaseError,
 )
-from kvfetcher.memory.leases import tokens_digest
+from kvfetcher.memory.leases import SaveTicket, chunks_to_save, tokens_digest
 from kvfetcher.prefill_rate import PrefillEstimator
 
 if TYPE_CHECKING:

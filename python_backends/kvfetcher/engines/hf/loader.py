@@ -16,7 +16,7 @@ from kvfetcher.spec import KVDtype, KVSpec, ModelIdentity
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from kvfetcher.engines.base import RopeFacts
+    from kvfetcher.spec import RopeFacts
 
 _ATTENTION = "sdpa"
 

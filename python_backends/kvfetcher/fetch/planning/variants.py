@@ -13,10 +13,9 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvfetcher.codec.ladder.artifact import LADDER
 from kvfetcher.fetch.planning.decode_times import AS_IN_TABLE, MIN_BITS_PER_SAMPLE, picture_load
 from kvfetcher.fetch.planning.pipeline import ChunkCost
-from kvfetcher.spec import PACKED_VARIANT, RAW_VARIANT
+from kvfetcher.spec import LADDER, PACKED_VARIANT, RAW_VARIANT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from kvfetcher.codec.base import LeftToCpuError
 from kvfetcher.codec.gpu.rows import (
     EXACT_HALF,
     EXTRA_FACTOR,
@@ -12,7 +13,6 @@ from kvfetcher.codec.gpu.rows import (
     plan_leading_rows,
     plan_rows,
 )
-from kvfetcher.format.pictures import LeftToCpuError
 
 TOKENS = 7
 WIDE = np.array([6, 5, 2, 1], np.uint8)

@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from kvfetcher.codec.ladder.artifact import LADDER, Calibration
+from kvfetcher.codec.ladder.artifact import Calibration
 from kvfetcher.codec.ladder.rope import LayerRope, Rope
 from kvfetcher.errors import ConfigError, FormatError, UnsupportedVersionError
-from kvfetcher.spec import KVSpec
+from kvfetcher.spec import LADDER, KVSpec
 from support.calibrations import make_calibration
 
 SPEC = KVSpec(5, 2, 8)

@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvfetcher.codec.ladder import artifact, product
-from kvfetcher.codec.ladder.inverse import LEADING_STEPS, Corrections, SplitInverse
+from kvfetcher.codec.ladder.inverse import LEADING_STEPS, SplitInverse
+from kvfetcher.codec.symbols import Corrections
 from kvfetcher.errors import FormatError
 from kvfetcher.spec import KVSpec
 from support.calibrations import make_calibration

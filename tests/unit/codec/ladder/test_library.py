@@ -1,11 +1,10 @@
 import pytest
 
 from kvfetcher.codec.ladder import library
-from kvfetcher.codec.ladder.artifact import LADDER
 from kvfetcher.codec.profiles import make_profile, profile_id
 from kvfetcher.config import CodecConfig
 from kvfetcher.errors import ConfigError
-from kvfetcher.spec import KVSpec
+from kvfetcher.spec import LADDER, KVSpec
 from support.calibrations import certify, make_calibration
 
 SPEC = KVSpec(3, 2, 8)

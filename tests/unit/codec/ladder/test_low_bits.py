@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from kvfetcher.codec.base import UnitSource
 from kvfetcher.codec.ladder import profile as transform
 from kvfetcher.codec.ladder.library import register_calibration
 from kvfetcher.codec.ladder.low_bits import LOW_BITS, cut, packed_bytes, row_shifts, split
@@ -14,7 +15,6 @@ from kvfetcher.codec.profiles import decode_unit, restore_unit
 from kvfetcher.codec.quant import float32_to_bits
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.errors import FormatError, UnsupportedVersionError
-from kvfetcher.format.pictures import UnitSource
 from kvfetcher.format.unit import HAS_LOW_BITS, parse_unit, raw_section, write_unit
 from kvfetcher.spec import KVSpec
 from support.calibrations import correlated_values, make_calibration

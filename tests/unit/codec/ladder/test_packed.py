@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfetcher.codec.ladder.artifact import LADDER
+from kvfetcher.codec.base import UnitSource
 from kvfetcher.codec.ladder.library import register_calibration
 from kvfetcher.codec.ladder.packed import (
     MAX_WIDTH,
@@ -25,9 +25,9 @@ from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.config import CodecConfig
 from kvfetcher.errors import ChecksumError, ConfigError, FormatError, UnsupportedVersionError
 from kvfetcher.format.container import parse_header
-from kvfetcher.format.pictures import NO_PICTURES, UnitSource
+from kvfetcher.format.pictures import NO_PICTURES
 from kvfetcher.format.unit import IS_PACKED, parse_unit, raw_section, write_unit
-from kvfetcher.spec import KVSpec
+from kvfetcher.spec import LADDER, KVSpec
 from support.calibrations import correlated_values, make_calibration
 from support.tamper import resealed_unit
 
