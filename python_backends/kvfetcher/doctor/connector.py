@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from kvfetcher.config import Config
     from kvfetcher.engines.host import EngineHost
 
-_WRITTEN_FOR = re.compile(r"1\.2\.")
+_WRITTEN_FOR = re.compile(r"1\.[234]\.")
 _ANSWER_TOKENS = 8
 _SUFFIX_TOKENS = 5
 _COMPARE_SECONDS = 300.0
@@ -59,7 +59,7 @@ def check_tensorrt_llm(config: Config) -> list[Check]:
         return Check(
             "tensorrt_llm version",
             "warn",
-            f"{found}; the KV connector is written for 1.2.x",
+            f"{found}; the KV connector is written for 1.2.1 to 1.4",
             "use an image tritonserver:26.04 to 26.07-trtllm-python-py3, or trust the checks below",
         )
 
@@ -104,11 +104,12 @@ def _check_running(config: Config, kind: Literal["paged", "tensorrt_llm"]) -> li
             with EngineHost(config, run_folder=Path(folder)) as host:
                 if isinstance(host.engine, ConnectedEngine):
                     host.engine.on_lost = None  # to be reported, not to end this process
-                layouts = host.engine.stats()["kv_layouts"]
+                stats = host.engine.stats()
+                layouts = ", ".join(stats["kv_layouts"])
                 checks.append(
-                    Check("KV layout", "ok", f"{', '.join(layouts)} by rank, block order proven")
-                    if config.connector.kv_layout == "auto"
-                    else Check("KV layout", "warn", f"{layouts[0]}, as configured, not proven")
+                    Check("KV layout", "ok", f"{layouts} by rank, block order proven")
+                    if stats["kv_layout_proven"]
+                    else Check("KV layout", "warn", f"{layouts} by rank, as configured, not proven")
                 )
                 checks.append(guarded("load then compare", lambda: judge(compare(host))))
             return Check("engine", "ok", f"{config.engine.kind} started and stopped")

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from kvfetcher.codec.gpu.nvdec import MIN_LIBRARY, is_too_old
 from kvfetcher.doctor.check import Check, Status
 from kvfetcher.errors import ConfigError, KVFetcherError
 
@@ -67,14 +68,24 @@ def check_packages(
             f"{detail}: Triton's Python stub reads arrays of numpy 2 garbled, without an error",
             "pip install 'numpy<2'",
         )
-    if has_gpu and config.codec.decoder != "cpu" and not version("PyNvVideoCodec"):
+    uses_nvdec = has_gpu and config.codec.decoder != "cpu"
+    codec = version("PyNvVideoCodec") if uses_nvdec else ""
+    if uses_nvdec and not codec:
         return Check(
             "packages",
             "warn",
             f"{detail}; PyNvVideoCodec missing: this GPU's NVDEC is not used",
             "pip install 'kvfetcher[gpu]'",
         )
-    return Check("packages", "ok", detail)
+    if uses_nvdec and is_too_old(codec):
+        return Check(
+            "packages",
+            "fail" if config.codec.decoder == "nvdec" else "warn",
+            f"{detail}; PyNvVideoCodec {codec} gives the strides of 10- and 12-bit pictures in bytes:"
+            " this GPU's NVDEC is not used",
+            f"pip install 'PyNvVideoCodec>={MIN_LIBRARY},<3'",
+        )
+    return Check("packages", "ok", f"{detail}, PyNvVideoCodec {codec}" if uses_nvdec else detail)
 
 
 def check_tritonserver(find: Callable[[], Installation]) -> Check:

@@ -145,10 +145,10 @@ def import_tensorrt_llm() -> Any:
     """The package `tensorrt_llm`.
 
     Raises:
-        ConfigError: it is not installed, or cannot be imported.
+        ConfigError: it is not installed, cannot be imported, or is too old.
     """
     try:
-        return importlib.import_module("tensorrt_llm")
+        package = importlib.import_module("tensorrt_llm")
     except Exception as exc:
         # Its import loads CUDA libraries and fails in many ways on a machine without them.
         raise ConfigError(
@@ -156,6 +156,8 @@ def import_tensorrt_llm() -> Any:
             f" ({type(exc).__name__}: {exc}); run in an image that has it"
             ' (nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3), or set engine.kind = "torch"'
         ) from exc
+    checks.check_version(str(package.__version__))
+    return package
 
 
 def llm_arguments(config: Config, folder: Path) -> LlmArguments:

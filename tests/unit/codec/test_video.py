@@ -1,12 +1,14 @@
+import ctypes
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 
-from kvfetcher.codec.video import VideoDecoder, encode_planes
+from kvfetcher.codec.video import VideoDecoder, encode_planes, x265_params
 from kvfetcher.errors import CodecError, DecoderUnavailableError, FormatError
 from kvfetcher.format.pictures import PlaneGeometry
 
@@ -244,3 +246,36 @@ def test_equal_pictures_give_equal_streams_that_decode_to_them(depth):
     decoder = VideoDecoder()
     np.testing.assert_array_equal(decoder.decode(streams[0], geometry), planes)
     decoder.close()
+
+
+class X265:
+    """The libx265 that PyAV has loaded, asked directly: FFmpeg only warns of what it does not know."""
+
+    def __init__(self):
+        av.CodecContext.create("libx265", "w")
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        library = ctypes.CDLL(next(line.split()[-1] for line in maps if "libx265" in line))
+        library.x265_param_alloc.restype = ctypes.c_void_p
+        self._parse = library.x265_param_parse
+        self._parse.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p]
+        self._param = library.x265_param_alloc()
+
+    def parse(self, key, value):
+        """0 = taken, -1 = no such key, -2 = no such value (x265.h)."""
+        return self._parse(self._param, key.encode(), value.encode())
+
+
+def test_x265_knows_every_key_and_value_in_use():
+    geometry = PlaneGeometry(1, 160, 160, 8)
+    used = {
+        part
+        for gop in (1, 4)
+        for fast in (False, True)
+        for part in x265_params(geometry, gop=gop, fast=fast).split(":")
+    }
+    x265 = X265()
+    assert {part: x265.parse(*part.split("=")) for part in used} == dict.fromkeys(used, 0)
+    assert {"lossless=1", "min-cu-size=32", "keyint=4"} <= used
+    # What makes this worth asking: FFmpeg passes both without an error, and encodes with loss.
+    assert x265.parse("losless", "1") == -1
+    assert x265.parse("lossless", "maybe") == -2

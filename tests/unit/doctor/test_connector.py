@@ -70,12 +70,16 @@ def test_engine_that_keeps_nothing_is_judged_by_its_answers(folder):
     assert found["load then compare"].detail.endswith("the answer of computing them")
 
 
-def test_layout_that_is_set_wrongly_is_found_by_comparing(folder):
+def test_layout_that_is_set_wrongly_does_not_start(folder):
+    """Saved and loaded in the same wrong order values come back right: another engine would see it."""
     found = by_name(check_engine(config_of(folder, kv_layout="NHD"), "paged"))
-    # Saved and loaded in the same wrong order the values come back right: only the order inside the
-    # arena is wrong, which another engine would see. So a layout that was set is never called proven.
-    assert found["KV layout"].status == "warn"
-    assert "not proven" in found["KV layout"].detail
+    assert found["engine"].status == "fail"
+    assert "kv_layout = 'NHD', but" in found["engine"].detail
+
+
+def test_layout_that_is_set_rightly_is_proven_too(folder):
+    found = by_name(check_engine(config_of(folder, kv_layout="HND"), "paged"))
+    assert (found["KV layout"].status, found["load then compare"].status) == ("ok", "ok")
 
 
 def test_loads_that_go_wrong_are_a_failure(folder, monkeypatch):
@@ -96,8 +100,8 @@ def test_engine_that_never_asks_is_a_failure(folder, monkeypatch):
     monkeypatch.setattr(scheduler.Announcements, "take", lambda *_: None)
     config = config_of(folder, kv_layout="HND")
     found = by_name(check_engine(config, "paged"))
-    assert found["load then compare"].status == "fail"
-    assert "not saved" in found["load then compare"].detail
+    assert found["engine"].status == "fail"
+    assert "without asking the KV connector" in found["engine"].detail
 
 
 def test_engine_that_does_not_start_is_one_failed_check(folder):
@@ -126,7 +130,7 @@ def test_tensorrt_llm_stand_in(folder, monkeypatch):
     assert "1 rank(s), LLM({" in found["tensorrt_llm arguments"].detail
     import tensorrt_llm
 
-    monkeypatch.setattr(tensorrt_llm, "__version__", "1.4.0")
+    monkeypatch.setattr(tensorrt_llm, "__version__", "1.5.0")
     found = by_name(check_engine(config_of(folder, "tensorrt_llm"), "tensorrt_llm"))
     assert found["tensorrt_llm version"].status == "warn"
 

@@ -47,6 +47,13 @@ def test_a_whole_environment_is_ok():
         ({"store": {"kind": "s3", "url": "s3://b"}}, {}, "fail", "pip install 'kvfetcher[s3]'"),
         ({"engine": {"kind": "tensorrt_llm"}}, {}, "fail", "pip install tensorrt_llm"),
         ({}, {"PyNvVideoCodec": ""}, "warn", "pip install 'kvfetcher[gpu]'"),
+        ({}, {"PyNvVideoCodec": "2.2.3"}, "warn", "pip install 'PyNvVideoCodec>=2.2.4,<3'"),
+        (
+            {"codec": {"decoder": "nvdec"}},
+            {"PyNvVideoCodec": "2.0.4"},
+            "fail",
+            "pip install 'PyNvVideoCodec>=2.2.4,<3'",
+        ),
     ],
 )
 def test_a_missing_or_wrong_package_has_its_remedy(settings, changed, status, remedy):

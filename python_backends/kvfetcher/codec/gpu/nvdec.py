@@ -14,6 +14,7 @@ import ctypes
 import functools
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from kvfetcher.format.pictures import Chroma, Integers, PlaneGeometry
     from kvfetcher.memory.cuda import CudaContext
 
+MIN_LIBRARY = "2.2.4"
+"""Of PyNvVideoCodec. 2.2.0 to 2.2.3 give the strides of 16-bit pictures in bytes, not in samples."""
 # PyNvVideoCodec loads both, the encoder's too although nothing here encodes.
 DRIVER_LIBRARIES = ("libcuda.so.1", "libnvcuvid.so.1", "libnvidia-encode.so.1")
 REMEDY = f'{cuda.REMEDY}; or set codec.decoder = "cpu"'
@@ -345,7 +348,7 @@ def import_library() -> Any:
     """PyNvVideoCodec, after making sure that the driver's libraries are there.
 
     Raises:
-        DecoderUnavailableError: a library or the package is missing; with the remedy.
+        DecoderUnavailableError: a library or the package is missing or too old; with the remedy.
     """
     for library in DRIVER_LIBRARIES:
         if not loads_library(library):
@@ -357,7 +360,25 @@ def import_library() -> Any:
             f"NVDEC is not usable: PyNvVideoCodec cannot be imported ({exc}); pip install"
             f" 'kvfetcher[gpu]'; {REMEDY}"
         ) from exc
+    if is_too_old(found := str(getattr(PyNvVideoCodec, "__version__", ""))):
+        raise DecoderUnavailableError(
+            f"NVDEC is not usable: PyNvVideoCodec {found} gives the strides of 10- and 12-bit"
+            f" pictures in bytes; pip install 'PyNvVideoCodec>={MIN_LIBRARY},<3', or set"
+            ' codec.decoder = "cpu"'
+        )
     return PyNvVideoCodec
+
+
+def is_too_old(version: str) -> bool:
+    """Whether a version of PyNvVideoCodec is below `MIN_LIBRARY`; one that is not numbers is not.
+
+    Example:
+        >>> is_too_old("2.2.3"), is_too_old("2.10.0")
+        (True, False)
+    """
+    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
+    lowest = tuple(int(part) for part in MIN_LIBRARY.split("."))
+    return found is not None and tuple(int(part or 0) for part in found.groups()) < lowest
 
 
 def loads_library(library: str) -> bool:
@@ -403,8 +424,8 @@ def _checked_address(frame: Any, geometry: PlaneGeometry) -> int:
     num_bytes = rows * geometry.width * geometry.dtype.itemsize
     if tuple(frame.strides) != (geometry.width, 1) or int(frame.framesize()) != num_bytes:
         raise DecoderUnavailableError(
-            f"PyNvVideoCodec lays pictures of {geometry} out with gaps, which this build does not"
-            " read; use PyNvVideoCodec 2.2"
+            f"PyNvVideoCodec gives pictures of {geometry} with strides {tuple(frame.strides)}, expected"
+            f" {(geometry.width, 1)} (samples); use PyNvVideoCodec {MIN_LIBRARY} or a later 2.x"
         )
     return int(frame.GetPtrToPlane(0))
 

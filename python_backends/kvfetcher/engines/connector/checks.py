@@ -7,9 +7,12 @@ wrongly. The fields are those of its `TorchLlmArgs`; one that a version does not
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 from kvfetcher.errors import ConfigError
+
+MIN_VERSION = (1, 2, 1)
 
 _REQUIRED_POLICY = "GUARANTEED_NO_EVICT"
 
@@ -43,6 +46,28 @@ _KNOWN_ABSTRACT = {
         "get_finished",
     },
 }
+
+
+def check_version(version: str) -> None:
+    """Refuse a TensorRT-LLM older than 1.2.1.
+
+    Args:
+        version: as the package states it; one that is not numbers is let through, for
+            `check_interface` to judge.
+
+    Raises:
+        ConfigError: it is older: 1.2.1 repairs corruption of the KV cache (#12825).
+    """
+    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?((?:rc|a|b|\.dev)\d*)?", version)
+    if found is None:
+        return
+    numbers = tuple(int(part or 0) for part in found.groups()[:3])
+    if numbers < MIN_VERSION or (numbers == MIN_VERSION and found[4]):
+        wanted = ".".join(map(str, MIN_VERSION))
+        raise ConfigError(
+            f"TensorRT-LLM {version} is too old: {wanted} repairs a corruption of the KV cache; use"
+            f" {wanted} or later (nvcr.io/nvidia/tritonserver:26.04-trtllm-python-py3 has it)"
+        )
 
 
 def check_interface(api: Any) -> None:
@@ -117,7 +142,8 @@ def refusals(llm_args: Any) -> list[str]:
             f" {'not set' if longest is None else longest}: sequences longer than the window lose"
             " blocks; remove the window, or set max_seq_len to it at most"
         )
-    if _get(cache, "use_kv_cache_manager_v2", False):
+    # "auto" is the default of 1.3 and later: what it comes to is seen when the pool is registered.
+    if _get(cache, "use_kv_cache_manager_v2", False) is True:
         found.append(
             "kv_cache_config.use_kv_cache_manager_v2 is on, whose blocks lie in another layout; set"
             " it false"

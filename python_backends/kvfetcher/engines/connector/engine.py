@@ -126,9 +126,8 @@ class ConnectedEngine:
         self._running = self._in_engine = 0
         self._closing = False
         hub.wait_ready(_START_SECONDS)
-        if config.connector.kv_layout == "auto":
-            _run_apart(self._probe(), _START_SECONDS)
-            hub.wait_layout(_START_SECONDS)
+        _run_apart(self._probe(), _START_SECONDS)
+        hub.wait_layout(_START_SECONDS)
         hub.when_lost(self._lost)
 
     def describe(self) -> EngineInfo:
@@ -158,6 +157,7 @@ class ConnectedEngine:
                 "prefill": asdict(self._source.prefill),
                 "connector": {**asdict(self._hub.counters), "open": self._hub.num_open},
                 "kv_layouts": list(self._hub.layouts),
+                "kv_layout_proven": self._hub.is_layout_proven,
                 "dead": self._hub.dead,
             }
 
@@ -306,6 +306,13 @@ class ConnectedEngine:
         async for _ in run.steps():
             pass
         self._hub.settle(handle, save=True)
+        is_over = await _settled(handle.is_matched, _START_SECONDS)
+        if not (is_over and handle.is_matched.result()):
+            raise EngineError(
+                self._hub.dead
+                or "the engine ran the layout probe without asking the KV connector; see its log for"
+                " lines of kvfetcher.engines.connector"
+            )
 
     def _lost(self, reason: str) -> None:
         if self.on_lost is not None:

@@ -87,42 +87,62 @@ class PagedPool:
             return slabs.view(*lead, heads, tokens, spec.head_dim)
         return slabs.view(*lead, tokens, heads, spec.head_dim).transpose(3, 4)
 
+    @property
+    def has_one_order(self) -> bool:
+        """Whether HND and NHD are the same bytes: one head, or one token in a block."""
+        return self.heads.count == 1 or self.tokens_per_block == 1
+
     def probe_values(self, block_id: int) -> torch.Tensor:
-        """What `probe_layout` judges: V of the first layer of one block, float32 on the CPU."""
-        values = self.tensor[block_id, 0, -1].contiguous().view(getattr(torch, self.spec.dtype))
+        """What `probe_layout` judges: K and V of the first layer of one block, float32 on the CPU."""
+        values = self.tensor[block_id, 0].contiguous().view(getattr(torch, self.spec.dtype))
         return values.to("cpu", torch.float32)
 
 
 def probe_layout(values: torch.Tensor, *, num_heads: int, head_dim: int) -> Layout | None:
-    """Find the order of a block from V of the first layer over equal tokens.
+    """Find the order of a block from K and V of the first layer over equal tokens.
 
     The first layer's V is a function of the token alone (its input is the embedding; V carries no
     rotation). A block of one repeated token therefore holds equal rows for equal heads: in runs of
-    `tokens` rows under HND, every `heads` rows under NHD.
+    `tokens` rows under HND, every `heads` rows under NHD. K is rotated by the position, so its rows
+    differ. Together they also tell apart orders of equal shape that are neither: K and V swapped,
+    or two heads where K and V are looked for.
 
     Args:
-        values: [heads * tokens * head_dim] float.
+        values: [2, heads * tokens * head_dim] float: K, V.
         num_heads: of this rank; with one head (or one token) the orders are the same.
         head_dim: dims of one head.
 
     Returns:
         The layout; None where neither or both fit, so that the values prove nothing.
     """
-    rows = values.view(-1, head_dim)
+    keys, rows = values.view(2, -1, head_dim)
     tokens = rows.shape[0] // num_heads
     if num_heads == 1 or tokens == 1:
         return "HND"
-    if not bool(rows.isfinite().all()) or not bool(rows.any()):
+    if not bool(values.isfinite().all()) or not bool(rows.any()):
         return None
-    by_head = {
-        "HND": rows.view(num_heads, tokens, head_dim),
-        "NHD": rows.view(tokens, num_heads, head_dim).transpose(0, 1),
-    }
-    # Equal inputs give equal rows up to the last bits (a GEMM may split rows over tiles).
-    scale = float(rows.abs().amax())
-    fits = [
-        name
-        for name, heads in by_head.items()
-        if float((heads - heads[:, :1]).abs().amax()) <= scale * 0.02
+    fits: list[Layout] = [
+        layout
+        for layout in LAYOUTS
+        if max(_spread(_by_head(rows, layout, num_heads))) <= _EQUAL
+        and min(_spread(_by_head(keys, layout, num_heads))) > _EQUAL
     ]
-    return fits[0] if len(fits) == 1 else None  # type: ignore[return-value]
+    return fits[0] if len(fits) == 1 else None
+
+
+# Equal inputs give equal rows up to the last bits (a GEMM may split rows over tiles).
+_EQUAL = 0.02
+
+
+def _by_head(rows: torch.Tensor, layout: Layout, num_heads: int) -> torch.Tensor:
+    """[heads, tokens, head_dim] of rows in the given order."""
+    if layout == "HND":
+        return rows.view(num_heads, -1, rows.shape[-1])
+    return rows.view(-1, num_heads, rows.shape[-1]).transpose(0, 1)
+
+
+def _spread(heads: torch.Tensor) -> list[float]:
+    """How much each head's rows differ over the tokens, as a part of the largest value of all."""
+    scale = heads.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    difference = (heads - heads[:, :1]).abs().amax((1, 2)) / scale
+    return [float(value) for value in difference]

@@ -271,7 +271,13 @@ class ConnectorHub:
         """Of the pools by rank; "" where it is not known."""
         with self._changed:
             known = self._settings.layout
-            return tuple(self._layouts.get(rank, known) for rank in range(self._num_ranks))
+            return tuple(self._layouts.get(rank) or known for rank in range(self._num_ranks))
+
+    @property
+    def is_layout_proven(self) -> bool:
+        """Whether every rank's probe found the layout, configured or not."""
+        with self._changed:
+            return len(self._layouts) == self._num_ranks and all(self._layouts.values())
 
     @property
     def facts(self) -> tuple[str, ...]:
@@ -306,15 +312,24 @@ class ConnectorHub:
     def wait_layout(self, timeout_seconds: float) -> None:
         """Wait until every rank has probed its pool.
 
+        A configured layout is probed too, since an upgrade of the engine may change it.
+
         Raises:
-            EngineError: a probe proved nothing, or did not end.
+            EngineError: a probe proved nothing, proved another layout than the configured one, or
+                did not end.
         """
         with self._changed:
             self._changed.wait_for(
                 lambda: self._dead or len(self._layouts) == self._num_ranks, timeout_seconds
             )
             known = [self._layouts.get(rank, "") for rank in range(self._num_ranks)]
-            if not all(known):
+            configured = self._settings.layout
+            if configured and any(found not in ("", configured) for found in known):
+                raise EngineError(
+                    f"connector.kv_layout = {configured!r}, but the engine's KV blocks are laid out as"
+                    f" {known} (by rank); set it to auto"
+                )
+            if not all(known) and not configured:
                 raise EngineError(
                     "the layout of the engine's KV blocks could not be established (by rank:"
                     f" {known}); set connector.kv_layout to HND or NHD, whichever the attention backend"

@@ -327,5 +327,8 @@ class ConnectorWorker:
             num_heads=self._pool.heads.count,
             head_dim=self._pool.spec.head_dim,
         )
-        self._layout = layout or self._layout
+        if self._layout is None:
+            self._layout = layout
+        elif self._pool.has_one_order:
+            layout = None  # either is right: nothing speaks against the configured one
         self._sender.send(Probed(layout or ""))

@@ -1,6 +1,9 @@
 """`NvdecDecoder` around its library, with the CPU decoder in NVDEC's place (NVDEC is in tests/gpu)."""
 
 import ctypes
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ import pytest
 from kvfetcher.codec.gpu import nvdec
 from kvfetcher.codec.gpu.nvdec import NvdecDecoder, sample_shift
 from kvfetcher.codec.video import encode_planes
-from kvfetcher.errors import CodecError
+from kvfetcher.errors import CodecError, DecoderUnavailableError
 from kvfetcher.format.pictures import PlaneGeometry
 from support.host_as_gpu import HostAsGpu, nvdec_on_host
 
@@ -84,3 +87,36 @@ def test_open_decoders_are_bounded_by_what_their_pictures_take(
         decoder._sessions[object()] = session
     assert len(decoder._sessions) == kept
     assert nvdec.MAX_SESSIONS == 8
+
+
+@pytest.mark.parametrize(
+    ("version", "is_old"),
+    [
+        ("2.0.4", True),
+        ("2.2", True),
+        ("2.2.3", True),
+        ("2.2.4", False),
+        ("2.10.0", False),
+        ("3.0.0", False),
+        ("2.2.3.post1", True),
+        ("unknown", False),
+    ],
+)
+def test_libraries_with_strides_in_bytes_are_refused_by_version(monkeypatch, version, is_old):
+    monkeypatch.setattr(nvdec, "loads_library", lambda name: True)
+    library = SimpleNamespace(__version__=version)
+    monkeypatch.setitem(sys.modules, "PyNvVideoCodec", library)
+    if not is_old:
+        assert nvdec.import_library() is library
+        return
+    with pytest.raises(DecoderUnavailableError, match=r"strides .*'PyNvVideoCodec>=2\.2\.4,<3'"):
+        nvdec.import_library()
+
+
+def test_strides_in_bytes_are_named(monkeypatch):
+    geometry = replace(GEOMETRY, num_frames=1)
+    frame = SimpleNamespace(
+        shape=(3 * 144, 160), strides=(320, 2), framesize=lambda: 3 * 144 * 160 * 2
+    )
+    with pytest.raises(DecoderUnavailableError, match=r"strides \(320, 2\), .* 2\.2\.4"):
+        nvdec._checked_address(frame, geometry)

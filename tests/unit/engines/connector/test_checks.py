@@ -40,6 +40,7 @@ def scheduler(policy):
         arguments(cache={"host_cache_size": 0, "max_attention_window": None, "dtype": "auto"}),
         arguments(cache={"max_attention_window": [4096, 4096]}, max_seq_len=4096),
         arguments(cache={"use_kv_cache_manager_v2": False}),
+        arguments(cache={"use_kv_cache_manager_v2": "auto"}),
         arguments(**scheduler("GUARANTEED_NO_EVICT")),
         arguments(**scheduler(Policy.GUARANTEED_NO_EVICT)),
         arguments(**scheduler(Numbered.GUARANTEED_NO_EVICT)),
@@ -186,3 +187,16 @@ def test_models_of_other_layers_are_refused(fields):
 def test_models_of_attention_alone_are_accepted():
     checks.refuse_model(SimpleNamespace(model_type="x"))
     checks.refuse_model(SimpleNamespace(layer_types=["full_attention"] * 3, state_size=None))
+
+
+@pytest.mark.parametrize("version", ["1.2.0", "1.1.0", "0.21.0", "1.2.1rc3", "1.2.0.post1"])
+def test_versions_with_corrupted_kv_are_refused(version):
+    with pytest.raises(ConfigError, match=rf"{version} is too old: 1\.2\.1"):
+        checks.check_version(version)
+
+
+@pytest.mark.parametrize(
+    "version", ["1.2.1", "1.2.1.post1", "1.3.0rc29", "1.4.0rc1", "2.0.0", "of unknown version"]
+)
+def test_later_versions_are_taken(version):
+    checks.check_version(version)

@@ -252,6 +252,20 @@ def test_probe_that_proves_nothing_names_the_setting(owner_of):
     rank.link.close()
 
 
+def test_probe_that_contradicts_the_configured_layout_is_the_end(owner_of):
+    owner = owner_of(layout="NHD")
+    rank = Rank(owner).ready()
+    owner.hub.wait_ready(5)
+    rank.link.send(Probed(""))
+    owner.hub.wait_layout(5)
+    assert (owner.hub.layouts, owner.hub.is_layout_proven) == (("NHD",), False)
+    rank.link.send(Probed("HND"))
+    wait(lambda: owner.hub.is_layout_proven)
+    with pytest.raises(EngineError, match=r"kv_layout = 'NHD', but .*\['HND'\].*set it to auto"):
+        owner.hub.wait_layout(5)
+    rank.link.close()
+
+
 def test_socket_that_cannot_be_bound(tmp_path):
     with pytest.raises(EngineError, match="cannot be bound"):
         ConnectorHub(

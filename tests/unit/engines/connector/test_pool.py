@@ -57,27 +57,51 @@ def test_fp8_pool_may_be_typed_as_bytes():
 
 
 def block_of_equal_tokens(layout, heads, tokens, noise=0.0):
+    """K, rotated, and V of one token repeated."""
     torch.manual_seed(0)
-    rows = torch.randn(heads, 1, 8).expand(heads, tokens, 8)
-    rows = rows + noise * torch.randn(heads, tokens, 8)
-    return (rows if layout == "HND" else rows.transpose(0, 1)).reshape(-1)
+    rows = torch.randn(2, heads, 1, 8).expand(2, heads, tokens, 8).clone()
+    angle = torch.arange(tokens)[:, None] * torch.tensor([1.0, 0.1])
+    first, second = rows[0, ..., :2].clone(), rows[0, ..., 2:4].clone()
+    rows[0, ..., :2] = first * angle.cos() - second * angle.sin()
+    rows[0, ..., 2:4] = second * angle.cos() + first * angle.sin()
+    rows += noise * torch.randn(2, heads, tokens, 8)
+    return (rows if layout == "HND" else rows.transpose(1, 2)).reshape(2, -1)
 
 
 @pytest.mark.parametrize("layout", ["HND", "NHD"])
-@pytest.mark.parametrize(("heads", "tokens"), [(2, 8), (8, 32), (8, 8), (5, 4), (2, 2)])
+@pytest.mark.parametrize(
+    ("heads", "tokens"), [(2, 8), (8, 32), (8, 8), (5, 4), (2, 2), (32, 32), (2, 32)]
+)
 def test_probe_finds_the_layout(layout, heads, tokens):
+    """Also of equal shapes: as many heads as tokens, or as there are of K and V."""
     values = block_of_equal_tokens(layout, heads, tokens, noise=1e-3)
     assert probe_layout(values, num_heads=heads, head_dim=8) == layout
 
 
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+def test_orders_of_equal_shape_that_are_neither_are_told_apart(layout):
+    """Two heads: [heads, K and V] has the shape of [K and V, heads]; so has V before K."""
+    values = block_of_equal_tokens(layout, 2, 8)
+    heads_first = block_of_equal_tokens("HND", 2, 8).view(2, 2, -1).transpose(0, 1).reshape(2, -1)
+    packed = block_of_equal_tokens("HND", 2, 8).view(2, -1, 8).transpose(0, 1).reshape(2, -1)
+    for wrong in (values.flip(0), heads_first, packed):
+        assert probe_layout(wrong, num_heads=2, head_dim=8) is None
+
+
 def test_probe_that_proves_nothing_says_so():
     torch.manual_seed(0)
-    assert probe_layout(torch.randn(2 * 8 * 8), num_heads=2, head_dim=8) is None
-    assert probe_layout(torch.zeros(2 * 8 * 8), num_heads=2, head_dim=8) is None
-    assert probe_layout(torch.ones(2 * 8 * 8), num_heads=2, head_dim=8) is None
-    assert probe_layout(torch.full((2 * 8 * 8,), torch.nan), num_heads=2, head_dim=8) is None
+    for values in (
+        torch.randn(2, 2 * 8 * 8),
+        torch.zeros(2, 2 * 8 * 8),
+        torch.ones(2, 2 * 8 * 8),
+        torch.full((2, 2 * 8 * 8), torch.nan),
+        block_of_equal_tokens("HND", 2, 8)[1:].expand(2, -1),  # K that nothing rotates
+    ):
+        assert probe_layout(values, num_heads=2, head_dim=8) is None
 
 
 def test_one_head_or_one_token_has_one_order():
-    assert probe_layout(torch.randn(8 * 8), num_heads=1, head_dim=8) == "HND"
-    assert probe_layout(torch.randn(8 * 8), num_heads=8, head_dim=8) == "HND"
+    assert probe_layout(torch.randn(2, 8 * 8), num_heads=1, head_dim=8) == "HND"
+    assert probe_layout(torch.randn(2, 8 * 8), num_heads=8, head_dim=8) == "HND"
+    assert pool_of(heads=HeadRange(1, 2), shape=(6, 2, 2, 32)).has_one_order
+    assert not pool_of().has_one_order

@@ -72,10 +72,12 @@ class Rig:
             self.outbox, clock=lambda: self.now, fatal=self.fatal.append, **settings
         )
         values = torch.arange(2).repeat_interleave(8 * 4).float() + 1
+        values = torch.stack([torch.arange(2 * 8 * 4).float(), values])
         self.pool = SimpleNamespace(
             num_blocks=10,
             heads=SimpleNamespace(count=2),
             spec=SimpleNamespace(head_dim=4),
+            has_one_order=False,
             probe_values=lambda block: values,
         )
         self.worker.register(self.pool, self.copier, facts="facts")
@@ -211,6 +213,18 @@ def test_save_without_a_layout_is_dropped_and_load_is_fatal(rig_of):
     assert "layout is not known" in rig.outbox.wait(Saved)[0].reason
     rig.worker.start_load_kv(Metadata(1, (load(),)), None)
     assert "layout is not known" in rig.fatal[0]
+
+
+@pytest.mark.parametrize(
+    ("configured", "has_one_order", "told"),
+    [("HND", False, "HND"), ("NHD", False, "HND"), ("NHD", True, "")],
+)
+def test_probe_is_told_beside_a_configured_layout(rig_of, configured, has_one_order, told):
+    rig = rig_of(layout=configured)
+    rig.pool.has_one_order = has_one_order
+    rig.worker.receive(room(probe=True))
+    assert settle(rig, finished=[1]) == ([1], [])
+    assert rig.outbox.wait(Probed) == [Probed(told)]
 
 
 def test_probe_finds_the_layout_and_uses_it(rig_of):
