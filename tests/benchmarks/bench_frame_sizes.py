@@ -33,7 +33,8 @@ from kvfetcher.codec.profiles import decode_parsed, encode_unnamed, restore_unit
 from kvfetcher.codec.quant import float32_to_bits
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.format.container import parse_header
-from kvfetcher.format.unit import BITSTREAM, parse_unit
+from kvfetcher.format.sections import SectionKind
+from kvfetcher.format.unit import parse_unit
 from kvfetcher.models.folders import prepare_model
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def measure(profile, bits: np.ndarray, spec: KVSpec, first_position: int) -> dic
             began = time.process_time()
             parts.append(restore_unit(unit_data, planes).values)
             restore = time.process_time() - began
-            video = sum(s.raw_bytes for s in unit.sections if s.kind == BITSTREAM)
+            video = sum(s.raw_bytes for s in unit.sections if s.kind == SectionKind.BITSTREAM)
             units.append((entry.length, video, min(seconds), restore))
             pictures.append(unit.geometry)
         values = np.concatenate(parts)

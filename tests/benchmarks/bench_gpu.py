@@ -56,7 +56,8 @@ from kvfetcher.codec.quant import bits_to_float32, float32_to_bits
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.config import MPS_PIPE_VARIABLE, load_config
 from kvfetcher.format.container import parse_header
-from kvfetcher.format.unit import BITSTREAM, parse_unit
+from kvfetcher.format.sections import SectionKind
+from kvfetcher.format.unit import parse_unit
 from kvfetcher.memory.cuda import cuda_context
 from kvfetcher.spec import PACKED_VARIANT, KVSpec
 
@@ -122,7 +123,7 @@ class Workload:
     @property
     def video_bytes(self) -> list[int]:
         return [
-            sum(s.raw_bytes for s in parse_unit(u).sections if s.kind == BITSTREAM)
+            sum(s.raw_bytes for s in parse_unit(u).sections if s.kind == SectionKind.BITSTREAM)
             for u in self.units
         ]
 

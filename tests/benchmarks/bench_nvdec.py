@@ -43,7 +43,8 @@ from kvfetcher.codec.quant import float32_to_bits
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.config import CodecConfig, load_config
 from kvfetcher.format.container import parse_header
-from kvfetcher.format.unit import BITSTREAM, parse_unit
+from kvfetcher.format.sections import SectionKind
+from kvfetcher.format.unit import parse_unit
 from kvfetcher.spec import KVSpec
 
 REPOSITORY = Path(__file__).parents[2] / "model_repository"
@@ -69,7 +70,7 @@ class Work:
         planes = decoder.decode(unit.packets(), unit.geometry)
         return cls(
             data,
-            next(s.raw_bytes for s in unit.sections if s.kind == BITSTREAM),
+            next(s.raw_bytes for s in unit.sections if s.kind == SectionKind.BITSTREAM),
             planes.size,
             unit.num_elements,
             planes.nbytes,

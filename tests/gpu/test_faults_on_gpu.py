@@ -19,7 +19,8 @@ import pytest
 from kvfetcher import wire
 from kvfetcher.errors import KVFetcherError
 from kvfetcher.format.container import UnitData, build_chunk, parse_header
-from kvfetcher.format.unit import BITSTREAM, PACKET_LENGTHS, parse_unit, video_sections, write_unit
+from kvfetcher.format.sections import SectionKind
+from kvfetcher.format.unit import parse_unit, video_sections, write_unit
 from kvfetcher.launcher import supervise
 from kvfetcher.memory.arena import read_arena_header
 from kvfetcher.memory.control import ControlClient, socket_path
@@ -45,7 +46,11 @@ def garbled(chunk):
     unit = parse_unit(parts[0])
     assert unit.geometry.num_frames
     packets = [b"\0\0\0\1" + bytes(range(256)) * 4 for _ in range(unit.geometry.num_frames)]
-    rest = [s for s in unit.sections if s.kind not in (PACKET_LENGTHS, BITSTREAM)]
+    rest = [
+        s
+        for s in unit.sections
+        if s.kind not in (SectionKind.PACKET_LENGTHS, SectionKind.BITSTREAM)
+    ]
     parts[0] = write_unit(replace(unit, sections=(*video_sections(packets), *rest)))
     return build_chunk(
         [

@@ -23,20 +23,14 @@ from kvfetcher.codec.ladder.profile import TransformProfile, plan_restore
 from kvfetcher.codec.ladder.rope import rotate_keys
 from kvfetcher.codec.profiles import decode_unit, encode_chunk, restore_parsed
 from kvfetcher.codec.quant import bits_to_float32, float32_to_bits
-from kvfetcher.codec.symbols import ESCAPE_INDICES, ESCAPE_VALUES, escapes
+from kvfetcher.codec.symbols import escapes
 from kvfetcher.codec.uncalibrated import UncalibratedProfile
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.errors import ChecksumError, LayoutError
 from kvfetcher.format.container import parse_header
 from kvfetcher.format.pictures import PlaneGeometry
-from kvfetcher.format.unit import (
-    HAS_LOW_BITS,
-    IS_PACKED,
-    RAW_VALUES,
-    packed_section,
-    parse_unit,
-    write_unit,
-)
+from kvfetcher.format.sections import ProfileCode, SectionKind
+from kvfetcher.format.unit import HAS_LOW_BITS, IS_PACKED, packed_section, parse_unit, write_unit
 from kvfetcher.spec import LADDER, KVSpec
 from support.calibrations import OnlyPacked, correlated_values, make_calibration
 from support.kv_values import special_values
@@ -336,7 +330,7 @@ def test_golden_chunks(restorer, name):
     for entry in parse_header(chunk).units:
         data = chunk[entry.offset : entry.stop]
         unit = parse_unit(data)
-        if name.startswith("paper") or unit.profile == RAW_VALUES:
+        if name.startswith("paper") or unit.profile == ProfileCode.RAW:
             assert not restorer.can_restore(unit)
             continue
         expected, got, errors = restore_both(restorer, data)
@@ -448,9 +442,9 @@ def test_integers_beyond_two_halves_are_left_to_the_cpu(restorer):
     params = bytearray(unit.params)
     params[52:56] = (1).to_bytes(4, "little")  # the number of escapes
     sections = {s.kind: s for s in unit.sections}
-    sections[ESCAPE_INDICES] = packed_section(ESCAPE_INDICES, bytes(4))
+    sections[SectionKind.ESCAPE_INDICES] = packed_section(SectionKind.ESCAPE_INDICES, bytes(4))
     huge = (1 << 26).to_bytes(4, "little")
-    sections[ESCAPE_VALUES] = packed_section(ESCAPE_VALUES, huge)
+    sections[SectionKind.ESCAPE_VALUES] = packed_section(SectionKind.ESCAPE_VALUES, huge)
     unit = parse_unit(
         write_unit(replace(unit, params=bytes(params), sections=tuple(sections.values())))
     )

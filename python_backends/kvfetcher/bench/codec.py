@@ -39,7 +39,7 @@ from kvfetcher.codec.ladder.library import (
     register_calibration,
     store_calibration,
 )
-from kvfetcher.codec.ladder.low_bits import LOW_BITS, split
+from kvfetcher.codec.ladder.low_bits import split
 from kvfetcher.codec.ladder.profile import TransformProfile, plan_restore
 from kvfetcher.codec.layout import RowGrid, Tiling
 from kvfetcher.codec.paper import PaperProfile, search_tiling
@@ -49,7 +49,8 @@ from kvfetcher.codec.uncalibrated import UncalibratedProfile
 from kvfetcher.codec.video import VideoDecoder, encode_planes
 from kvfetcher.errors import ConfigError, KVFetcherError
 from kvfetcher.format.container import parse_header
-from kvfetcher.format.unit import BITSTREAM, PAPER, TRANSFORM, parse_unit
+from kvfetcher.format.sections import ProfileCode, SectionKind
+from kvfetcher.format.unit import parse_unit
 from kvfetcher.spec import LADDER
 
 if TYPE_CHECKING:
@@ -196,9 +197,13 @@ class ProfileCoder:
             stop = entry.layer_start + entry.num_layers
             out[entry.layer_start : stop] = bits_to_float32(values, self._spec.dtype)
             symbols = _symbols(unit, planes)
-            coded = sum(s.raw_bytes for s in unit.sections if s.kind in (BITSTREAM, LOW_BITS))
+            coded = sum(
+                s.raw_bytes
+                for s in unit.sections
+                if s.kind in (SectionKind.BITSTREAM, SectionKind.LOW_BITS)
+            )
             self._rate.add(symbols.integers, 8 * coded)
-            if bands and unit.profile != PAPER:  # its rows are tiles of many channels
+            if bands and unit.profile != ProfileCode.PAPER:  # its rows are tiles of many channels
                 self._add_bands(symbols, unit.geometry.bit_depth)
         self._rates["decode"].append(out.size / decode_seconds)
         self._rates["restore"].append(out.size / restore_seconds)
@@ -246,7 +251,7 @@ class ProfileCoder:
 
 def _symbols(unit: Unit, planes: Integers) -> _Symbols:
     """The rows of a unit's pictures; of other profiles than the ladder with their padding."""
-    if unit.profile != TRANSFORM:
+    if unit.profile != ProfileCode.TRANSFORM:
         lines: Integers = planes.swapaxes(1, 2).reshape(-1, planes.shape[3])
         return _Symbols(lines, lines.astype(np.int32), np.zeros(len(lines), np.int64))
     plan = plan_restore(unit)

@@ -18,18 +18,14 @@ from kvfetcher.codec.layout import RowGrid
 from kvfetcher.codec.video import encode_for
 from kvfetcher.errors import ChecksumError, FormatError
 from kvfetcher.format.digest import integer_digest
-from kvfetcher.format.unit import EXACT, Unit, packed_section, video_sections, write_unit
+from kvfetcher.format.sections import ProfileCode, SectionKind
+from kvfetcher.format.unit import Unit, packed_section, video_sections, write_unit
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kvfetcher.codec.base import UnitSource
     from kvfetcher.format.pictures import Integers
-
-MEDIANS = 16
-SPREADS = 17
-REMAINDERS = 18
-
 
 _BIT_DEPTH = 8
 _NEUTRAL = 128
@@ -93,7 +89,7 @@ class ExactProfile(EvenUnits):
         grid = row_grid(len(rows), tokens, variant)
         planes = grid.place(rows[_order(spreads)], bit_depth=_BIT_DEPTH, padding=_NEUTRAL)
         unit = Unit(
-            profile=EXACT,
+            profile=ProfileCode.EXACT,
             spec=source.spec,
             layer_start=source.layer_start,
             num_layers=source.num_layers,
@@ -104,9 +100,9 @@ class ExactProfile(EvenUnits):
             integer_digest=integer_digest(values),
             sections=(
                 *video_sections(encode_for(source, planes, bit_depth=_BIT_DEPTH, fast=True)),
-                packed_section(MEDIANS, medians.tobytes()),
-                packed_section(SPREADS, spreads.tobytes()),
-                packed_section(REMAINDERS, _pack_remainders(values, bits)),
+                packed_section(SectionKind.MEDIANS, medians.tobytes()),
+                packed_section(SectionKind.EXPONENT_SPREADS, spreads.tobytes()),
+                packed_section(SectionKind.REMAINDERS, _pack_remainders(values, bits)),
             ),
         )
         return write_unit(unit)
@@ -131,15 +127,17 @@ def plan_exact(unit: Unit) -> ExactPlan:
     Raises:
         FormatError: the unit breaks the profile's rules.
     """
-    unit.require_sections(MEDIANS, SPREADS, REMAINDERS)
+    unit.require_sections(SectionKind.MEDIANS, SectionKind.EXPONENT_SPREADS, SectionKind.REMAINDERS)
     bits = FLOAT_BITS[unit.spec.dtype]
     channels = unit.num_elements // unit.num_tokens
     grid = _grid(unit, channels)
-    medians = np.frombuffer(unit.section(MEDIANS, num_bytes=channels), np.uint8)
-    spreads = np.frombuffer(unit.section(SPREADS, num_bytes=channels), np.uint8)
+    medians = np.frombuffer(unit.section(SectionKind.MEDIANS, num_bytes=channels), np.uint8)
+    spreads = np.frombuffer(
+        unit.section(SectionKind.EXPONENT_SPREADS, num_bytes=channels), np.uint8
+    )
     row_of_channel = np.empty(channels, np.int64)
     row_of_channel[_order(spreads)] = np.arange(channels)
-    packed = unit.section(REMAINDERS, num_bytes=bits.remainder_bytes(unit.num_elements))
+    packed = unit.section(SectionKind.REMAINDERS, num_bytes=bits.remainder_bytes(unit.num_elements))
     return ExactPlan(bits, grid, row_of_channel, medians, packed)
 
 

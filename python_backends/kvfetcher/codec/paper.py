@@ -23,14 +23,13 @@ from kvfetcher.codec.video import encode_for
 from kvfetcher.errors import ChecksumError, ConfigError, FormatError
 from kvfetcher.format.digest import integer_digest
 from kvfetcher.format.pictures import even_groups
-from kvfetcher.format.unit import PAPER, Unit, packed_section, video_sections, write_unit
+from kvfetcher.format.sections import ProfileCode, SectionKind
+from kvfetcher.format.unit import Unit, packed_section, video_sections, write_unit
 
 if TYPE_CHECKING:
     from kvfetcher.format.pictures import Integers
     from kvfetcher.spec import KVSpec
 
-MINIMA = 16
-SCALES = 17
 
 MIN_BITS = 2
 MAX_BITS = 12
@@ -103,7 +102,7 @@ class PaperProfile:
             source, planes, bit_depth=bit_depth, gop=grid.run_frames if self.inter else 1
         )
         unit = Unit(
-            profile=PAPER,
+            profile=ProfileCode.PAPER,
             spec=spec,
             layer_start=source.layer_start,
             num_layers=source.num_layers,
@@ -124,8 +123,8 @@ class PaperProfile:
             integer_digest=integer_digest(quantised.codes),
             sections=(
                 *video_sections(packets),
-                packed_section(MINIMA, quantised.minima.astype("<f4").tobytes()),
-                packed_section(SCALES, quantised.scales.astype("<f4").tobytes()),
+                packed_section(SectionKind.MINIMA, quantised.minima.astype("<f4").tobytes()),
+                packed_section(SectionKind.SCALES, quantised.scales.astype("<f4").tobytes()),
             ),
         )
         return write_unit(unit)
@@ -138,7 +137,7 @@ def restore_paper(unit: Unit, planes: Integers) -> Integers:
         ChecksumError: the integers differ from those that were saved.
         FormatError: the unit breaks the profile's rules.
     """
-    unit.require_sections(MINIMA, SCALES)
+    unit.require_sections(SectionKind.MINIMA, SectionKind.SCALES)
     grid = _grid(unit)
     codes = grid.gather(planes)
     if integer_digest(codes) != unit.integer_digest:
@@ -149,8 +148,8 @@ def restore_paper(unit: Unit, planes: Integers) -> Integers:
     layers, factor, heads, tokens, dims = unit.shape
     shape = (layers, factor, heads, 1, dims)
     size = 4 * unit.num_elements // tokens
-    minima = np.frombuffer(unit.section(MINIMA, num_bytes=size), "<f4").reshape(shape)
-    scales = np.frombuffer(unit.section(SCALES, num_bytes=size), "<f4").reshape(shape)
+    minima = np.frombuffer(unit.section(SectionKind.MINIMA, num_bytes=size), "<f4").reshape(shape)
+    scales = np.frombuffer(unit.section(SectionKind.SCALES, num_bytes=size), "<f4").reshape(shape)
     if not (np.isfinite(minima).all() and np.isfinite(scales).all()):
         raise FormatError("a paper unit's minima and scales are finite numbers")
     with np.errstate(over="ignore"):

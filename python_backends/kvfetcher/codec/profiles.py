@@ -17,7 +17,8 @@ from kvfetcher.codec.raw import RawProfile, WithRawCopy, restore_raw
 from kvfetcher.codec.uncalibrated import UncalibratedProfile, restore_uncalibrated
 from kvfetcher.errors import ConfigError, FormatError, LayoutError, UnsupportedVersionError
 from kvfetcher.format.container import UnitData, build_chunk, check_unit, parse_header
-from kvfetcher.format.unit import EXACT, PAPER, RAW_VALUES, TRANSFORM, UNCALIBRATED, parse_unit
+from kvfetcher.format.sections import ProfileCode
+from kvfetcher.format.unit import parse_unit
 from kvfetcher.spec import LADDER
 
 if TYPE_CHECKING:
@@ -31,18 +32,18 @@ if TYPE_CHECKING:
     from kvfetcher.spec import KVSpec
 
 RESTORERS: dict[int, Restorer] = {
-    EXACT: restore_exact,
-    PAPER: restore_paper,
-    TRANSFORM: restore_transform,
-    UNCALIBRATED: restore_uncalibrated,
-    RAW_VALUES: restore_raw,
+    ProfileCode.EXACT: restore_exact,
+    ProfileCode.PAPER: restore_paper,
+    ProfileCode.TRANSFORM: restore_transform,
+    ProfileCode.UNCALIBRATED: restore_uncalibrated,
+    ProfileCode.RAW: restore_raw,
 }
 PROFILE_NAMES: dict[int, str] = {
-    EXACT: "exact",
-    PAPER: "paper",
-    TRANSFORM: "transform",
-    UNCALIBRATED: "uncalibrated",
-    RAW_VALUES: "raw",
+    ProfileCode.EXACT: "exact",
+    ProfileCode.PAPER: "paper",
+    ProfileCode.TRANSFORM: "transform",
+    ProfileCode.UNCALIBRATED: "uncalibrated",
+    ProfileCode.RAW: "raw",
 }
 PROFILES = ("exact", *LADDER, "uncalibrated", "paper", "raw")
 AUTO = "auto"

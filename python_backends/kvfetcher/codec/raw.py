@@ -14,7 +14,8 @@ from kvfetcher.codec.exact import FLOAT_BITS
 from kvfetcher.errors import ChecksumError, FormatError
 from kvfetcher.format.digest import integer_digest
 from kvfetcher.format.pictures import NO_PICTURES, even_groups
-from kvfetcher.format.unit import RAW_VALUES, Unit, raw_section, write_unit
+from kvfetcher.format.sections import ProfileCode, SectionKind
+from kvfetcher.format.unit import Unit, raw_section, write_unit
 from kvfetcher.spec import RAW_VARIANT
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from kvfetcher.format.pictures import Integers
     from kvfetcher.spec import KVSpec
 
-VALUES = 16
 
 # Small enough that transfer and restore of one request overlap, large enough that a unit's way
 # through Triton (about 2 ms on a CPU) is a fraction of its copy.
@@ -54,7 +54,7 @@ class RawProfile:
     def encode(self, source: UnitSource, variant: str) -> bytes:
         """One unit's bytes; any bit pattern is representable."""
         unit = Unit(
-            profile=RAW_VALUES,
+            profile=ProfileCode.RAW,
             spec=source.spec,
             layer_start=source.layer_start,
             num_layers=source.num_layers,
@@ -63,7 +63,7 @@ class RawProfile:
             geometry=NO_PICTURES,
             params=b"",
             integer_digest=integer_digest(source.values),
-            sections=(raw_section(VALUES, source.values.tobytes()),),
+            sections=(raw_section(SectionKind.VALUES, source.values.tobytes()),),
         )
         return write_unit(unit)
 
@@ -108,11 +108,11 @@ def restore_raw(unit: Unit, planes: Integers) -> Integers:
         ChecksumError: the values differ from those that were saved.
         FormatError: the unit breaks the profile's rules.
     """
-    unit.require_sections(VALUES)
+    unit.require_sections(SectionKind.VALUES)
     if unit.params or unit.geometry != NO_PICTURES:
         raise FormatError("a raw unit has neither parameters nor pictures")
     bits = FLOAT_BITS[unit.spec.dtype]
-    data = unit.section(VALUES, num_bytes=unit.num_elements * unit.spec.item_bytes)
+    data = unit.section(SectionKind.VALUES, num_bytes=unit.num_elements * unit.spec.item_bytes)
     values = np.frombuffer(data, bits.item_dtype).reshape(unit.shape)
     if integer_digest(values) != unit.integer_digest:
         raise ChecksumError(

@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvfetcher.errors import FormatError
+from kvfetcher.format.sections import SectionKind
 from kvfetcher.format.unit import Section, Unit, packed_section
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kvfetcher.format.pictures import Integers
-
-RAW_TOKENS = 19
-RAW_VALUES = 20
 
 
 def raw_tokens(
@@ -38,8 +36,10 @@ def raw_tokens(
 def raw_sections(values: Integers, tokens: NDArray[np.int64]) -> tuple[Section, Section]:
     """Sections of the tokens that are kept exact: numbers and bit patterns [Lg, K, H, R, D]."""
     return (
-        packed_section(RAW_TOKENS, tokens.astype("<u4").tobytes()),
-        packed_section(RAW_VALUES, np.ascontiguousarray(values[:, :, :, tokens]).tobytes()),
+        packed_section(SectionKind.EXACT_TOKENS, tokens.astype("<u4").tobytes()),
+        packed_section(
+            SectionKind.EXACT_TOKEN_VALUES, np.ascontiguousarray(values[:, :, :, tokens]).tobytes()
+        ),
     )
 
 
@@ -52,14 +52,14 @@ def exact_tokens(unit: Unit, num_raw: int) -> tuple[NDArray[np.int64], Integers]
     layers, factor, heads, num_tokens, dim = unit.shape
     if num_raw > num_tokens:
         raise FormatError(f"a unit of {num_tokens} tokens cannot keep {num_raw} of them exact")
-    found = np.frombuffer(unit.section(RAW_TOKENS, num_bytes=4 * num_raw), "<u4")
+    found = np.frombuffer(unit.section(SectionKind.EXACT_TOKENS, num_bytes=4 * num_raw), "<u4")
     tokens = found.astype(np.int64)
     if num_raw and (np.any(np.diff(tokens) <= 0) or tokens[-1] >= num_tokens):
         raise FormatError(f"exact tokens of the unit must rise and stay below {num_tokens}")
     shape = (layers, factor, heads, num_raw, dim)
     num_bytes = layers * factor * heads * num_raw * dim * unit.spec.item_bytes
     dtype = "<u2" if unit.spec.item_bytes == 2 else "u1"
-    raw = np.frombuffer(unit.section(RAW_VALUES, num_bytes=num_bytes), dtype)
+    raw = np.frombuffer(unit.section(SectionKind.EXACT_TOKEN_VALUES, num_bytes=num_bytes), dtype)
     return tokens, raw.reshape(shape)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from kvfetcher.errors import ChecksumError, FormatError
 from kvfetcher.format.digest import integer_digest
 from kvfetcher.format.pictures import BIT_DEPTHS
+from kvfetcher.format.sections import SectionKind
 from kvfetcher.format.unit import Section, Unit, packed_section
 
 if TYPE_CHECKING:
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from kvfetcher.codec.layout import RowGrid
     from kvfetcher.format.pictures import Integers
 
-ESCAPE_INDICES = 17
-ESCAPE_VALUES = 18
 
 # An escape costs about 40 bits, a deeper picture nothing (10 and 12 bit measured equal), but 8 bit
 # pictures code and decode faster and take half the memory.
@@ -62,8 +61,10 @@ def escape_sections(
 ) -> tuple[Section, Section]:
     """The two sections of integers that samples do not hold, at rising positions in C order."""
     return (
-        packed_section(ESCAPE_INDICES, escaped.astype("<u4").tobytes()),
-        packed_section(ESCAPE_VALUES, integers.reshape(-1)[escaped].astype("<i4").tobytes()),
+        packed_section(SectionKind.ESCAPE_INDICES, escaped.astype("<u4").tobytes()),
+        packed_section(
+            SectionKind.ESCAPE_VALUES, integers.reshape(-1)[escaped].astype("<i4").tobytes()
+        ),
     )
 
 
@@ -80,8 +81,12 @@ def escapes(
     Raises:
         FormatError: an index is out of range or out of order.
     """
-    indices = np.frombuffer(unit.section(ESCAPE_INDICES, num_bytes=4 * num_escapes), "<u4")
-    values = np.frombuffer(unit.section(ESCAPE_VALUES, num_bytes=4 * num_escapes), "<i4")
+    indices = np.frombuffer(
+        unit.section(SectionKind.ESCAPE_INDICES, num_bytes=4 * num_escapes), "<u4"
+    )
+    values = np.frombuffer(
+        unit.section(SectionKind.ESCAPE_VALUES, num_bytes=4 * num_escapes), "<i4"
+    )
     places = indices.astype(np.int64)
     if num_escapes and (np.any(indices[1:] <= indices[:-1]) or int(places[-1]) >= num_integers):
         raise FormatError(f"escape indices of the unit must rise and stay below {num_integers}")

@@ -16,25 +16,13 @@ import numpy as np
 from kvfetcher.codec.frame_size import EvenUnits, row_grid
 from kvfetcher.codec.layout import RowGrid
 from kvfetcher.codec.quant import MAX_MAGNITUDE, bits_to_float32, float32_to_bits
-from kvfetcher.codec.raw_tokens import (
-    RAW_TOKENS,
-    RAW_VALUES,
-    put_raw_tokens,
-    raw_sections,
-    raw_tokens,
-)
-from kvfetcher.codec.symbols import (
-    ESCAPE_INDICES,
-    ESCAPE_VALUES,
-    apply_escapes,
-    check_integers,
-    check_pictures,
-    to_symbols,
-)
+from kvfetcher.codec.raw_tokens import put_raw_tokens, raw_sections, raw_tokens
+from kvfetcher.codec.symbols import apply_escapes, check_integers, check_pictures, to_symbols
 from kvfetcher.codec.video import encode_for
 from kvfetcher.errors import FormatError
 from kvfetcher.format.digest import integer_digest
-from kvfetcher.format.unit import UNCALIBRATED, Unit, packed_section, video_sections, write_unit
+from kvfetcher.format.sections import ProfileCode, SectionKind
+from kvfetcher.format.unit import Unit, packed_section, video_sections, write_unit
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -42,9 +30,6 @@ if TYPE_CHECKING:
     from kvfetcher.codec.base import UnitSource
     from kvfetcher.format.pictures import Integers
 
-MEANS = 21
-STEPS = 22
-SPREADS = 23
 
 SINK_TOKENS = 4
 
@@ -85,7 +70,7 @@ class UncalibratedProfile(EvenUnits):
         depth = symbols.bit_depth
         planes = grid.place(symbols.samples, bit_depth=depth, padding=1 << (depth - 1))
         unit = Unit(
-            profile=UNCALIBRATED,
+            profile=ProfileCode.UNCALIBRATED,
             spec=source.spec,
             layer_start=source.layer_start,
             num_layers=layers,
@@ -98,9 +83,11 @@ class UncalibratedProfile(EvenUnits):
                 *video_sections(encode_for(source, planes, bit_depth=depth)),
                 *symbols.sections,
                 *raw_sections(source.values, raw),
-                packed_section(MEANS, means.astype("<f4").tobytes()),
-                packed_section(STEPS, steps.astype("<f4").reshape(layers * factor).tobytes()),
-                packed_section(SPREADS, spreads.tobytes()),
+                packed_section(SectionKind.MEANS, means.astype("<f4").tobytes()),
+                packed_section(
+                    SectionKind.STEPS, steps.astype("<f4").reshape(layers * factor).tobytes()
+                ),
+                packed_section(SectionKind.SPREADS, spreads.tobytes()),
             ),
         )
         return write_unit(unit)
@@ -133,15 +120,21 @@ def plan_uncalibrated(unit: Unit) -> UncalibratedPlan:
         )
     frame_rows, frame_columns, num_escapes, num_raw = _PARAMS.unpack(unit.params)
     unit.require_sections(
-        ESCAPE_INDICES, ESCAPE_VALUES, RAW_TOKENS, RAW_VALUES, MEANS, STEPS, SPREADS
+        SectionKind.ESCAPE_INDICES,
+        SectionKind.ESCAPE_VALUES,
+        SectionKind.EXACT_TOKENS,
+        SectionKind.EXACT_TOKEN_VALUES,
+        SectionKind.MEANS,
+        SectionKind.STEPS,
+        SectionKind.SPREADS,
     )
     layers, factor, heads, tokens, dims = unit.shape
     channels = unit.num_elements // tokens
     grid = RowGrid(channels, tokens, frame_rows, frame_columns)
     check_pictures(unit, grid)
-    means = np.frombuffer(unit.section(MEANS, num_bytes=4 * channels), "<f4")
-    steps = np.frombuffer(unit.section(STEPS, num_bytes=4 * layers * factor), "<f4")
-    spreads = np.frombuffer(unit.section(SPREADS, num_bytes=channels), np.uint8)
+    means = np.frombuffer(unit.section(SectionKind.MEANS, num_bytes=4 * channels), "<f4")
+    steps = np.frombuffer(unit.section(SectionKind.STEPS, num_bytes=4 * layers * factor), "<f4")
+    spreads = np.frombuffer(unit.section(SectionKind.SPREADS, num_bytes=channels), np.uint8)
     if not (np.isfinite(means).all() and np.isfinite(steps).all()):
         raise FormatError("means and steps of the unit must be finite")
     return UncalibratedPlan(

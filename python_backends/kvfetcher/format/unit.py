@@ -24,6 +24,7 @@ from kvfetcher.format.container import (
     parse_spec,
 )
 from kvfetcher.format.pictures import MAX_FRAMES, MAX_VALUE_BYTES, NO_PICTURES, PlaneGeometry
+from kvfetcher.format.sections import ProfileCode, SectionKind
 from kvfetcher.spec import FORMAT_VERSION, KVSpec
 
 if TYPE_CHECKING:
@@ -35,21 +36,10 @@ MAX_UNIT_BYTES = MAX_CHUNK_BYTES
 MAX_SECTIONS = 64
 MAX_PARAMS_BYTES = 1 << 16
 
-# Profile codes.
-EXACT = 1
-PAPER = 2
-TRANSFORM = 3
-UNCALIBRATED = 4
-RAW_VALUES = 5
-
 HAS_LOW_BITS = 1
 """Flag of a transform unit: the low bits of wide rows are in a section of their own."""
 IS_PACKED = 2
 """Flag of a transform unit: its rows are packed, there is no video."""
-
-# Section kinds. 16 and up belong to the profile.
-PACKET_LENGTHS = 1
-BITSTREAM = 2
 
 RAW = 0
 ZSTD = 1
@@ -141,8 +131,10 @@ class Unit:
         Raises:
             FormatError: one is missing, or there is one that the profile does not name.
         """
-        video = (PACKET_LENGTHS, BITSTREAM) if self.geometry.num_frames else ()
-        expected = (*video, *kinds)
+        video = (
+            (SectionKind.PACKET_LENGTHS, SectionKind.BITSTREAM) if self.geometry.num_frames else ()
+        )
+        expected = tuple(int(kind) for kind in (*video, *kinds))
         got = tuple(section.kind for section in self.sections)
         if got != expected:
             raise FormatError(f"a unit of profile {self.profile} has sections {expected}: {got}")
@@ -156,9 +148,11 @@ class Unit:
         frames = self.geometry.num_frames
         if not frames:
             return []
-        lengths = np.frombuffer(self.section(PACKET_LENGTHS, num_bytes=4 * frames), "<u4")
+        lengths = np.frombuffer(
+            self.section(SectionKind.PACKET_LENGTHS, num_bytes=4 * frames), "<u4"
+        )
         total = int(lengths.sum(dtype=np.uint64))
-        stream = memoryview(self.section(BITSTREAM, num_bytes=total))
+        stream = memoryview(self.section(SectionKind.BITSTREAM, num_bytes=total))
         if not lengths.all():
             raise FormatError("unit has an empty video packet; each picture has one")
         stops = np.cumsum(lengths, dtype=np.int64).tolist()
@@ -174,7 +168,9 @@ def has_video(data: bytes | memoryview) -> bool:
 def video_sections(packets: Sequence[bytes]) -> tuple[Section, Section]:
     """The two sections that hold a unit's video."""
     lengths = struct.pack(f"<{len(packets)}I", *map(len, packets))
-    return raw_section(PACKET_LENGTHS, lengths), raw_section(BITSTREAM, b"".join(packets))
+    return raw_section(SectionKind.PACKET_LENGTHS, lengths), raw_section(
+        SectionKind.BITSTREAM, b"".join(packets)
+    )
 
 
 def raw_section(kind: int, data: bytes) -> Section:
@@ -289,7 +285,7 @@ def parse_unit(data: bytes | memoryview, *, checks_video: bool = True) -> Unit:
         raise UnsupportedVersionError(
             f"unit is of format version {version}, this build reads {FORMAT_VERSION}"
         )
-    known = HAS_LOW_BITS | IS_PACKED if profile == TRANSFORM else 0
+    known = HAS_LOW_BITS | IS_PACKED if profile == ProfileCode.TRANSFORM else 0
     if flags & ~known or reserved_a or reserved_b:
         raise UnsupportedVersionError(
             "unit has a flag or reserved field that this build does not know; upgrade kvfetcher"
@@ -388,7 +384,7 @@ def _parse_sections(
                 f"section {kind} of the unit has encoding {encoding}, which this build does not"
                 " know; upgrade kvfetcher"
             )
-        if encoding != RAW and kind in (PACKET_LENGTHS, BITSTREAM):
+        if encoding != RAW and kind in (SectionKind.PACKET_LENGTHS, SectionKind.BITSTREAM):
             # Nothing else bounds them: a tiny unit could inflate to MAX_UNIT_BYTES.
             raise FormatError(f"section {kind}, the video of a unit, must be stored raw")
         if sections and kind <= sections[-1].kind:
@@ -398,7 +394,7 @@ def _parse_sections(
         if encoding == RAW and raw_bytes != stored_bytes:
             raise FormatError(f"raw section {kind} has {stored_bytes} bytes but says {raw_bytes}")
         stored = view[at : at + stored_bytes]
-        is_checked = checks_video or kind != BITSTREAM
+        is_checked = checks_video or kind != SectionKind.BITSTREAM
         if is_checked and crc32(stored) != crc:
             raise ChecksumError(f"section {kind} of the unit differs from its CRC-32")
         sections.append(Section(kind, encoding, raw_bytes, stored))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kvfetcher.format.unit import BITSTREAM, Unit, raw_section, serialise
+from kvfetcher.format.sections import SectionKind
+from kvfetcher.format.unit import Unit, raw_section, serialise
 
 
 def without_bitstream(unit: Unit) -> bytes:
@@ -14,7 +15,9 @@ def without_bitstream(unit: Unit) -> bytes:
     to nothing: who makes it has checked and decoded the video.
     """
     sections = (
-        raw_section(BITSTREAM, b"") if section.kind == BITSTREAM else section
+        raw_section(SectionKind.BITSTREAM, b"")
+        if section.kind == SectionKind.BITSTREAM
+        else section
         for section in unit.sections
     )
     return serialise(replace(unit, sections=tuple(sections)))

@@ -20,7 +20,8 @@ from kvfetcher.errors import (
 )
 from kvfetcher.format.container import parse_header
 from kvfetcher.format.pictures import PlaneGeometry
-from kvfetcher.format.unit import BITSTREAM, parse_unit
+from kvfetcher.format.sections import SectionKind
+from kvfetcher.format.unit import parse_unit
 from kvfetcher.memory.arena import Arena
 from kvfetcher.spec import KVSpec
 from support.tamper import resealed_unit
@@ -150,7 +151,7 @@ def test_what_restores_a_unit_is_what_its_decoder_left_of_it(arena):
 
 def test_a_unit_whose_video_differs_from_its_crc_leaves_nothing(arena):
     unit = bytearray(units(encode()[0])[0])
-    video = next(s for s in parse_unit(bytes(unit)).sections if s.kind == BITSTREAM)
+    video = next(s for s in parse_unit(bytes(unit)).sections if s.kind == SectionKind.BITSTREAM)
     unit[bytes(unit).index(bytes(video.stored)) + 9] ^= 1
     with pytest.raises(ChecksumError, match="section 2"):
         UnitDecoder("cpu").decode_for(bytes(unit), "")

@@ -8,7 +8,8 @@ from kvfetcher.backend import warm_up
 from kvfetcher.backend.coding import UnitRestorer
 from kvfetcher.config import load_config
 from kvfetcher.errors import GpuError
-from kvfetcher.format.unit import EXACT, TRANSFORM, parse_unit
+from kvfetcher.format.sections import ProfileCode
+from kvfetcher.format.unit import parse_unit
 from kvfetcher.spec import KVSpec
 from support.calibrations import make_calibration
 
@@ -38,12 +39,15 @@ def test_the_gpu_is_the_engines(arena, device, gpu):
 
 def test_units_are_of_the_profiles_and_the_dtype_that_will_come(tmp_path):
     units = [parse_unit(unit) for unit in warm_up.warm_up_units(config_of())]
-    assert [(u.profile, u.spec.head_dim) for u in units] == [(EXACT, 64), (EXACT, 128)]
+    assert [(u.profile, u.spec.head_dim) for u in units] == [
+        (ProfileCode.EXACT, 64),
+        (ProfileCode.EXACT, 128),
+    ]
     path = tmp_path / "calibration"
     make_calibration(KVSpec(num_layers=4, num_kv_heads=2, head_dim=32)).save(path)
     ladder = config_of(profile="balanced", calibration=str(path), allow_uncertified=True)
     *_, unit = map(parse_unit, warm_up.warm_up_units(ladder))
-    assert (unit.profile, unit.num_tokens) == (TRANSFORM, 256)
+    assert (unit.profile, unit.num_tokens) == (ProfileCode.TRANSFORM, 256)
 
 
 @pytest.mark.parametrize("error", [GpuError, KeyError])

@@ -6,8 +6,8 @@ import zstandard
 
 from kvfetcher.errors import ChecksumError, FormatError, UnsupportedVersionError
 from kvfetcher.format.pictures import PlaneGeometry
+from kvfetcher.format.sections import ProfileCode
 from kvfetcher.format.unit import (
-    EXACT,
     RAW,
     ZSTD,
     Section,
@@ -26,7 +26,7 @@ SPEC = KVSpec(num_layers=5, num_kv_heads=2, head_dim=8)
 
 def unit(sections=None, **changes):
     fields = {
-        "profile": EXACT,
+        "profile": ProfileCode.EXACT,
         "spec": SPEC,
         "layer_start": 2,
         "num_layers": 3,

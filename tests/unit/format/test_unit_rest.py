@@ -11,7 +11,8 @@ from kvfetcher.codec.profiles import decode_unit, restore_unit
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.errors import FormatError
 from kvfetcher.format.container import parse_header
-from kvfetcher.format.unit import BITSTREAM, parse_unit
+from kvfetcher.format.sections import SectionKind
+from kvfetcher.format.unit import parse_unit
 from kvfetcher.format.unit_rest import without_bitstream
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden"
@@ -27,7 +28,7 @@ def test_rest_of_a_unit_restores_to_its_values(name):
         unit = chunk[entry.offset : entry.stop]
         parsed = parse_unit(unit)
         rest = without_bitstream(parsed)
-        video_bytes = sum(len(s.stored) for s in parsed.sections if s.kind == BITSTREAM)
+        video_bytes = sum(len(s.stored) for s in parsed.sections if s.kind == SectionKind.BITSTREAM)
         assert len(rest) == len(unit) - video_bytes
         planes = decode_unit(unit, VideoDecoder())
         np.testing.assert_array_equal(

@@ -34,7 +34,8 @@ from kvfetcher.codec.symbols import check_digest, escapes
 from kvfetcher.codec.uncalibrated import plan_uncalibrated
 from kvfetcher.errors import ChecksumError, LayoutError
 from kvfetcher.format import digest
-from kvfetcher.format.unit import EXACT, IS_PACKED, TRANSFORM, UNCALIBRATED
+from kvfetcher.format.sections import ProfileCode
+from kvfetcher.format.unit import IS_PACKED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -229,8 +230,8 @@ class GpuRestorer:
         packed = unit.num_elements if unit.flags & IS_PACKED else 0
         if max(packed, unit.geometry.num_bytes // unit.geometry.dtype.itemsize) > MAX_SAMPLES:
             return False
-        return unit.profile in (EXACT, UNCALIBRATED) or (
-            unit.profile == TRANSFORM and unit.spec.head_dim % 2 == 0
+        return unit.profile in (ProfileCode.EXACT, ProfileCode.UNCALIBRATED) or (
+            unit.profile == ProfileCode.TRANSFORM and unit.spec.head_dim % 2 == 0
         )
 
     def begin(self, unit: Unit, planes: GpuPlanes, to: Destination) -> PendingRestore:
@@ -262,7 +263,10 @@ class GpuRestorer:
                 f"a unit of {unit.shape} does not fit {len(to.block_ids)} blocks of"
                 f" {tuple(blocks.shape[1:])} from layer {to.first_layer} on"
             )
-        begin = {EXACT: self._begin_exact, UNCALIBRATED: self._begin_uncalibrated}
+        begin = {
+            int(ProfileCode.EXACT): self._begin_exact,
+            int(ProfileCode.UNCALIBRATED): self._begin_uncalibrated,
+        }
         with self._current_device():
             return begin.get(unit.profile, self._begin_transform)(unit, planes, to)
 

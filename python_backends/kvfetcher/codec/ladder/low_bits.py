@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-LOW_BITS = 24
-"""Section kind."""
 MAX_SHIFT = 8
 """So that the low bits of an integer fit into a byte."""
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from kvfetcher.errors import FormatError
+from kvfetcher.format.sections import SectionKind
 from kvfetcher.format.unit import Unit, packed_section, raw_section
 
 if TYPE_CHECKING:
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
 
     from kvfetcher.format.unit import Section
 
-PACKED_WIDTHS = 25
-"""Section kind."""
-PACKED_ROWS = 26
-"""Section kind."""
 NEUTRAL = 128
 """The sample of integer 0."""
 MAX_WIDTH = 8
@@ -88,8 +85,8 @@ def pack(integers: NDArray[np.int32]) -> Packing:
     is_escaped = needed > widths[:, None]
     kept = np.where(is_escaped, 0, integers)
     sections = (
-        packed_section(PACKED_WIDTHS, widths.tobytes()),
-        raw_section(PACKED_ROWS, _to_lines(kept, widths).tobytes()),
+        packed_section(SectionKind.PACKED_WIDTHS, widths.tobytes()),
+        raw_section(SectionKind.PACKED_ROWS, _to_lines(kept, widths).tobytes()),
     )
     samples = (kept + NEUTRAL).astype(np.uint8)
     return Packing(samples, sections, np.flatnonzero(is_escaped))
@@ -101,12 +98,12 @@ def read_packed(unit: Unit, num_rows: int) -> PackedRows:
     Raises:
         FormatError: a width is over 8, or a bit behind a row's last token is set.
     """
-    widths = np.frombuffer(unit.section(PACKED_WIDTHS, num_bytes=num_rows), np.uint8)
+    widths = np.frombuffer(unit.section(SectionKind.PACKED_WIDTHS, num_bytes=num_rows), np.uint8)
     if widths.max() > MAX_WIDTH:
         raise FormatError(f"packed rows have 0 to {MAX_WIDTH} bits, the unit says {widths.max()}")
     line_bytes = -(-unit.num_tokens // 8)
     num_bytes = int(widths.sum(dtype=np.int64)) * line_bytes
-    data = unit.section(PACKED_ROWS, num_bytes=num_bytes)
+    data = unit.section(SectionKind.PACKED_ROWS, num_bytes=num_bytes)
     return PackedRows(widths, read_lines(data, unit.num_tokens))
 
 

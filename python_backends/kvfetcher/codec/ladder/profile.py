@@ -26,29 +26,14 @@ from kvfetcher.codec.frame_size import (
 )
 from kvfetcher.codec.ladder.groups import from_vectors, to_vectors
 from kvfetcher.codec.ladder.library import find_calibration
-from kvfetcher.codec.ladder.low_bits import LOW_BITS, cut, packed_bytes, row_shifts, split
-from kvfetcher.codec.ladder.packed import (
-    PACKED_ROWS,
-    PACKED_WIDTHS,
-    PackedRows,
-    pack,
-    read_lines,
-    read_packed,
-)
+from kvfetcher.codec.ladder.low_bits import cut, packed_bytes, row_shifts, split
+from kvfetcher.codec.ladder.packed import PackedRows, pack, read_lines, read_packed
 from kvfetcher.codec.ladder.product import multiply, round_to_bits
 from kvfetcher.codec.ladder.rope import rotate_keys, unrotate_keys
 from kvfetcher.codec.layout import NUM_PLANES, RowGrid
 from kvfetcher.codec.quant import MAX_MAGNITUDE, bits_to_float32
-from kvfetcher.codec.raw_tokens import (
-    RAW_TOKENS,
-    RAW_VALUES,
-    put_raw_tokens,
-    raw_sections,
-    raw_tokens,
-)
+from kvfetcher.codec.raw_tokens import put_raw_tokens, raw_sections, raw_tokens
 from kvfetcher.codec.symbols import (
-    ESCAPE_INDICES,
-    ESCAPE_VALUES,
     check_integers,
     check_pictures,
     escape_sections,
@@ -59,10 +44,10 @@ from kvfetcher.codec.video import encode_for
 from kvfetcher.errors import CodecError, ConfigError, FormatError, UnsupportedVersionError
 from kvfetcher.format.digest import integer_digest
 from kvfetcher.format.pictures import MAX_SIDE, MIN_SIDE, NO_PICTURES, ONLY_VARIANT
+from kvfetcher.format.sections import ProfileCode, SectionKind
 from kvfetcher.format.unit import (
     HAS_LOW_BITS,
     IS_PACKED,
-    TRANSFORM,
     Unit,
     raw_section,
     video_sections,
@@ -197,7 +182,7 @@ class TransformProfile:
             low_bits += cut(rows, _shifts(calibration, place, len(part), float(step)))
         coded = _pack(integers) if is_packed else _draw(integers, layout.grid, source)
         unit = Unit(
-            profile=TRANSFORM,
+            profile=ProfileCode.TRANSFORM,
             spec=source.spec,
             layer_start=source.layer_start,
             num_layers=source.num_layers,
@@ -219,7 +204,7 @@ class TransformProfile:
                 *coded.video,
                 *coded.escapes,
                 *raw_sections(source.values, raw),
-                *((raw_section(LOW_BITS, bytes(low_bits)),) if low_bits else ()),
+                *((raw_section(SectionKind.LOW_BITS, bytes(low_bits)),) if low_bits else ()),
                 *coded.packed,
             ),
             flags=(HAS_LOW_BITS if low_bits else 0) | (IS_PACKED if is_packed else 0),
@@ -321,9 +306,14 @@ def plan_restore(unit: Unit) -> RestorePlan:
         )
     has_low_bits, is_packed = unit.flags & HAS_LOW_BITS, unit.flags & IS_PACKED
     unit.require_sections(
-        *(ESCAPE_INDICES, ESCAPE_VALUES, RAW_TOKENS, RAW_VALUES),
-        *((LOW_BITS,) if has_low_bits else ()),
-        *((PACKED_WIDTHS, PACKED_ROWS) if is_packed else ()),
+        *(
+            SectionKind.ESCAPE_INDICES,
+            SectionKind.ESCAPE_VALUES,
+            SectionKind.EXACT_TOKENS,
+            SectionKind.EXACT_TOKEN_VALUES,
+        ),
+        *((SectionKind.LOW_BITS,) if has_low_bits else ()),
+        *((SectionKind.PACKED_WIDTHS, SectionKind.PACKED_ROWS) if is_packed else ()),
     )
     digest, *fixed, num_escapes, num_raw_tokens = _PARAMS.unpack_from(params)
     try:
@@ -346,7 +336,7 @@ def plan_restore(unit: Unit) -> RestorePlan:
         check_pictures(unit, kind.layout.grid)
     shifts, low_planes = (_NO_SHIFTS,) * len(kind.places), None
     if has_low_bits:
-        shifts, data = kind.shifts, unit.section(LOW_BITS, num_bytes=kind.low_bytes)
+        shifts, data = kind.shifts, unit.section(SectionKind.LOW_BITS, num_bytes=kind.low_bytes)
         low_planes = read_lines(data, unit.num_tokens)
     return RestorePlan(
         calibration,

@@ -8,13 +8,14 @@ import pytest
 from kvfetcher.codec.base import UnitSource
 from kvfetcher.codec.ladder import profile as transform
 from kvfetcher.codec.ladder.library import register_calibration
-from kvfetcher.codec.ladder.low_bits import LOW_BITS, cut, packed_bytes, row_shifts, split
+from kvfetcher.codec.ladder.low_bits import cut, packed_bytes, row_shifts, split
 from kvfetcher.codec.ladder.packed import read_lines
 from kvfetcher.codec.ladder.profile import TransformProfile
 from kvfetcher.codec.profiles import decode_unit, restore_unit
 from kvfetcher.codec.quant import float32_to_bits
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.errors import FormatError, UnsupportedVersionError
+from kvfetcher.format.sections import SectionKind
 from kvfetcher.format.unit import HAS_LOW_BITS, parse_unit, raw_section, write_unit
 from kvfetcher.spec import KVSpec
 from support.calibrations import correlated_values, make_calibration
@@ -76,7 +77,7 @@ def test_restored_values_are_those_of_whole_samples(unit, monkeypatch):
     monkeypatch.setattr(transform, "_shifts", lambda *_: np.zeros(0, np.uint8))
     whole = TransformProfile("near", calibration).encode(UnitSource(bits, SPEC, 0, 64), "-")
     assert parse_unit(whole).flags == 0
-    assert LOW_BITS not in [section.kind for section in parse_unit(whole).sections]
+    assert SectionKind.LOW_BITS not in [section.kind for section in parse_unit(whole).sections]
     assert parse_unit(whole).geometry.bit_depth > parsed.geometry.bit_depth
     again = restore_unit(whole, decode_unit(whole, VideoDecoder())).values
     np.testing.assert_array_equal(restored, again)
@@ -112,8 +113,10 @@ def test_flag_and_section_go_together(unit):
 def test_low_bits_of_another_length_are_refused(unit, change):
     parsed = parse_unit(unit)
     *others, low = parsed.sections
-    assert low.kind == LOW_BITS
-    wrong = raw_section(LOW_BITS, (bytes(low.stored) + bytes(1 << 20))[: low.raw_bytes + change])
+    assert low.kind == SectionKind.LOW_BITS
+    wrong = raw_section(
+        SectionKind.LOW_BITS, (bytes(low.stored) + bytes(1 << 20))[: low.raw_bytes + change]
+    )
     data = write_unit(replace(parsed, sections=(*others, wrong)))
     with pytest.raises(FormatError, match=f"section 24 of the unit must be {low.raw_bytes} bytes"):
         restore_unit(data, decode_unit(data, VideoDecoder()))

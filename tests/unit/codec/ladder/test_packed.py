@@ -9,15 +9,7 @@ from hypothesis import strategies as st
 
 from kvfetcher.codec.base import UnitSource
 from kvfetcher.codec.ladder.library import register_calibration
-from kvfetcher.codec.ladder.packed import (
-    MAX_WIDTH,
-    NEUTRAL,
-    PACKED_ROWS,
-    PACKED_WIDTHS,
-    PackedRows,
-    pack,
-    read_packed,
-)
+from kvfetcher.codec.ladder.packed import MAX_WIDTH, NEUTRAL, PackedRows, pack, read_packed
 from kvfetcher.codec.ladder.profile import TransformProfile, plan_restore
 from kvfetcher.codec.profiles import decode_unit, encode_unnamed, make_profile, restore_unit
 from kvfetcher.codec.quant import float32_to_bits
@@ -26,6 +18,7 @@ from kvfetcher.config import CodecConfig
 from kvfetcher.errors import ChecksumError, ConfigError, FormatError, UnsupportedVersionError
 from kvfetcher.format.container import parse_header
 from kvfetcher.format.pictures import NO_PICTURES
+from kvfetcher.format.sections import SectionKind
 from kvfetcher.format.unit import IS_PACKED, parse_unit, raw_section, write_unit
 from kvfetcher.spec import LADDER, KVSpec
 from support.calibrations import correlated_values, make_calibration
@@ -64,7 +57,7 @@ def test_integers_come_back_but_for_the_escapes(rows, num_tokens, seed):
     integers = rng.integers(-limits, limits, (len(rows), num_tokens), dtype=np.int32)
     packing = pack(integers)
     widths, lines = packing.sections
-    assert (widths.kind, lines.kind) == (PACKED_WIDTHS, PACKED_ROWS)
+    assert (widths.kind, lines.kind) == (SectionKind.PACKED_WIDTHS, SectionKind.PACKED_ROWS)
     kept = integers.copy()
     kept.reshape(-1)[packing.escaped] = 0
     np.testing.assert_array_equal(packing.samples, kept + NEUTRAL)
@@ -185,7 +178,7 @@ def test_a_wrong_width_is_refused(unit):
         return bytes(widths)
 
     with pytest.raises(FormatError, match="0 to 8 bits, the unit says 9"):
-        restore(with_section(unit, PACKED_WIDTHS, widen))
+        restore(with_section(unit, SectionKind.PACKED_WIDTHS, widen))
 
 
 @pytest.mark.parametrize("change", [-1, 1, 1 << 20])
@@ -194,7 +187,7 @@ def test_rows_of_another_length_are_refused(unit, change):
         return (bytes(rows) + bytes(1 << 20))[: len(rows) + change]
 
     with pytest.raises(FormatError, match="section 26 of the unit must be"):
-        restore(with_section(unit, PACKED_ROWS, resize))
+        restore(with_section(unit, SectionKind.PACKED_ROWS, resize))
 
 
 def test_bits_behind_the_last_token_are_refused(unit):
@@ -203,7 +196,7 @@ def test_bits_behind_the_last_token_are_refused(unit):
         return bytes(rows)
 
     with pytest.raises(FormatError, match="unused bits"):
-        restore(with_section(unit, PACKED_ROWS, set_last))
+        restore(with_section(unit, SectionKind.PACKED_ROWS, set_last))
 
 
 def test_a_changed_bit_is_found(unit):
@@ -212,7 +205,7 @@ def test_a_changed_bit_is_found(unit):
         return bytes(rows)
 
     with pytest.raises(ChecksumError, match="damaged"):
-        restore(with_section(unit, PACKED_ROWS, flip))
+        restore(with_section(unit, SectionKind.PACKED_ROWS, flip))
 
 
 def test_rows_are_a_view_of_the_unit(unit):
