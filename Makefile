@@ -1,4 +1,5 @@
 # make demo    one server saves a prefix, another reuses it (a few minutes; downloads at first)
+# make check   lint and every quick test (under three minutes on two cores)
 # make test    everything, on a real tritonserver
 # make serve   serve on 127.0.0.1 until Ctrl-C
 # make lint    ruff and mypy; hadolint and shellcheck for the container's files
@@ -8,9 +9,11 @@
 
 PYTHON ?= python3
 VENV := .venv
+# Many tests wait for a clock or for a server, so that three processes keep two cores busy.
+WORKERS ?= 3
 STAMP := $(VENV)/.setup-done
 
-.PHONY: demo test serve lint structure setup
+.PHONY: demo check test serve lint structure setup
 .DEFAULT_GOAL := setup
 
 demo: $(STAMP)
@@ -19,7 +22,10 @@ demo: $(STAMP)
 # A missing tritonserver fails here instead of skipping. Tests of store `redis` need a redis-server
 # (sudo apt-get install redis-server) and are skipped without one; KVFETCHER_REQUIRE_REDIS=1 fails.
 test: $(STAMP)
-	KVFETCHER_REQUIRE_TRITON=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	KVFETCHER_REQUIRE_TRITON=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+
+check: lint
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -m 'not slow and not triton' $(PYTEST_ARGS)
 
 serve: $(STAMP)
 	$(VENV)/bin/kvfetcher serve $(SERVE_ARGS)

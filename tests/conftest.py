@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import random
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -22,11 +23,26 @@ from support.triton_server import has_tritonserver
 # that another process has, the first one spins.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Shared machines stall: how long an example takes says nothing about it.
+# Shared machines stall: how long an example takes says nothing about it. Hypothesis's own profile for
+# CI would try the same examples for ever.
 settings.register_profile(
-    "shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    "shared machine",
+    deadline=None,
+    derandomize=False,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("shared machine")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Chosen here, and handed to every worker process, so that one number repeats the whole run.
+    if config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = str(random.randrange(1 << 32))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"random examples: repeat them with --hypothesis-seed={config.option.hypothesis_seed}"
 
 
 @functools.cache
@@ -48,6 +64,7 @@ REQUIRES = {
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
         for name, present in REQUIRES.items():
             if (
                 item.get_closest_marker(name)
@@ -55,6 +72,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 and not present()
             ):
                 item.add_marker(pytest.mark.skip(reason=f"{name} not available: not tested"))
+
+    items.sort(key=lambda item: not _is_server_test(item))  # the longest groups start first
+
+
+def _is_server_test(item: pytest.Item) -> bool:
+    return item.path.parent.name == "server"
+
+
+def _group(item: pytest.Item) -> str:
+    """Which tests run in one process where several run: those of a file, and of the shared server."""
+    if _is_server_test(item) and "running" in getattr(item, "fixturenames", ()):
+        return "shared server"
+    return str(item.path)
 
 
 @pytest.fixture(autouse=True)

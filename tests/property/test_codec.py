@@ -1,7 +1,7 @@
 """Encode, decode and restore are exact inverses, whatever the geometry, dtype and values."""
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfetcher.codec.base import UnitSource
@@ -17,6 +17,7 @@ from kvfetcher.format.pictures import PlaneGeometry
 from kvfetcher.format.unit import parse_unit
 from kvfetcher.spec import KVSpec
 from support import reference_reader
+from support.examples import examples
 from support.kv_values import SPECIALS, finite_values, special_values
 
 DECODER = VideoDecoder()  # warm from example to example, as a server keeps it
@@ -32,8 +33,8 @@ specs = st.builds(
 )
 token_counts = st.integers(1, 70)
 seeds = st.integers(0, 2**32 - 1)
-slow = settings(max_examples=40, derandomize=True)
-quick = settings(max_examples=150, derandomize=True)
+slow = examples(40)
+quick = examples(150)
 
 
 @st.composite
@@ -97,7 +98,7 @@ def test_paper_gives_every_integer_back(spec, tokens, seed, bits, inter, width, 
     np.testing.assert_array_equal(restored, reference_reader.read_unit(encoded))
 
 
-@settings(max_examples=25, derandomize=True)
+@examples(25)
 @given(
     st.integers(1, 3),
     st.integers(72, 110),

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfetcher.codec.base import UnitSource
@@ -25,6 +25,7 @@ from kvfetcher.format.container import header_size, parse_header
 from kvfetcher.format.unit import parse_unit
 from kvfetcher.spec import KVSpec
 from support.calibrations import make_calibration
+from support.examples import examples
 from support.kv_values import finite_values
 from support.tamper import resealed_chunk, resealed_sections, resealed_unit
 
@@ -55,8 +56,8 @@ CHUNK = encode_chunk(
 )
 HEADER_BYTES = header_size(CHUNK)
 
-many = settings(max_examples=300, derandomize=True)
-some = settings(max_examples=120, derandomize=True)
+many = examples(300)
+some = examples(120)
 unit_names = st.sampled_from(sorted(UNITS))
 with_video = st.sampled_from(sorted(set(UNITS) - {"raw"}))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfetcher.codec.base import UnitSource
@@ -24,6 +24,7 @@ from kvfetcher.format.unit import parse_unit
 from kvfetcher.spec import LADDER, KVSpec
 from support import reference_reader
 from support.calibrations import correlated_values, make_calibration
+from support.examples import examples
 from support.kv_values import SPECIALS
 
 DECODER = VideoDecoder()
@@ -41,7 +42,7 @@ specs = st.builds(
 token_counts = st.sampled_from([1, 16, 33, 150])
 positions = st.one_of(st.sampled_from([0, 1, 3, 4]), st.integers(5, 1 << 20))
 variants = st.sampled_from(["-", "144x144", "160x200"])
-few = settings(max_examples=25, derandomize=True)
+few = examples(25)
 
 
 @pytest.fixture(scope="module", autouse=True)

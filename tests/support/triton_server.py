@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import random
 import socket
-from contextlib import ExitStack
+import tempfile
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TextIO
 
 from kvfetcher.config import Config, load_config
 from kvfetcher.errors import ServerError
 from kvfetcher.launcher import TritonServer
 from kvfetcher.launcher.installation import find_installation
 
-if TYPE_CHECKING:
-    from pathlib import Path
+_PORTS = range(15_000, 32_000)
+# Open files: the kernel gives each lock back when this process ends, however it ends.
+_reserved: dict[int, TextIO] = {}
 
 IDENTITY_CONFIG = """
 name: "{name}"
@@ -68,12 +73,44 @@ def has_tritonserver() -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago, all different."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    """Ports that no other test process gets while this one lives, all different.
+
+    They lie below the range that the kernel gives to outgoing connections. Each is reserved by a
+    lock on a file named after it, so that tests may run in several processes side by side.
+
+    Raises:
+        RuntimeError: too few ports are left.
+    """
+    folder = Path(tempfile.gettempdir()) / f"kvfetcher-test-ports-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    found: list[int] = []
+    for port in random.sample(_PORTS, len(_PORTS)):
+        if len(found) == count:
+            return found
+        if port not in _reserved and _is_free(port) and _reserve(folder / str(port), port):
+            found.append(port)
+    raise RuntimeError(f"fewer than {count} free ports from {_PORTS[0]} to {_PORTS[-1]}")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # TIME_WAIT is no owner
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _reserve(path: Path, port: int) -> bool:
+    lock = path.open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        return False
+    _reserved[port] = lock
+    return True
 
 
 def server_config(config: Config | None = None, **server) -> Config:

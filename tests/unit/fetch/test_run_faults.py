@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfetcher.errors import CodecError, RequestCancelledError, StoreError, StoreTimeoutError
 from kvfetcher.format import container
+from support.examples import examples
 from support.fetch_world import CHUNK_TOKENS, RecordingStore, World
 
 NUM_CHUNKS = 4
@@ -44,7 +45,7 @@ class Faults(RecordingStore):
         return data
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(
     st.lists(st.sampled_from(FAULTS), min_size=NUM_CHUNKS, max_size=NUM_CHUNKS),
     st.sampled_from([1, 1 << 20]),
@@ -103,7 +104,7 @@ def test_the_hit_ends_at_the_first_fault_and_nothing_is_left(faults, max_read, r
             world.arena.close()
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(st.integers(1, 40), st.integers(1, 4))
 def test_a_cancellation_at_any_moment_leaves_nothing(polls, reads):
     async def run(world):

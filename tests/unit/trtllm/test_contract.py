@@ -100,7 +100,6 @@ def test_any_schedule(loaded, references, tmp_path_factory, options):
         @settings(
             max_examples=40,
             database=None,
-            derandomize=True,
             suppress_health_check=list(HealthCheck),
         )
         @given(schedules)

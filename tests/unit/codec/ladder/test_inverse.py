@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfetcher.codec.ladder import artifact, product
@@ -9,6 +9,7 @@ from kvfetcher.codec.symbols import Corrections
 from kvfetcher.errors import FormatError
 from kvfetcher.spec import KVSpec
 from support.calibrations import make_calibration
+from support.examples import examples
 
 NOTHING = Corrections(np.zeros(0, np.int64), np.zeros(0, np.float32))
 
@@ -24,7 +25,7 @@ def parts(split):
     return np.concatenate([split.leading, split.trailing * split.scale]).astype(np.float64)
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(
     seed=st.integers(0, 99),
     rows=st.integers(1, 40),

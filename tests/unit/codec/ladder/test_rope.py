@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfetcher.codec.ladder.rope import LayerRope, Rope, rotate_keys, unrotate_keys
 from kvfetcher.errors import ConfigError
+from support.examples import examples
 
 TABLE = tuple(float(f) for f in 1.0 / 10000 ** (np.arange(4) / 4))
 
@@ -44,7 +45,7 @@ def test_dims_outside_the_rotation_stay():
     assert np.abs(rotated[..., 2:10] - k[..., 2:10]).max() > 0.1
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(
     style=st.sampled_from(["half", "interleaved"]),
     amplitude=st.floats(0.1, 4),

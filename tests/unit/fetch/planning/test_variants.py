@@ -2,7 +2,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfetcher.fetch.planning.bandwidth import LinkEstimate
@@ -19,6 +19,7 @@ from kvfetcher.fetch.planning.variants import (
 )
 from kvfetcher.format.container import ChunkHeader, UnitEntry
 from kvfetcher.spec import KVSpec
+from support.examples import examples
 
 IDLE = Machine(num_decoders=7)
 FAST, SLOW = 5e9, 2e7
@@ -60,7 +61,7 @@ chunks = st.lists(
 rates = st.floats(1e4, 1e11)
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(chunks, st.lists(rates, min_size=1, max_size=8), st.floats(0, 0.5), st.floats(0, 10))
 def test_every_layer_of_every_chunk_once_and_in_order(found, rates, hysteresis, queue):
     walk = UnitWalk(found, hysteresis=hysteresis)
