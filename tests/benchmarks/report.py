@@ -1,4 +1,4 @@
-"""Benchmark results (results/*.json) -> Markdown tables, as README and the pages beside it show them.
+"""Benchmark results (results/*.json) -> Markdown tables, as README and docs/measurements show them.
 
     python tests/benchmarks/report.py
 
@@ -57,17 +57,40 @@ def _table(report: dict, rows: list[dict], texts: str) -> str:
     return "\n".join(lines)
 
 
+SUMMARY = (
+    "exact",
+    "near",
+    "balanced",
+    "compact",
+    "tiny",
+    "fp8 e4m3",
+    "KIVI-like 4 bit",
+    "CacheGen",
+)
+
+
 def summary(report: dict) -> str:
-    """One model's coders in short: size, and divergence on both text sets."""
+    """The coders of `SUMMARY` in short: size, and divergence on both text sets."""
     rows = {(row["text_set"], row["name"]): row for row in report["rows"]}
     lines = ["| coder | smaller than bf16 | KL (nats) | other kinds of text |", "|---|---|---|---|"]
-    for (text_set, name), held_out in rows.items():
-        if text_set == "certificate":
-            other = rows["given", name]
-            lines.append(
-                f"| {name} | {held_out['ratio']:.2f}x | {held_out['kl']:.1e}"
-                f" | {other['ratio']:.2f}x, {other['kl']:.1e} |"
-            )
+    for name in SUMMARY:
+        held_out, other = rows["certificate", name], rows["given", name]
+        lines.append(
+            f"| {name} | {held_out['ratio']:.2f}x | {held_out['kl']:.1e}"
+            f" | {other['ratio']:.2f}x, {other['kl']:.1e} |"
+        )
+    return "\n".join(lines)
+
+
+def fetch_summary(report: dict) -> str:
+    """Medians of time to first token, in seconds, by the link's rate."""
+    lines = [
+        "| link, Gbit/s | computing | fetching bf16 as it is | KVFetcher |",
+        "|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        cells = [f"{row[arm]['median_seconds']:.2f}" for arm in ("compute", "raw", "ours")]
+        lines.append(f"| {row['gbit_per_second']:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -233,6 +256,7 @@ if __name__ == "__main__":
     ]
     for name, make in (
         ("fetch_*.json", fetch_table),
+        ("fetch_*.json", fetch_summary),
         ("mixed_*.json", mixed_table),
         ("gpu_path_*.json", gpu_table),
         ("gpu_instances_*.json", instances_table),

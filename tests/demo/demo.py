@@ -138,7 +138,13 @@ def table(rows: list[tuple[str, Generation]]) -> str:
     return "\n".join(lines)
 
 
-def run(store: Path, profile: str | None) -> dict[str, object]:
+def as_facts(answer: Generation) -> dict[str, object]:
+    """What `docs/build.py` draws: the report, and the first token as the client saw it."""
+    first_ms = round(answer.time_to_first_token_seconds * 1e3, 1)
+    return {"time_to_first_token_ms": first_ms, "kv_report": dict(answer.report.raw)}
+
+
+def run(store: Path, profile: str | None, reports: Path | None) -> dict[str, object]:
     talk("preparing the model (the first time: a 93 MB download and a conversion)")
     prepare_model(load_config().engine.model, progress=lambda text: talk(f"  {text}"))
     config = demo_config(store, profile)
@@ -157,6 +163,9 @@ def run(store: Path, profile: str | None) -> dict[str, object]:
     print(table(rows))
     for name, answer in rows:
         print(f"{name}: {answer.text.strip()}")
+    if reports is not None:
+        facts = {"miss": as_facts(miss), "hit": as_facts(hit), "recompute": as_facts(recomputed)}
+        reports.write_text(json.dumps(facts, indent=1) + "\n")
     return {
         "prompt_tokens": hit.report.prompt_tokens,
         "hit_tokens": hit.report.hit_tokens,
@@ -175,9 +184,12 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--profile", help="codec profile; default: the configured one")
+    parser.add_argument(
+        "--reports", type=Path, metavar="FILE", help="write the three requests' reports"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="kvfetcher-demo-") as folder:
-        result = run(Path(folder), args.profile)
+        result = run(Path(folder), args.profile, args.reports)
     print("DEMO " + json.dumps(result))
     return 0 if result["hit_tokens"] else 1
 

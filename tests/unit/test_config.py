@@ -1,4 +1,6 @@
+import importlib.util
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 
@@ -198,3 +200,12 @@ def test_setting_variables_are_told_from_others():
     assert not is_setting_variable("KVFETCHER_CONFIG")
     assert not is_setting_variable("KVFETCHER_REQUIRE_GPU")
     assert not is_setting_variable("HOME")
+
+
+def test_the_page_on_the_configuration_is_up_to_date():
+    path = Path(__file__).parents[2] / "docs" / "build.py"
+    spec = importlib.util.spec_from_file_location("build", path)
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    page = path.with_name("configuration.md").read_text()
+    assert page == build.configuration_page(), "run `python docs/build.py`"

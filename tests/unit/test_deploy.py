@@ -101,7 +101,7 @@ def test_containers_get_cuda_and_nvdec_and_come_back():
 
 
 def test_every_test_file_that_the_page_names_exists():
-    page = (ROOT / "docs/tensorrt_llm.md").read_text()
+    page = (ROOT / "docs/measurements/tensorrt_llm.md").read_text()
     for name in re.findall(r"`(tests/[\w/.]+)`", page):
         assert (ROOT / name).exists(), name
     for name in re.findall(r"`(test_\w+\.py)`", page):

@@ -42,6 +42,8 @@ _HISTOGRAMS = {
     "kvfetcher_gate_error_seconds": "By how much fetches took longer or shorter than predicted",
     "kvfetcher_gate_compute_error_seconds": "The same of computing, where the gate chose it",
 }
+NAMES = (*_COUNTERS, *_GAUGES, *_HISTOGRAMS)
+"""Every series there can be."""
 _BUCKETS_SECONDS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
 
 

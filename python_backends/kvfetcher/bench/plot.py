@@ -11,7 +11,14 @@ if TYPE_CHECKING:
 
 _WIDTH, _HEIGHT = 820, 520
 _LEFT, _RIGHT, _TOP, _BOTTOM = 80, 190, 40, 60
-_COLOURS = {"ladder": "#1b7f3b", "ours": "#2a5db0", "paper": "#b3541e", "other": "#666666"}
+_LINE, _LABEL_WIDTH = 14, 100
+# Family of a row -> its colour on a light and on a dark page.
+_COLOURS = {
+    "ladder": ("#1a7f37", "#3fb950"),
+    "ours": ("#0969da", "#4493f8"),
+    "paper": ("#bc4c00", "#db6d28"),
+    "other": ("#59636e", "#9198a1"),
+}
 
 
 def rate_quality_svg(rows: Sequence[dict[str, Any]], *, title: str) -> str:
@@ -41,7 +48,7 @@ def rate_quality_svg(rows: Sequence[dict[str, Any]], *, title: str) -> str:
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}"'
             ' font-family="sans-serif" font-size="12">'
         ),
-        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
+        _style(),
         f'<text x="{_LEFT}" y="22" font-size="14">{escape(title)}</text>',
         f'<text x="{_LEFT}" y="{_HEIGHT - 14}">bits per KV element (log; bf16 = 16)</text>',
         (
@@ -54,30 +61,47 @@ def rate_quality_svg(rows: Sequence[dict[str, Any]], *, title: str) -> str:
             at = x(tick)
             parts.append(
                 f'<line x1="{at:.1f}" y1="{_TOP}" x2="{at:.1f}" y2="{_HEIGHT - _BOTTOM}"'
-                f' stroke="#ddd"/><text x="{at:.1f}" y="{_HEIGHT - _BOTTOM + 18}"'
+                f' class="axis"/><text x="{at:.1f}" y="{_HEIGHT - _BOTTOM + 18}"'
                 f' text-anchor="middle">{tick:g}</text>'
             )
     for power in range(y0, y1 + 1):
         at = y(10.0**power)
         parts.append(
             f'<line x1="{_LEFT}" y1="{at:.1f}" x2="{_WIDTH - _RIGHT}" y2="{at:.1f}"'
-            f' stroke="#ddd"/><text x="{_LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">1e{power}'
+            f' class="axis"/><text x="{_LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">1e{power}'
             "</text>"
         )
     ladder = sorted((r for r in shown if r["family"] == "ladder"), key=lambda r: r["kl"])
     if len(ladder) > 1:
         points = " ".join(f"{x(r['bits_per_element']):.1f},{y(r['kl']):.1f}" for r in ladder)
-        parts.append(
-            f'<polyline points="{points}" fill="none" stroke="{_COLOURS["ladder"]}"'
-            ' stroke-width="2"/>'
-        )
-    for row in shown:
-        colour = _COLOURS[row["family"]]
+        parts.append(f'<polyline points="{points}" class="curve"/>')
+    labels: list[tuple[float, float]] = []
+    for row in sorted(shown, key=lambda r: r["kl"], reverse=True):
+        kind = row["family"]
         at_x, at_y = x(row["bits_per_element"]), y(row["kl"])
+        label_x, label_y = at_x + 7, at_y + 4
+        # Labels of neighbours stand below each other.
+        while any(
+            abs(label_y - other_y) < _LINE and abs(label_x - other_x) < _LABEL_WIDTH
+            for other_x, other_y in labels
+        ):
+            label_y += 1
+        labels.append((label_x, label_y))
         parts.append(
-            f'<circle cx="{at_x:.1f}" cy="{at_y:.1f}" r="4" fill="{colour}"/>'
-            f'<text x="{at_x + 7:.1f}" y="{at_y + 4:.1f}" fill="{colour}">{escape(row["name"])}'
-            "</text>"
+            f'<circle cx="{at_x:.1f}" cy="{at_y:.1f}" r="4" class="{kind}"/>'
+            f'<text x="{label_x:.1f}" y="{label_y:.1f}" class="{kind}">{escape(row["name"])}</text>'
         )
     parts.append("</svg>")
     return "\n".join(parts) + "\n"
+
+
+def _style() -> str:
+    """Colours for a light page, and for a dark one where the reader's system is dark."""
+
+    def colours(index: int, text: str, axis: str) -> str:
+        kinds = "".join(f".{kind}{{fill:{pair[index]}}}" for kind, pair in _COLOURS.items())
+        curve = f".curve{{fill:none;stroke-width:2;stroke:{_COLOURS['ladder'][index]}}}"
+        return f"text{{fill:{text}}}.axis{{stroke:{axis}}}{kinds}{curve}"
+
+    light, dark = colours(0, "#1f2328", "#d1d9e0"), colours(1, "#f0f6fc", "#3d444d")
+    return f"<style>{light}@media(prefers-color-scheme:dark){{{dark}}}</style>"
