@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
-from gpu_bare import WAIT_SECONDS, Crew, decode_in_a_loop, rate_of, restore_in_a_loop
+from gpu_bare import WAIT_SECONDS, DecoderProcesses, decode_in_a_loop, rate_of, restore_in_a_loop
 from gpu_cachegen import decode_cachegen_in_a_loop, find_kernels
 from gpu_counters import busy_cores, cpu_times, per_unit, stage_times, triton_counters
 
@@ -429,8 +429,8 @@ class Plan:
     def write(self) -> None:
         self.args.output.write_text(json.dumps(self.report, indent=1) + "\n")
 
-    def bare_decoders(self, count: int) -> Crew:
-        return Crew(decode_in_a_loop, count, gpus=self.args.gpus)
+    def bare_decoders(self, count: int) -> DecoderProcesses:
+        return DecoderProcesses(decode_in_a_loop, count, gpus=self.args.gpus)
 
     def row(self, work: Workload) -> dict:
         return self.report["rates"].setdefault(work.name, describe(work))
@@ -440,7 +440,7 @@ def run_bare(plan: Plan, works: list[Workload], *, seconds: float, all_arms: boo
     """Bare decoders; with `all_arms` also what copying and restoring beside them cost."""
     with contextlib.ExitStack() as stack:
         decoders = stack.enter_context(plan.bare_decoders(max(plan.args.bare)))
-        restorer = stack.enter_context(Crew(restore_in_a_loop, 1)) if all_arms else None
+        restorer = stack.enter_context(DecoderProcesses(restore_in_a_loop, 1)) if all_arms else None
         for work in works:
             row = plan.row(work)
             decoders.load(work.units)
@@ -573,11 +573,11 @@ def run_instances(plan: Plan, works: list[Workload]) -> None:
     for work in works:
         table[work.name] = {"bare": {}, "triton": {}}
     beside = table[works[-1].name]["generation"] = {}
-    with plan.step("instances, bare"), plan.bare_decoders(max(plan.args.counts)) as crew:
+    with plan.step("instances, bare"), plan.bare_decoders(max(plan.args.counts)) as processes:
         for work in works:
-            crew.load(work.units)
+            processes.load(work.units)
             for count in plan.args.counts:
-                table[work.name]["bare"][count] = 1e-9 * crew.rate(count, seconds)
+                table[work.name]["bare"][count] = 1e-9 * processes.rate(count, seconds)
     with Neighbour(_generate) as generation:
         for count in plan.args.counts:
             name = f"{count} instances"
@@ -661,11 +661,11 @@ def run_interference(plan: Plan, rig: Rig, works: list[Workload], key: str) -> N
             row["cachegen"] = "no LMCache here: not measured"
         else:
             try:
-                crew = stack.enter_context(Crew(decode_cachegen_in_a_loop, 1))
+                processes = stack.enter_context(DecoderProcesses(decode_cachegen_in_a_loop, 1))
             except SystemExit as exc:
                 row["cachegen"] = str(exc)
             else:
-                loads["cachegen"] = lambda: 1e-9 * crew.rate(1, _LOAD_SECONDS - 0.2)
+                loads["cachegen"] = lambda: 1e-9 * processes.rate(1, _LOAD_SECONDS - 0.2)
         for name, target in (("gemm_tflop_per_s", _gemm), ("generation_tokens_per_s", _generate)):
             with Neighbour(target) as neighbour:
                 row[name] = neighbour.beside(loads)

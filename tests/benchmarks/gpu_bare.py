@@ -20,7 +20,7 @@ _BATCH = 8
 _SLOTS = 2
 
 
-class Crew:
+class DecoderProcesses:
     """A context manager: processes that do one job when asked, all at the same time.
 
     Args:
@@ -73,7 +73,7 @@ class Crew:
 
 
 def rate_of(pipes: list) -> float:
-    """The sum of what `Crew.start` let work, elements per second."""
+    """The sum of what `DecoderProcesses.start` let work, elements per second."""
     return sum(map(_answer, pipes))
 
 

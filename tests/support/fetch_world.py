@@ -12,7 +12,7 @@ import numpy as np
 from kvfetcher.codec import profiles
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.config import CodecConfig, FetchConfig
-from kvfetcher.fetch.fetcher import EnginePace, Fetcher, FetchFacts, UnitStatus
+from kvfetcher.fetch.fetcher import EngineThroughput, Fetcher, FetchFacts, UnitStatus
 from kvfetcher.fetch.planning.decode_times import cpu_table
 from kvfetcher.format.keys import chunk_keys
 from kvfetcher.memory.arena import Arena
@@ -49,8 +49,8 @@ class Leases:
     async def facts(self):
         return FACTS
 
-    async def pace(self):
-        return EnginePace(
+    async def throughput(self):
+        return EngineThroughput(
             PrefillModel(self.prefill_seconds, 0.0, 10),
             self.arena.num_blocks * self.arena.tokens_per_block,
         )
@@ -173,11 +173,11 @@ class World:
         for index in indices:
             await self.store.put(keys[index].name, self.chunk(index, keys=keys))
 
-    def fetcher(self, *, store=None, near=None, leases=None, run_unit=None, **config):
+    def fetcher(self, *, store=None, local=None, leases=None, run_unit=None, **config):
         settings = {"min_hit_tokens": 1, **config}
         return Fetcher(
             store=store or self.store,
-            near=near,
+            local=local,
             leases=leases or self.leases,
             run_unit=run_unit or self.units,
             config=FetchConfig(**settings),

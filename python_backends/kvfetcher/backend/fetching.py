@@ -88,7 +88,7 @@ class FetchService:
         store = open_store(self._config.store, observe=observe)
         return Fetcher(
             store=store,
-            near=store if isinstance(store, TieredStore) else None,
+            local=store if isinstance(store, TieredStore) else None,
             # Object stores limit each connection, and are fast over many.
             one_read_fills_link=self._config.store.kind != "s3",
             leases=self._leases,

@@ -8,7 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from kvfetcher.fetch.fetcher import EnginePace, FetchFacts
+from kvfetcher.fetch.fetcher import EngineThroughput, FetchFacts
 from kvfetcher.memory.control import ControlClient, socket_path
 from kvfetcher.prefill_rate import PrefillModel
 from kvfetcher.spec import ModelIdentity
@@ -41,7 +41,7 @@ class EngineLeases:
         # One thread: calls take turns on the connection anyway.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvfetcher-leases")
         self._facts: FetchFacts | None = None
-        self._asking: asyncio.Task[EnginePace] | None = None
+        self._asking: asyncio.Task[EngineThroughput] | None = None
         self._asked_at = 0.0
 
     async def facts(self) -> FetchFacts:
@@ -49,12 +49,15 @@ class EngineLeases:
             self._facts = await self._call(self._ask_facts)
         return self._facts
 
-    async def pace(self) -> EnginePace:
+    async def throughput(self) -> EngineThroughput:
         """As of a moment ago: many requests at once ask the engine once."""
         if self._asking is None or (
             self._asking.done() and time.monotonic() - self._asked_at > _PACE_SECONDS
         ):
-            self._asking, self._asked_at = asyncio.create_task(self._ask_pace()), time.monotonic()
+            self._asking, self._asked_at = (
+                asyncio.create_task(self._ask_throughput()),
+                time.monotonic(),
+            )
         return await asyncio.shield(self._asking)
 
     async def lease(self, num_tokens: int, ttl_seconds: float) -> tuple[str, BlockTarget]:
@@ -105,9 +108,9 @@ class EngineLeases:
             self._thread, functools.partial(call, *args, **kwargs)
         )
 
-    async def _ask_pace(self) -> EnginePace:
+    async def _ask_throughput(self) -> EngineThroughput:
         stats = await self._call(self._client.stats)
-        return EnginePace(
+        return EngineThroughput(
             prefill=PrefillModel(**stats["prefill"]),
             arena_tokens=stats["blocks"]["total"] * (await self.facts()).tokens_per_block,
         )

@@ -271,7 +271,7 @@ class Library:
                     UnitWork(
                         load=picture_load(samples, samples * size.video_bits_per_sample),
                         num_pictures=0 if size.name in COPIES else 1,
-                        restore_seconds=self._table.unit_pace_seconds(elements),
+                        restore_seconds=self._table.restore_seconds_per_unit(elements),
                     )
                 )
         header = make_header(spec, units)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 import numpy as np
 
-from kvfetcher.fetch.engine_side import EnginePace, FetchFacts
+from kvfetcher.fetch.engine_side import EngineThroughput, FetchFacts
 from kvfetcher.fetch.fetcher import Fetcher
 from kvfetcher.fetch.learning import UnitStatus
 from kvfetcher.fetch.lookup import Found
@@ -287,9 +287,9 @@ class _Leases:
     async def facts(self) -> FetchFacts:
         return _FACTS
 
-    async def pace(self) -> EnginePace:
+    async def throughput(self) -> EngineThroughput:
         # Each prompt has a prefill rate of its own, see `SimFetcher`.
-        return EnginePace(PrefillModel(1.0, 0.0), _FACTS.max_prompt_tokens)
+        return EngineThroughput(PrefillModel(1.0, 0.0), _FACTS.max_prompt_tokens)
 
     async def lease(self, num_tokens: int, ttl_seconds: float) -> tuple[str, BlockTarget]:
         blocks = tuple(range(-(-num_tokens // _TOKENS_PER_BLOCK)))
@@ -456,7 +456,7 @@ class SimFetcher(Fetcher):
             return None
         prompt = self._prompts[int(input_ids[0])]
         self._prompt_of_name |= {key.name: prompt for key in request.keys}
-        return replace(request, pace=replace(request.pace, prefill=prompt.prefill))
+        return replace(request, throughput=replace(request.throughput, prefill=prompt.prefill))
 
     async def _look_up(self, request: Any) -> Found:
         found = Found()

@@ -16,7 +16,7 @@ class LeftToCpuError(RuntimeError):
 
 
 class PlaneEncoder(Protocol):
-    """Turns pictures into packets without loss, as `video.encode_planes` does. Thread-safe."""
+    """_ByteQueue pictures into packets without loss, as `video.encode_planes` does. Thread-safe."""
 
     def __call__(
         self,
@@ -101,7 +101,7 @@ class Restorer(Protocol):
 
 
 class Decoder(Protocol):
-    """Turns a unit's packets into planes. Not thread-safe: one per thread."""
+    """_ByteQueue a unit's packets into planes. Not thread-safe: one per thread."""
 
     def decode(self, packets: list[memoryview], geometry: PlaneGeometry) -> Integers:
         """Planes ``geometry.shape`` of `geometry.dtype`, a new array.

@@ -200,27 +200,29 @@ def _decoder_checks(
         quick: do not measure decode times.
     """
     from kvfetcher.doctor import timing, video
-    from kvfetcher.doctor.parallel_decode import Crew
+    from kvfetcher.doctor.parallel_decode import DecoderProcesses
     from kvfetcher.errors import CodecError
 
     _talk(f"starting {len(places)} {kind} decoders")
     try:
-        crew = Crew(kind, len(places), places)
+        processes = DecoderProcesses(kind, len(places), places)
     except CodecError as exc:
         yield Check(f"{kind} golden", "fail", str(exc), 'set codec.decoder = "cpu"')
         return
-    with crew:
+    with processes:
         for gpu in names:
             yield guarded(
                 video.name_on(f"{kind} golden", gpu),
-                partial(video.check_golden_everywhere, kind, crew, rounds=_GOLDEN_ROUNDS, gpu=gpu),
+                partial(
+                    video.check_golden_everywhere, kind, processes, rounds=_GOLDEN_ROUNDS, gpu=gpu
+                ),
             )
         if quick:
             return
         measure = partial(
             timing.measure_table,
             kind,
-            crew,
+            processes,
             device=_gpu_names(places) if kind == "nvdec" else _cpu_name(),
             seconds=_TIMING_SECONDS,
             progress=_talk,

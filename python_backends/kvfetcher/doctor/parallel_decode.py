@@ -31,7 +31,7 @@ _LATENCY_CALLS = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class Timing:
     """How fast one decoder worked."""
 
     latency_seconds: float
@@ -40,7 +40,7 @@ class Pace:
     """Of one picture of many in a row."""
 
 
-class Crew:
+class DecoderProcesses:
     """A context manager: decoding processes, started and warm. Not thread-safe.
 
     Args:
@@ -93,14 +93,14 @@ class Crew:
         answers: list[str] = self._ask_all(("digest", stream), asked)
         return answers
 
-    def paces(self, stream: Stream, *, seconds: float, num_busy: int) -> list[Pace]:
+    def timings(self, stream: Stream, *, seconds: float, num_busy: int) -> list[Timing]:
         """How fast `num_busy` processes decode a one-picture stream at the same time.
 
         Raises:
             CodecError: as `digests`.
         """
         job = ("pace", stream, seconds)
-        answers: list[Pace] = self._ask_all(job, range(num_busy))
+        answers: list[Timing] = self._ask_all(job, range(num_busy))
         return answers
 
     def close(self) -> None:
@@ -196,4 +196,4 @@ def _work(job: tuple[Any, ...], decoder: Any, run: Callable[..., object]) -> obj
     while (elapsed := time.perf_counter() - started) < seconds or not num_pictures:
         run(packets, geometry)
         num_pictures += count
-    return Pace(latency, elapsed / num_pictures)
+    return Timing(latency, elapsed / num_pictures)

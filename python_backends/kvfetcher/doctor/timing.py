@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from kvfetcher.doctor.parallel_decode import Crew, DecoderKind, Pace
+    from kvfetcher.doctor.parallel_decode import DecoderKind, DecoderProcesses, Timing
     from kvfetcher.doctor.streams import Stream
 
 # What chunks of 256 and 1024 tokens are stored in; the largest only where decoding it is quick.
@@ -31,7 +31,7 @@ _RESTORE_RUNS = 5
 
 def measure_table(
     kind: DecoderKind,
-    crew: Crew,
+    processes: DecoderProcesses,
     *,
     device: str,
     seconds: float,
@@ -41,8 +41,8 @@ def measure_table(
     """Time every picture size on one process and on all of them.
 
     Args:
-        kind: which decoder `crew` has.
-        crew: as many processes as will serve.
+        kind: which decoder `processes` has.
+        processes: as many processes as will serve.
         device: the machine's or GPU's name, for people.
         seconds: of each measurement.
         progress: gets one sentence before each size.
@@ -55,13 +55,13 @@ def measure_table(
     for width, height in PICTURE_SIZES[kind]:
         progress(f"timing pictures of {width}x{height}")
         stream = noise_stream(width, height)
-        (alone,) = crew.paces(stream, seconds=seconds, num_busy=1)
-        busy = crew.paces(stream, seconds=seconds, num_busy=crew.size)
+        (alone,) = processes.timings(stream, seconds=seconds, num_busy=1)
+        busy = processes.timings(stream, seconds=seconds, num_busy=processes.size)
         points.append(_point(stream, alone, busy))
     return DecodeTable(
         device=device,
         decoder=kind,
-        num_decoders=crew.size,
+        num_decoders=processes.size,
         restore_elements_per_second=(restore_rate or measure_restore)(),
         points=tuple(points),
         source=f"kvfetcher doctor, {time.strftime('%Y-%m-%d', time.gmtime())}",
@@ -114,7 +114,7 @@ def check_decode_times(measure: Callable[[], DecodeTable], *, folder: Path) -> C
     )
 
 
-def _point(stream: Stream, alone: Pace, busy: list[Pace]) -> DecodePoint:
+def _point(stream: Stream, alone: Timing, busy: list[Timing]) -> DecodePoint:
     geometry = stream.geometry
     samples = 3 * geometry.width * geometry.height
     return DecodePoint(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kvfetcher.codec.gpu.nvdec import DecoderCaps
     from kvfetcher.codec.gpu.nvenc import ChosenEncoder
     from kvfetcher.doctor.check import Status
-    from kvfetcher.doctor.parallel_decode import Crew, DecoderKind
+    from kvfetcher.doctor.parallel_decode import DecoderKind, DecoderProcesses
 
 _DRIVER = DRIVER_LIBRARIES[0]
 
@@ -117,7 +117,7 @@ def check_cpu_golden(decoder: Decoder) -> Check:
 
 
 def check_golden_everywhere(
-    kind: DecoderKind, crew: Crew, *, rounds: int, gpu: int | None = None
+    kind: DecoderKind, processes: DecoderProcesses, *, rounds: int, gpu: int | None = None
 ) -> Check:
     """The golden streams on every engine at the same time, against the CPU decoder's planes.
 
@@ -125,7 +125,7 @@ def check_golden_everywhere(
 
     Args:
         kind: for the name of the check.
-        crew: as many processes as engines.
+        processes: as many processes as engines.
         rounds: how often each process decodes each stream.
         gpu: of several the one whose engines are looked at; None = there is but one.
     """
@@ -135,7 +135,7 @@ def check_golden_everywhere(
     size = 0
     for stream in streams * rounds:
         try:
-            digests = crew.digests(stream, gpu=gpu)
+            digests = processes.digests(stream, gpu=gpu)
         except CodecError as exc:
             return Check(name, "fail", f"{stream.name}: {exc}", 'set codec.decoder = "cpu"')
         size = len(digests)

@@ -17,7 +17,7 @@ class Decodes(Protocol):
 
 
 class Detokenizer:
-    """Turns token ids into text increments whose sum is the text of all ids.
+    """_ByteQueue token ids into text increments whose sum is the text of all ids.
 
     A token's text depends on its neighbours (byte-level characters over several tokens, spaces at
     word starts), so each step decodes a short window and takes what is new. Text that ends inside

@@ -1,4 +1,4 @@
-"""What the fetcher needs of the engine: facts, its pace, and leases on its arena."""
+"""What the fetcher needs of the engine: facts, its throughput, and leases on its arena."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class FetchFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class EnginePace:
+class EngineThroughput:
     """What changes while the engine runs: the cost of computing, as learnt, and its arena."""
 
     prefill: PrefillModel
@@ -36,7 +36,7 @@ class LeaseService(Protocol):
 
     async def facts(self) -> FetchFacts: ...
 
-    async def pace(self) -> EnginePace: ...
+    async def throughput(self) -> EngineThroughput: ...
 
     async def lease(self, num_tokens: int, ttl_seconds: float) -> tuple[str, BlockTarget]: ...
 

@@ -2,7 +2,7 @@
 
 Per request: look the prompt's chunks up, ask the gate how many are worth fetching (`gate.py`), join
 the fetch of that prefix or start it, and wait for it until the deadline. A fetch (`shared.py`) waits
-for its place in line, leases blocks, runs its units, and seals what is whole (`work.py`). The fetcher is handed the store, the engine's lease service and a callable
+for its slot in the queue, leases blocks, runs its units, and seals what is whole (`work.py`). The fetcher is handed the store, the engine's lease service and a callable
 that decodes and restores one unit, so it knows no backend, no codec and no Triton.
 
 Promise: `fetch` returns a sealed lease only after every byte was fetched, checked, decoded,
@@ -24,15 +24,15 @@ from kvfetcher.errors import (
     RequestCancelledError,
     RequestError,
 )
-from kvfetcher.fetch.engine_side import EnginePace, FetchFacts, LeaseService
+from kvfetcher.fetch.engine_side import EngineThroughput, FetchFacts, LeaseService
 from kvfetcher.fetch.learning import UnitStatus
-from kvfetcher.fetch.line import Line
 from kvfetcher.fetch.lookup import Found, look_up
 from kvfetcher.fetch.planning.bandwidth import LinkEstimator
 from kvfetcher.fetch.planning.gate import Decision, Prompt, decide, join, regret
 from kvfetcher.fetch.planning.pipeline import ChunkCost, finish_times
 from kvfetcher.fetch.planning.plan import usable_chunks
 from kvfetcher.fetch.probe import LinkProbe
+from kvfetcher.fetch.queues import FetchQueue
 from kvfetcher.fetch.reads import SharedReads, Tally
 from kvfetcher.fetch.report import FetchReport, GateReport
 from kvfetcher.fetch.shared import FetchKey, Outcome, SharedFetch, SharedFetches, Waiter
@@ -54,10 +54,10 @@ if TYPE_CHECKING:
     from kvfetcher.fetch.planning.pipeline import Machine
     from kvfetcher.fetch.run import StoredChunk
     from kvfetcher.memory.leases import LeaseClaim
-    from kvfetcher.storage.base import Near, Store
+    from kvfetcher.storage.base import LocalCopies, Store
 
 __all__ = [
-    "EnginePace",
+    "EngineThroughput",
     "FetchFacts",
     "Fetched",
     "Fetcher",
@@ -112,7 +112,7 @@ class _Request:
     tenant: str
     is_gated: bool
     facts: FetchFacts
-    pace: EnginePace
+    throughput: EngineThroughput
     keys: list[ChunkKey]
     """Of the whole chunks that may come from the store."""
     started: float
@@ -123,7 +123,7 @@ class _Request:
 
     @property
     def prompt(self) -> Prompt:
-        return Prompt(len(self.input_ids), self.facts.chunk_tokens, self.pace.prefill)
+        return Prompt(len(self.input_ids), self.facts.chunk_tokens, self.throughput.prefill)
 
     def key_of(self, num_chunks: int) -> FetchKey:
         return self.keys[num_chunks - 1].name, not self.is_gated
@@ -133,11 +133,11 @@ class Fetcher:
     """Fetches prefixes for many requests at a time.
 
     Not thread-safe: one event loop. Requests that hit nothing never wait for those that do: only
-    fetches queue for one of `max_inflight_requests` places.
+    fetches wait for one of `max_inflight_requests` slots.
 
     Args:
         store: what `open_store` returns.
-        near: tells which reads of `store` need no network; None = none.
+        local: says which reads of `store` need no network; None = none.
         one_read_fills_link: False for stores that limit each connection.
         leases: the engine's.
         run_unit: decodes and restores one unit.
@@ -158,7 +158,7 @@ class Fetcher:
         config: FetchConfig,
         table: DecodeTable,
         num_decoders: int,
-        near: Near | None = None,
+        local: LocalCopies | None = None,
         one_read_fills_link: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -170,8 +170,8 @@ class Fetcher:
             prior_rtt_seconds=config.expected_rtt_seconds,
             half_life_seconds=config.link_half_life_seconds,
         )
-        self._keeps_copies = near is not None
-        self._reads = SharedReads(store, link=link, near=near, clock=clock)
+        self._keeps_copies = local is not None
+        self._reads = SharedReads(store, link=link, local=local, clock=clock)
         self._probe = LinkProbe(self._reads)
         self._stages = Stages(
             reads=self._reads,
@@ -186,8 +186,8 @@ class Fetcher:
             max_read_bytes=config.max_read_bytes,
             clock=clock,
         )
-        self._line = Line(
-            num_places=config.max_inflight_requests,
+        self._queue = FetchQueue(
+            num_slots=config.max_inflight_requests,
             max_waiting=config.max_waiting_requests,
             ageing=config.ageing,
             clock=clock,
@@ -196,7 +196,7 @@ class Fetcher:
         self._fetches = SharedFetches(leases)
         self._work = self.work_type(
             stages=self._stages,
-            line=self._line,
+            queue=self._queue,
             leases=leases,
             fetches=self._fetches,
             store=store,
@@ -247,7 +247,7 @@ class Fetcher:
     def load(self) -> FetchLoad:
         """What is going on now."""
         return FetchLoad(
-            num_waiting=self._line.num_waiting,
+            num_waiting=self._queue.num_waiting,
             inflight_bytes=self._stages.budget.used_bytes,
             bytes_per_second=self._stages.link().bytes_per_second,
         )
@@ -277,7 +277,9 @@ class Fetcher:
         deadline = started + self._config.deadline_seconds
         try:
             async with asyncio.timeout(self._config.deadline_seconds):
-                facts, pace = await asyncio.gather(self._leases.facts(), self._leases.pace())
+                facts, throughput = await asyncio.gather(
+                    self._leases.facts(), self._leases.throughput()
+                )
         except (EngineError, TimeoutError) as exc:
             report.give_up("engine_error", str(exc) or "the engine did not answer in time")
             return None
@@ -299,7 +301,7 @@ class Fetcher:
             tenant=cache_salt,
             is_gated=policy == "auto",
             facts=facts,
-            pace=pace,
+            throughput=throughput,
             keys=keys,
             started=started,
             deadline=deadline,
@@ -413,12 +415,12 @@ class Fetcher:
         elif found.ended_at:
             report.give_up("not_stored")
         self._pass_over(found, report)
-        near = await self._reads.near(
+        local = await self._reads.are_local(
             [ByteRange(chunk.name, 0, chunk.header.object_bytes) for chunk in found.chunks]
         )
         found.chunks = [
-            replace(chunk, is_near=True) if is_near else chunk
-            for chunk, is_near in zip(found.chunks, near, strict=True)
+            replace(chunk, is_local=True) if is_local else chunk
+            for chunk, is_local in zip(found.chunks, local, strict=True)
         ]
         return found
 
@@ -438,7 +440,7 @@ class Fetcher:
     ) -> tuple[FetchOrder | None, Decision]:
         """Ask the gate; the order is None where nothing is to be fetched."""
         facts, report = request.facts, request.report
-        room = request.pace.arena_tokens // facts.chunk_tokens
+        room = request.throughput.arena_tokens // facts.chunk_tokens
         if len(chunks) > room:
             report.give_up("arena_full", f"the whole arena holds {room} chunks")
             chunks = chunks[:room]
@@ -524,9 +526,9 @@ class Fetcher:
             if fetch is not None:
                 waiter = fetch.join(deadline)
                 request.report.shared = True
-            elif order is not None and self._line.is_full:
+            elif order is not None and self._queue.is_full:
                 request.report.replace_reason(
-                    "line_full", f"{self._line.num_waiting} prefixes wait to be fetched"
+                    "line_full", f"{self._queue.num_waiting} prefixes wait to be fetched"
                 )
                 return True, None
             elif order is not None:

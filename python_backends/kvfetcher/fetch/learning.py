@@ -2,8 +2,8 @@
 
 Two things are learnt of decoding. What one unit takes that has a decoder to itself is what the last
 units of a fetch are waited for. What units take one after the other while all decoders are busy
-(`pace`) is what decides between coded and raw units: messages between processes, copies and shared
-cores come on top there. One factor for both is wrong for both: on two cores the pace of `exact`
+(`DecodeThroughput`) is what decides between coded and raw units: messages between processes, copies and shared
+cores come on top there. One factor for both is wrong for both: on two cores the throughput of `exact`
 units is 2 to 3 times what their own times say (bench_fetch at 5 Gbit/s).
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvfetcher.fetch.planning.decode_times import DecodeCorrection, Factors
-from kvfetcher.fetch.planning.throughput import DecodePace
+from kvfetcher.fetch.planning.throughput import DecodeThroughput
 
 if TYPE_CHECKING:
     from kvfetcher.fetch.planning.variants import UnitOption
@@ -31,7 +31,7 @@ class StageLearning:
         self._busy = DecodeCorrection()
         """On top of the latency's: where units alone take longer, so do units side by side."""
         self._restore = DecodeCorrection()
-        self._pace = DecodePace(num_decoders)
+        self._decoders = DecodeThroughput(num_decoders)
         self._num_decoders = num_decoders
 
     @property
@@ -42,11 +42,11 @@ class StageLearning:
 
     def begin(self) -> None:
         """A unit goes to the decoders."""
-        self._pace.begin()
+        self._decoders.begin()
 
     def drop(self) -> None:
         """A unit came back without having been decoded."""
-        self._pace.drop()
+        self._decoders.drop()
 
     def end(self, option: UnitOption, factors: Factors, status: UnitStatus, now: float) -> None:
         """A unit is restored.
@@ -57,10 +57,10 @@ class StageLearning:
             status: what it took.
             now: seconds, monotonic.
         """
-        was_alone = not self._pace.is_saturated
-        # Where restoring is slower, it sets the pace, and nothing is learnt of the decoders.
-        restoring = self._num_decoders * option.restore_pace_seconds
-        stretch = self._pace.end(max(option.decode_seconds / factors.decode, restoring), now)
+        was_alone = not self._decoders.is_saturated
+        # Where restoring is slower, it is the bound, and nothing is learnt of the decoders.
+        restoring = self._num_decoders * option.restore_interval_seconds
+        stretch = self._decoders.end(max(option.decode_seconds / factors.decode, restoring), now)
         if stretch is not None:
             expected = stretch.predicted_seconds * self._latency.factor
             self._busy.observe(expected, stretch.actual_seconds)

@@ -56,7 +56,7 @@ class LinkProbe:
             link: as estimated now.
         """
         is_running = self._task is not None and not self._task.done()
-        if is_running or chunk.is_near or link.age_seconds < _PAUSE_SECONDS:
+        if is_running or chunk.is_local or link.age_seconds < _PAUSE_SECONDS:
             return False
         enough = _ROUND_TRIPS * link.rtt_seconds * link.bytes_per_second
         most = min(max(enough, _ENOUGH_BYTES), _MAX_BYTES)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
     from kvfetcher.fetch.planning.bandwidth import LinkEstimator
-    from kvfetcher.storage.base import Near
+    from kvfetcher.storage.base import LocalCopies
 
 Answers = dict[ByteRange, "bytes | StoreError"]
 
@@ -55,7 +55,7 @@ class SharedReads:
     Args:
         store: what to read from.
         link: learns from the transfers.
-        near: tells which reads of `store` need no network; None = none.
+        local: says which reads of `store` need no network; None = none.
         clock: seconds, monotonic.
     """
 
@@ -65,11 +65,11 @@ class SharedReads:
         *,
         link: LinkEstimator,
         clock: Callable[[], float],
-        near: Near | None = None,
+        local: LocalCopies | None = None,
     ) -> None:
         self._store = store
         self._link = link
-        self._near = near
+        self._local = local
         self._clock = clock
         self._running: dict[ByteRange, _Read] = {}
 
@@ -112,9 +112,9 @@ class SharedReads:
             tally.add(answers[part])
         return [answers[part] for part in parts]
 
-    async def near(self, parts: Sequence[ByteRange]) -> list[bool]:
+    async def are_local(self, parts: Sequence[ByteRange]) -> list[bool]:
         """Which of `parts` copies on this host would answer."""
-        return [False] * len(parts) if self._near is None else await self._near.near(parts)
+        return [False] * len(parts) if self._local is None else await self._local.are_local(parts)
 
     def _start(self, parts: Sequence[ByteRange], call: Coroutine[None, None, Answers]) -> None:
         read = _Read(parts, asyncio.create_task(call))
@@ -172,8 +172,8 @@ class SharedReads:
 
     async def _begin(self, parts: Sequence[ByteRange]) -> int | None:
         """Tell the link of a transfer; None for one that it will not see."""
-        near = await self.near(parts)
-        num_bytes = sum(p.end - p.start for p, n in zip(parts, near, strict=True) if not n)
+        local = await self.are_local(parts)
+        num_bytes = sum(p.end - p.start for p, n in zip(parts, local, strict=True) if not n)
         return self._link.begin(self._clock(), num_bytes) if num_bytes else None
 
     def _end(self, token: int | None, *, ok: bool) -> None:

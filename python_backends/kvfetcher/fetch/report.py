@@ -123,7 +123,7 @@ class FetchReport:
 
     `bytes_bf16` is what the hit's values would weigh uncompressed in bfloat16. `stages_ms` holds
     wall-clock times of the request (`lookup`, `fetch`, `total`) and of the fetch it waited for
-    (`wait` for its place, `arena_wait`), and times summed over units that ran side by side
+    (`wait` for its slot, `arena_wait`), and times summed over units that ran side by side
     (`transfer`, `decode`, `restore`): these may add up to more than `total`. Of requests that
     waited for one fetch, one report has its bytes and units; the others say `shared`.
     """

@@ -53,12 +53,12 @@ class StoredChunk:
 
     name: str
     header: ChunkHeader
-    is_near: bool = False
+    is_local: bool = False
     """Copies on this host hold all of it, so that reading it takes nothing of the link."""
 
     def priced(self, cost: ChunkCost) -> ChunkCost:
         """What it costs, of what it would cost over the link."""
-        return replace(cost, num_bytes=0) if self.is_near else cost
+        return replace(cost, num_bytes=0) if self.is_local else cost
 
 
 @dataclass(eq=False, slots=True)
@@ -70,7 +70,7 @@ class _Group:
     entries: list[UnitEntry]
     share: float
     """Of the chunk's layers, 0 to 1."""
-    has_place: bool = False
+    has_slot: bool = False
     """Among the reads under way."""
     has_arrived: bool = False
     undone: Backlog = field(default_factory=Backlog)
@@ -283,7 +283,7 @@ class ChunkRun:
     async def _feed(self) -> None:
         budget = self._stages.budget
         while (group := self._next_group()) is not None:
-            await self._take_place(group)
+            await self._take_slot(group)
             is_taken = is_started = False
             try:
                 await budget.take(group.num_bytes)
@@ -296,19 +296,19 @@ class ChunkRun:
                 if not is_started:
                     if is_taken:
                         budget.give(group.num_bytes)
-                    self._give_place(group)
+                    self._give_slot(group)
 
-    async def _take_place(self, group: _Group) -> None:
+    async def _take_slot(self, group: _Group) -> None:
         """Wait until a read may start; one that another run makes already is joined at once."""
         await asyncio.sleep(0)  # reads that another run has just asked for begin meanwhile
         if not self._stages.reads.is_reading(self._range(group)):
-            await self._stages.read_places.take(group.num_bytes)
-            group.has_place = True
+            await self._stages.read_queue.take(group.num_bytes)
+            group.has_slot = True
 
-    def _give_place(self, group: _Group) -> None:
-        if group.has_place:
-            group.has_place = False
-            self._stages.read_places.give(group.num_bytes)
+    def _give_slot(self, group: _Group) -> None:
+        if group.has_slot:
+            group.has_slot = False
+            self._stages.read_queue.give(group.num_bytes)
 
     def _range(self, group: _Group) -> ByteRange:
         return ByteRange(self._chunks[group.chunk_index].name, group.start, group.stop)
@@ -358,7 +358,7 @@ class ChunkRun:
         if not group.has_arrived:
             group.has_arrived = True
             self._stages.requested.num_bytes -= group.num_bytes
-            self._give_place(group)
+            self._give_slot(group)
 
     def _end_group(self, group: _Group) -> None:
         self._end_transfer(group)
@@ -457,8 +457,8 @@ class ChunkRun:
         first = entry.offset - group.start
         # Whatever arrived first: earlier runs, and the chunks that a shorter hit would keep, go
         # first.
-        places = stages.unit_places if option.needs_decoder else stages.copy_places
-        async with places.hold((self._number, group.chunk_index, option.layer_start)):
+        slots = stages.unit_slots if option.needs_decoder else stages.copy_slots
+        async with slots.hold((self._number, group.chunk_index, option.layer_start)):
             unit = data[first : first + entry.length]
             running = _finish_even_if_cancelled(
                 stages.run_unit(unit, self._part(group.chunk_index))
@@ -513,7 +513,7 @@ class ChunkRun:
 
 def _work_of(option: UnitOption) -> Backlog:
     """What a unit is for the stages behind its transfer."""
-    return Backlog(0, option.decode_seconds, option.restore_pace_seconds)
+    return Backlog(0, option.decode_seconds, option.restore_interval_seconds)
 
 
 def _is_good(task: asyncio.Task[None]) -> bool:

@@ -12,12 +12,10 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import TYPE_CHECKING
 
-from kvfetcher.fetch.budget import ByteBudget
 from kvfetcher.fetch.learning import StageLearning, UnitStatus
-from kvfetcher.fetch.places import Places
 from kvfetcher.fetch.planning.pipeline import Machine
 from kvfetcher.fetch.planning.variants import UnitWalk, chunk_options
-from kvfetcher.fetch.read_places import ReadPlaces, full_window_bytes
+from kvfetcher.fetch.queues import ByteBudget, PrioritySlots, ReadQueue, full_window_bytes
 from kvfetcher.memory.arena import BlockTarget
 
 if TYPE_CHECKING:
@@ -48,7 +46,7 @@ class Backlog:
     num_bytes: int = 0
     decode_seconds: float = 0.0
     restore_seconds: float = 0.0
-    """Of all restoring processes together, `UnitOption.restore_pace_seconds`."""
+    """Of all restoring processes together, `UnitOption.restore_interval_seconds`."""
 
     def add(self, work: Backlog) -> None:
         """More was promised."""
@@ -99,10 +97,10 @@ class Stages:
         self.table = table
         self.learning = StageLearning(num_decoders)
         self.run_unit = run_unit
-        self.read_places = ReadPlaces(max_inflight_reads, window_bytes=self._window_bytes)
+        self.read_queue = ReadQueue(max_inflight_reads, window_bytes=self._window_bytes)
         self.budget = ByteBudget(max_inflight_bytes)
-        self.unit_places = Places(max_inflight_units)
-        self.copy_places = Places(max_inflight_units)
+        self.unit_slots = PrioritySlots(max_inflight_units)
+        self.copy_slots = PrioritySlots(max_inflight_units)
         """For units that need no decoder: behind those that wait for one they would do nothing."""
         self.run_numbers = count()
         """Of the runs, in the order in which they began."""

@@ -46,14 +46,14 @@ class Warmer:
         for entries in _parts(chunk.header, limit):
             part = ByteRange(chunk.name, start, entries[-1].stop)
             async with self._turn:
-                data = await self._read(part, tally, is_near=chunk.is_near)
+                data = await self._read(part, tally, is_local=chunk.is_local)
             await asyncio.to_thread(_check, chunk.header, entries, start, data)
             start = part.end
 
-    async def _read(self, part: ByteRange, tally: Tally, *, is_near: bool) -> bytes:
+    async def _read(self, part: ByteRange, tally: Tally, *, is_local: bool) -> bytes:
         stages, size = self._stages, part.end - part.start
-        work = Backlog(0 if is_near else size)
-        async with stages.read_places.hold(size, last=True), stages.budget.hold(size):
+        work = Backlog(0 if is_local else size)
+        async with stages.read_queue.hold(size, last=True), stages.budget.hold(size):
             stages.requested.add(work)
             try:
                 return await stages.reads.read(part, tally)

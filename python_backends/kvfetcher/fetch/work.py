@@ -1,6 +1,6 @@
-"""One fetch, from its place in line to its sealed lease, for all that wait for it.
+"""One fetch, from its wait in the queue to its sealed lease, for all that wait for it.
 
-It waits for a place (`line.py`), leases blocks, runs the units (`run.py`), and seals what is whole.
+It waits for a slot (`queues.FetchQueue`), leases blocks, runs the units (`run.py`), and seals what is whole.
 One event loop.
 """
 
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
     from kvfetcher.config import FetchConfig
     from kvfetcher.fetch.engine_side import FetchFacts, LeaseService
-    from kvfetcher.fetch.line import Line
     from kvfetcher.fetch.planning.gate import Prompt
     from kvfetcher.fetch.planning.pipeline import ChunkCost
+    from kvfetcher.fetch.queues import FetchQueue
     from kvfetcher.fetch.stages import Stages
     from kvfetcher.memory.arena import BlockTarget
     from kvfetcher.storage.base import Store
@@ -73,7 +73,7 @@ class FetchWork:
 
     Args:
         stages: transfer, decode and restore.
-        line: places.
+        queue: where it waits for its slot.
         leases: the engine's.
         fetches: keeps what runs on when nobody waits any more.
         store: where corrupt objects are set aside.
@@ -90,7 +90,7 @@ class FetchWork:
         self,
         *,
         stages: Stages,
-        line: Line,
+        queue: FetchQueue,
         leases: LeaseService,
         fetches: SharedFetches,
         store: Store,
@@ -98,7 +98,7 @@ class FetchWork:
         clock: Callable[[], float],
     ) -> None:
         self._stages = stages
-        self._line = line
+        self._queue = queue
         self._leases = leases
         self._fetches = fetches
         self.failures = Failures(store, clock=clock)
@@ -118,7 +118,7 @@ class FetchWork:
         is_planned = True
         queued = self._clock()
         try:
-            async with self._line.place(order.tenant, fetch_seconds=order.fetch_seconds):
+            async with self._queue.slot(order.tenant, fetch_seconds=order.fetch_seconds):
                 facts.add_ms("wait", self._clock() - queued)
                 leased = await self._lease(fetch, order, facts)
                 # From here on the run keeps account of what it plans.

@@ -204,10 +204,10 @@ class DeleteQuarantined(Protocol):
         ...
 
 
-class Near(Protocol):
+class LocalCopies(Protocol):
     """Tell what reading costs the network nothing; only stores with copies near by have it."""
 
-    async def near(self, ranges: Sequence[ByteRange]) -> list[bool]:
+    async def are_local(self, ranges: Sequence[ByteRange]) -> list[bool]:
         """For each of `ranges`, whether copies on this host hold its answer now.
 
         No promise: a copy may go before the range is read. Costs no network.

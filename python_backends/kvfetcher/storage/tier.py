@@ -91,7 +91,7 @@ class TieredStore:
 
     async def get(self, name: str) -> bytes:
         check_name(name)
-        if (copy := await self._near(name, 0, UNBOUNDED)) is not None:
+        if (copy := await self._local_copy(name, 0, UNBOUNDED)) is not None:
             return copy
         before = self._num_drops
         data = await self._remote.get(name)
@@ -100,7 +100,7 @@ class TieredStore:
 
     async def get_range(self, name: str, start: int, end: int) -> bytes:
         check_range(check_name(name), start, end)
-        if (copy := await self._near(name, start, end)) is not None:
+        if (copy := await self._local_copy(name, start, end)) is not None:
             return copy
         before = self._num_drops
         data = await self._remote.get_range(name, start, end)
@@ -109,7 +109,7 @@ class TieredStore:
 
     async def get_ranges(self, ranges: Sequence[ByteRange]) -> list[bytes | StoreError]:
         check_ranges(ranges)
-        copies = await asyncio.gather(*(self._near(*part) for part in ranges))
+        copies = await asyncio.gather(*(self._local_copy(*part) for part in ranges))
         wanted = [part for part, copy in zip(ranges, copies, strict=True) if copy is None]
         if not wanted:
             return [copy for copy in copies if copy is not None]
@@ -122,8 +122,8 @@ class TieredStore:
         rest = iter(answers)
         return [next(rest) if copy is None else copy for copy in copies]
 
-    async def near(self, ranges: Sequence[ByteRange]) -> list[bool]:
-        """See `Near.near`."""
+    async def are_local(self, ranges: Sequence[ByteRange]) -> list[bool]:
+        """See `LocalCopies.are_local`."""
         check_ranges(ranges)
         memory, disk = self._memory, self._disk
         found = [memory is not None and memory.holds(*part) for part in ranges]
@@ -192,7 +192,7 @@ class TieredStore:
         await self.drained()
         await self._remote.close()
 
-    async def _near(self, name: str, start: int, end: int) -> bytes | None:
+    async def _local_copy(self, name: str, start: int, end: int) -> bytes | None:
         """The answer out of the copies; None where they do not hold it."""
         if self._memory is not None:
             copy = self._memory.get(name, start, end)

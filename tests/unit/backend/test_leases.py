@@ -51,12 +51,12 @@ def engine(tmp_path, monkeypatch):
 
 
 async def test_many_requests_at_once_ask_for_the_pace_once(engine, monkeypatch):
-    paces = await asyncio.gather(*(engine.leases.pace() for _ in range(50)))
+    paces = await asyncio.gather(*(engine.leases.throughput() for _ in range(50)))
     assert len(engine.asked) == 1
     assert {pace.arena_tokens for pace in paces} == {engine.arena.num_blocks * 16}
     assert paces[0].prefill.seconds(0, 1) == pytest.approx(0.001)
     monkeypatch.setattr("kvfetcher.backend.leases._PACE_SECONDS", 0.0)
-    await engine.leases.pace()
+    await engine.leases.throughput()
     assert len(engine.asked) == 2
 
 
@@ -65,7 +65,7 @@ async def test_an_engine_that_is_gone_is_asked_again_later(engine, monkeypatch):
     engine.server.close()
     for _ in range(2):
         with pytest.raises(EngineError, match="did not answer"):
-            await engine.leases.pace()
+            await engine.leases.throughput()
 
 
 async def test_a_lease_is_sealed_for_several_and_shared(engine):
@@ -91,7 +91,7 @@ async def test_leases_are_granted_while_every_thread_of_the_loop_hangs(engine):
     try:
         async with asyncio.timeout(5):
             lease_id, _ = await engine.leases.lease(64, 30.0)
-            await engine.leases.pace()
+            await engine.leases.throughput()
             await engine.leases.release(lease_id)
     finally:
         end.set()

@@ -97,7 +97,7 @@ def test_workloads_are_units_with_what_the_cpu_restores(bench, monkeypatch, tmp_
     assert 0 < row["bits_per_element"] < 16
 
 
-class FakeCrew:
+class FakeProcesses:
     gpus: ClassVar[set] = set()
 
     def __init__(self, work, size, *, gpus=()):
@@ -191,14 +191,14 @@ def report_of(bench, monkeypatch, tmp_path):
     )
     monkeypatch.setattr(bench, "describe", lambda work: {"units": 1})
     monkeypatch.setattr(bench, "machine", dict)
-    monkeypatch.setattr(bench, "Crew", FakeCrew)
+    monkeypatch.setattr(bench, "DecoderProcesses", FakeProcesses)
     monkeypatch.setattr(bench, "rate_of", lambda pipes: 3e9)
     monkeypatch.setattr(bench, "Rig", FakeRig)
     context = FakeContext()
     monkeypatch.setattr(bench, "cuda_context", lambda gpu: context)
     monkeypatch.setattr(bench, "Neighbour", FakeNeighbour)
     monkeypatch.setattr(FakeRig, "opened", [])
-    for fake in (FakeCrew, FakeRig):
+    for fake in (FakeProcesses, FakeRig):
         monkeypatch.setattr(fake, "gpus", set())
 
     def run(*arguments):
@@ -219,7 +219,7 @@ def test_decoders_of_every_part_take_turns_on_the_gpus(report_of, arguments, gpu
     _, report = report_of(*arguments)
     assert report["errors"] == {}
     assert FakeRig.gpus == {gpus}
-    assert FakeCrew.gpus == {gpus, ()}, "restoring is told no GPU"
+    assert FakeProcesses.gpus == {gpus, ()}, "restoring is told no GPU"
 
 
 def test_one_report_holds_every_part(report_of, bench):

@@ -96,7 +96,7 @@ def test_on_a_fast_link_decoders_or_restorers_set_the_time(size, layers):
     prompt = LIBRARY.prompt(LONG, (size,))
     load = next(iter(prompt.works.values())).load
     decoding = H100_NVDEC.picture_seconds(load, num_busy=7) / 7
-    restoring = H100_NVDEC.unit_pace_seconds(layers * 2048 * 256)
+    restoring = H100_NVDEC.restore_seconds_per_unit(layers * 2048 * 256)
     assert (restoring > decoding) == (size == "small")
     work = LONG.num_chunks * 32 / layers * max(decoding, restoring)
     assert found.fetch_seconds == pytest.approx(work, rel=0.15)

@@ -55,7 +55,7 @@ def test_a_whole_run_here_checks_everything_and_keeps_the_table(
     assert not list((tmp_path / "store").rglob("doctor-*")), "the probe object is gone"
 
 
-class FakeCrew:
+class FakeProcesses:
     """Whose processes decode as they should."""
 
     def __init__(self, kind, size, gpus):
@@ -98,7 +98,7 @@ def test_each_gpu_that_decodes_is_checked_by_name(tmp_path, monkeypatch, capsys,
     monkeypatch.setattr(nvdec, "loads_library", lambda library: True)
     monkeypatch.setattr(nvdec, "ask_caps", ask)
     monkeypatch.setattr(nvdec, "count_engines", lambda gpu: 3 + gpu)
-    monkeypatch.setattr("kvfetcher.doctor.parallel_decode.Crew", FakeCrew)
+    monkeypatch.setattr("kvfetcher.doctor.parallel_decode.DecoderProcesses", FakeProcesses)
     path = tmp_path / "gpus.toml"
     path.write_text(f"[server]\ndecode_gpus = {gpus}\n")
     main(["doctor", "--json", "--quick", "--config", str(path)])

@@ -15,7 +15,7 @@ from kvfetcher.codec.gpu.nvdec import DecoderCaps
 from kvfetcher.codec.gpu.nvenc import ChosenEncoder
 from kvfetcher.codec.video import VideoDecoder, encode_planes
 from kvfetcher.doctor import timing, video
-from kvfetcher.doctor.parallel_decode import Crew
+from kvfetcher.doctor.parallel_decode import DecoderProcesses
 from kvfetcher.doctor.streams import golden_streams, noise_stream, planes_sha256
 from kvfetcher.errors import (
     CodecError,
@@ -145,21 +145,21 @@ def test_one_wrong_bit_on_the_cpu_fails():
 
 
 @pytest.fixture(scope="module")
-def crew():
-    with Crew("cpu", 2) as made:
+def processes():
+    with DecoderProcesses("cpu", 2) as made:
         yield made
 
 
-def test_every_process_decodes_every_golden_stream(crew):
-    check = video.check_golden_everywhere("cpu", crew, rounds=2)
+def test_every_process_decodes_every_golden_stream(processes):
+    check = video.check_golden_everywhere("cpu", processes, rounds=2)
     assert check.status == "ok"
     assert "6 streams, 2 processes at once, 2 times each" in check.detail
 
 
 def test_processes_on_one_of_several_gpus_are_asked_alone():
     stream = golden_streams()[0]
-    with Crew("cpu", 3, gpus=(4, 2)) as crew:
-        asked = [len(crew.digests(stream, gpu=gpu)) for gpu in (4, 2, 0, None)]
+    with DecoderProcesses("cpu", 3, gpus=(4, 2)) as processes:
+        asked = [len(processes.digests(stream, gpu=gpu)) for gpu in (4, 2, 0, None)]
     assert asked == [2, 1, 0, 3]
 
 
@@ -187,33 +187,33 @@ def test_one_wrong_engine_fails_with_the_stream_and_the_count():
     assert "exit status -11" in video.check_golden_everywhere("nvdec", Broken(), rounds=1).detail
 
 
-def test_a_damaged_stream_is_the_processes_error_and_the_next_one_decodes(crew):
+def test_a_damaged_stream_is_the_processes_error_and_the_next_one_decodes(processes):
     stream = golden_streams()[0]
     with pytest.raises(CodecError, match="video"):
-        crew.digests(replace(stream, packets=(b"\0\0\1garbage", b"x")))
-    assert crew.digests(stream) == [stream.sha256] * 2
+        processes.digests(replace(stream, packets=(b"\0\0\1garbage", b"x")))
+    assert processes.digests(stream) == [stream.sha256] * 2
 
 
 def test_a_process_that_dies_is_told_by_number_and_status():
-    with Crew("cpu", 1) as crew:
-        os.kill(crew._members[0][0].pid, signal.SIGKILL)
+    with DecoderProcesses("cpu", 1) as processes:
+        os.kill(processes._members[0][0].pid, signal.SIGKILL)
         with pytest.raises(CodecError, match=r"process 1 of 1 died \(exit status -9\)"):
-            crew.digests(golden_streams()[0])
+            processes.digests(golden_streams()[0])
 
 
 def test_a_process_that_does_not_answer_is_given_up(monkeypatch):
     monkeypatch.setattr("kvfetcher.doctor.parallel_decode._CALL_TIMEOUT_SECONDS", 0.2)
-    with Crew("cpu", 1) as crew:
-        os.kill(crew._members[0][0].pid, signal.SIGSTOP)
+    with DecoderProcesses("cpu", 1) as processes:
+        os.kill(processes._members[0][0].pid, signal.SIGSTOP)
         with pytest.raises(CodecError, match="did not answer within 0 s"):
-            crew.digests(golden_streams()[0])
+            processes.digests(golden_streams()[0])
 
 
 def test_nvdec_processes_without_a_driver_say_so():
     if nvdec.has_driver():
         pytest.skip("this machine has a driver: not tested")
     with pytest.raises(DecoderUnavailableError, match=r"libcuda\.so\.1"):
-        Crew("nvdec", 1)
+        DecoderProcesses("nvdec", 1)
 
 
 def test_noise_is_what_it_says():
@@ -224,13 +224,13 @@ def test_noise_is_what_it_says():
     assert np.ptp(planes) > 2
 
 
-def test_the_measured_table_is_kept_and_read_back(crew, tmp_path, monkeypatch):
+def test_the_measured_table_is_kept_and_read_back(processes, tmp_path, monkeypatch):
     monkeypatch.setitem(timing.PICTURE_SIZES, "cpu", ((160, 144), (256, 320)))
     said = []
 
     def measure():
         return timing.measure_table(
-            "cpu", crew, device="a test", seconds=0.05, progress=said.append
+            "cpu", processes, device="a test", seconds=0.05, progress=said.append
         )
 
     check = timing.check_decode_times(measure, folder=tmp_path)

@@ -814,7 +814,7 @@ async def test_copies_near_by_are_no_transfers(world, tmp_path):
     slow = RecordingStore(LatencyStore(world.store, bytes_per_second=1e5))
     disk = DiskTier(tmp_path / "tier", max_bytes=1 << 20, max_age_seconds=60)
     store = TieredStore(slow, memory=None, disk=disk, disk_timeout_seconds=5)
-    fetcher = world.fetcher(store=store, near=store)
+    fetcher = world.fetcher(store=store, local=store)
     first = await world.fetch(fetcher, policy="fetch")  # brings the copies, and tells of the link
     await store.drained()
     assert first.report.outcome == "hit"
@@ -841,7 +841,7 @@ async def test_warming_reads_whole_chunks_once_into_the_copies_near_by(world):
     await world.save(0, 1, 2)
     store = RecordingStore(world.store)
     tier = in_memory(store)
-    fetcher = world.fetcher(store=tier, near=tier)
+    fetcher = world.fetcher(store=tier, local=tier)
     warmed = (await world.fetch(fetcher, policy="warm")).report
     assert (warmed.outcome, warmed.reason) == ("warmed", "not_stored")
     assert (warmed.chunks_stored, warmed.chunks_hit, warmed.hit_tokens) == (3, 3, 0)
@@ -866,7 +866,7 @@ async def test_warming_sets_a_corrupt_chunk_aside_and_warms_the_others(world):
     data[-5] ^= 1
     path.write_bytes(data)
     tier = in_memory(world.store)
-    report = (await world.fetch(world.fetcher(store=tier, near=tier), policy="warm")).report
+    report = (await world.fetch(world.fetcher(store=tier, local=tier), policy="warm")).report
     assert (report.outcome, report.reason, report.chunks_hit) == ("warmed", "corrupt_chunk", 1)
     await set_aside(world.store, world.keys[1].name)
 
@@ -881,7 +881,7 @@ async def test_warming_ends_at_its_deadline_and_when_the_client_goes_away(world)
             return await super().get_range(name, start, end)
 
     tier = in_memory(Slow(world.store))
-    fetcher = world.fetcher(store=tier, near=tier, deadline_seconds=0.3)
+    fetcher = world.fetcher(store=tier, local=tier, deadline_seconds=0.3)
     report = (await world.fetch(fetcher, policy="warm")).report
     assert (report.outcome, report.reason, report.chunks_hit) == ("warmed", "deadline", 0)
     with pytest.raises(RequestCancelledError):
@@ -914,7 +914,7 @@ async def test_warming_leaves_a_place_to_requests_that_need_their_bytes_now(worl
     cold = {key.name for salt in ("cold", "colder") for key in world.keys_of(salt)}
     store = HeldStore(world.store, cold)
     tier = in_memory(store)
-    fetcher = world.fetcher(store=tier, near=tier)
+    fetcher = world.fetcher(store=tier, local=tier)
     warming = [
         asyncio.create_task(world.fetch(fetcher, policy="warm", salt=salt))
         for salt in ("cold", "colder")
@@ -935,11 +935,11 @@ async def test_requests_that_need_their_bytes_now_pass_those_that_warm(world):
     cold = [key.name for key in world.keys_of("cold")]
     store = HeldStore(world.store, {cold[0]})
     tier = in_memory(store)
-    fetcher = world.fetcher(store=tier, near=tier, max_inflight_reads=1)
+    fetcher = world.fetcher(store=tier, local=tier, max_inflight_reads=1)
     warming = asyncio.create_task(world.fetch(fetcher, policy="warm", salt="cold"))
     await until(lambda: store.num_held)
     wanted = asyncio.create_task(world.fetch(fetcher, policy="fetch"))
-    await until(lambda: fetcher._stages.read_places._waiting)
+    await until(lambda: fetcher._stages.read_queue._waiting)
     store.spans.clear()
     store.let_go.set()
     assert (await wanted).report.hit_tokens == CHUNK_TOKENS
@@ -952,7 +952,7 @@ async def test_a_chunk_is_warmed_in_reads_of_whole_units(world):
     await world.save(0)
     store = RecordingStore(world.store)
     tier = in_memory(store)
-    fetcher = world.fetcher(store=tier, near=tier, max_read_bytes=1)
+    fetcher = world.fetcher(store=tier, local=tier, max_read_bytes=1)
     tokens = TOKENS[: CHUNK_TOKENS + 1]
     report = (await world.fetch(fetcher, policy="warm", tokens=tokens)).report
     units = container.parse_header(world.chunk(0)).units

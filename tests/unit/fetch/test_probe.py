@@ -100,7 +100,7 @@ async def test_one_probe_at_a_time_and_none_while_the_estimate_is_fresh(chunk):
 
 async def test_a_copy_near_by_says_nothing_of_the_link(chunk):
     store, _, probe = make()
-    assert not probe.consider(replace(chunk, is_near=True), seen(1e6))
+    assert not probe.consider(replace(chunk, is_local=True), seen(1e6))
     assert not store.ranges
 
 

@@ -147,7 +147,7 @@ def assert_idle(fetcher):
         assert backlog.num_bytes == 0
         assert backlog.decode_seconds == pytest.approx(0, abs=1e-9)
     assert (stages.budget.num_holders, stages.budget.used_bytes) == (0, 0)
-    assert stages.read_places.num_holders == 0
+    assert stages.read_queue.num_holders == 0
     assert fetcher.load().num_waiting == 0
 
 

@@ -73,11 +73,11 @@ def test_small_pictures_are_left_where_restoring_each_takes_too_long():
 
 
 def test_no_pace_is_known_of_a_cpu():
-    assert cpu_table(2).unit_pace_seconds(1 << 20) == 0.0
-    assert {o.restore_pace_seconds for o in options("medium", table=cpu_table(2))} == {0.0}
+    assert cpu_table(2).restore_seconds_per_unit(1 << 20) == 0.0
+    assert {o.restore_interval_seconds for o in options("medium", table=cpu_table(2))} == {0.0}
     elements = 2 * 2048 * 256
     expected = 1 / 2665 + H100_NVDEC.restore_seconds(elements)
-    (pace,) = {o.restore_pace_seconds for o in options("medium")}
+    (pace,) = {o.restore_interval_seconds for o in options("medium")}
     assert pace == pytest.approx(expected)
 
 
@@ -90,7 +90,7 @@ def test_a_table_keeps_what_units_take_to_be_restored():
 @pytest.mark.parametrize("size", ["small", "huge"])
 def test_where_restoring_sets_the_pace_nothing_is_learnt_of_the_decoders(size):
     learning, (unit, *_) = StageLearning(7), options(size)
-    pace = max(unit.decode_seconds / 7, unit.restore_pace_seconds)
+    pace = max(unit.decode_seconds / 7, unit.restore_interval_seconds)
     status = UnitStatus("nvdec", 1e3 * unit.latency_seconds, 1e3 * unit.restore_seconds)
     now = 0.0
     for _ in range(14):

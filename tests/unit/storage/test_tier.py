@@ -119,13 +119,13 @@ async def test_it_is_told_beforehand_what_is_near(store, remote):
         ByteRange(OTHER, 0, 1),
     ]
     remote.calls.clear()
-    assert await store.near(wanted) == [True, True, False, False, False]
-    assert await store.near([]) == []
+    assert await store.are_local(wanted) == [True, True, False, False, False]
+    assert await store.are_local([]) == []
     assert not remote.calls
     with pytest.raises(StoreError, match="empty or negative"):
-        await store.near([ByteRange(NAME, 5, 5)])
+        await store.are_local([ByteRange(NAME, 5, 5)])
     await store.delete(NAME)
-    assert await store.near(wanted[:1]) == [False]
+    assert await store.are_local(wanted[:1]) == [False]
 
 
 async def test_copies_answer_while_the_store_is_down(store, remote):
@@ -393,7 +393,7 @@ async def test_a_disk_that_fails_is_passed_over_and_told_once(remote, tmp_path, 
     for _ in range(3):
         assert await store.get(NAME) == DATA
         await store.drained()
-    assert await store.near([ByteRange(NAME, 0, 5)]) == [False]
+    assert await store.are_local([ByteRange(NAME, 0, 5)]) == [False]
     assert store.told["disk_failure"] >= 3
     assert len([r for r in caplog.records if r.levelname == "WARNING"]) == 1
     await store.quarantine(NAME, "why")
@@ -471,7 +471,7 @@ async def test_a_copy_that_could_not_be_dropped_is_never_served(remote, disk, mo
     with monkeypatch.context() as patched:
         patched.setattr(disk, "drop", refuse)
         await store.quarantine(NAME, "digest differs")
-    assert await store.near([ByteRange(NAME, 0, 5)]) == [False]
+    assert await store.are_local([ByteRange(NAME, 0, 5)]) == [False]
     with pytest.raises(ChunkNotFoundError):
         await store.get(NAME)
     await store.delete(NAME)  # this time it goes

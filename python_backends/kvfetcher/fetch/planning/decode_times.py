@@ -127,7 +127,7 @@ class DecodeTable:
         share = (min(num_busy, self.num_decoders) - 1) / (self.num_decoders - 1)
         return alone + (busy - alone) * share
 
-    def unit_pace_seconds(self, num_elements: int) -> float:
+    def restore_seconds_per_unit(self, num_elements: int) -> float:
         """So often the restoring processes together end units of so many elements; 0 = not known."""
         if not self.restore_unit_seconds:
             return 0.0

@@ -30,7 +30,7 @@ def next_requests(
     waiting: Sequence[Waiting],
     *,
     now: float,
-    num_places: int,
+    num_slots: int,
     served_seconds: Mapping[str, float],
     ageing: float,
 ) -> list[Waiting]:
@@ -39,7 +39,7 @@ def next_requests(
     Args:
         waiting: in any order.
         now: on the clock of `arrived_seconds`.
-        num_places: at most so many.
+        num_slots: at most so many.
         served_seconds: by tenant, see `charge`; a tenant that is missing has had nothing.
         ageing: seconds of a fetch's length that one second of waiting makes up for; above 0.
     """
@@ -55,7 +55,7 @@ def next_requests(
     ):
         queues.setdefault(entry.tenant, []).append(entry)
     chosen: list[Waiting] = []
-    while queues and len(chosen) < num_places:
+    while queues and len(chosen) < num_slots:
         tenant = min(queues, key=lambda name: (served[name], queues[name][0].arrived_seconds))
         entry = queues[tenant].pop(0)
         chosen.append(entry)

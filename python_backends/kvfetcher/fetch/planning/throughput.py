@@ -15,7 +15,7 @@ from typing import NamedTuple
 _UNITS_PER_DECODER = 2
 
 
-class Pace(NamedTuple):
+class Stretch(NamedTuple):
     """A stretch in which all decoders were busy."""
 
     predicted_seconds: float
@@ -24,7 +24,7 @@ class Pace(NamedTuple):
     """What they took."""
 
 
-class DecodePace:
+class DecodeThroughput:
     """Watches units come and go. Not thread-safe.
 
     Args:
@@ -48,7 +48,7 @@ class DecodePace:
         self._num_inside -= 1
         self._restart(None)
 
-    def end(self, decode_seconds: float, now: float) -> Pace | None:
+    def end(self, decode_seconds: float, now: float) -> Stretch | None:
         """A unit is done.
 
         Args:
@@ -64,7 +64,7 @@ class DecodePace:
             self._num_units += 1
             self._predicted_seconds += decode_seconds / self._num_decoders
             if self._num_units >= _UNITS_PER_DECODER * self._num_decoders:
-                found = Pace(self._predicted_seconds, now - self._since)
+                found = Stretch(self._predicted_seconds, now - self._since)
         is_busy = self._num_inside >= self._num_decoders
         if found is not None or self._since is None or not is_busy:
             self._restart(now if is_busy else None)

@@ -67,7 +67,7 @@ class UnitOption:
     latency_seconds: float
     """From the unit's last byte to its planes on an idle decoder."""
     restore_seconds: float
-    restore_pace_seconds: float = 0.0
+    restore_interval_seconds: float = 0.0
     """Of all restoring processes while they all work; 0 = not known, never the bottleneck."""
 
     @property
@@ -105,7 +105,7 @@ def _option(
     spec = header.spec
     elements = entry.num_layers * spec.elements_per_layer_token * header.num_tokens
     restore_seconds = factors.restore * table.restore_seconds(elements)
-    restore_pace = table.unit_pace_seconds(elements)
+    restore_interval = table.restore_seconds_per_unit(elements)
     if entry.variant in (PACKED_VARIANT, RAW_VARIANT):
         if entry.variant == RAW_VARIANT:
             restore_seconds = min(
@@ -119,7 +119,7 @@ def _option(
             decode_seconds=0.0,
             latency_seconds=0.0,
             restore_seconds=restore_seconds,
-            restore_pace_seconds=restore_pace,
+            restore_interval_seconds=restore_interval,
         )
     bits, samples = 8 * entry.length, float(elements)
     profile = header.profile.partition("/")[0]
@@ -144,7 +144,7 @@ def _option(
         decode_seconds=factors.decode * pictures * busy,
         latency_seconds=factors.latency * table.latency_seconds(load, num_pictures=pictures),
         restore_seconds=restore_seconds,
-        restore_pace_seconds=restore_pace,
+        restore_interval_seconds=restore_interval,
     )
 
 
@@ -214,7 +214,7 @@ def choose_variant(
         option = options[name]
         arrived = (queued_bytes + option.num_bytes) / rate
         own = max(arrived + option.latency_seconds, max(arrived, queue) + option.decode_seconds)
-        restoring = machine.restore_queue_seconds + option.restore_pace_seconds
+        restoring = machine.restore_queue_seconds + option.restore_interval_seconds
         best = math.inf
         for bound, rest in plans[name]:
             if all_coded and rest.num_bytes and not rest.decode_seconds:
@@ -422,7 +422,7 @@ def _work(unit: UnitOption) -> Ahead:
         unit.decode_seconds,
         unit.decode_seconds,
         unit.latency_seconds,
-        unit.restore_pace_seconds,
+        unit.restore_interval_seconds,
     )
 
 

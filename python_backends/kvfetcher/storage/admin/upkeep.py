@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         GetRange,
         GetRanges,
         ListPrefix,
-        Near,
+        LocalCopies,
         ObjectInfo,
         SetAside,
     )
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     class Removing(Delete, DeleteQuarantined, Protocol):
         """What removing asks of a store."""
 
-    class Warmable(GetRange, Near, Protocol):
+    class Warmable(GetRange, LocalCopies, Protocol):
         """What warming asks of a store."""
 
         async def drained(self) -> None:
@@ -245,9 +245,9 @@ async def warm(
         came = await asyncio.gather(*map(read, batch))
         infos = [info for info, has_come in zip(batch, came, strict=True) if has_come]
         await store.drained()
-        near = await store.near([ByteRange(info.name, 0, UNBOUNDED) for info in infos])
-        for info, is_near in zip(infos, near, strict=True):
-            if is_near:
+        local = await store.are_local([ByteRange(info.name, 0, UNBOUNDED) for info in infos])
+        for info, is_local in zip(infos, local, strict=True):
+            if is_local:
                 result.objects += 1
                 result.num_bytes += info.num_bytes
             else:

@@ -16,17 +16,17 @@ entries = st.lists(
 )
 
 
-def order(waiting, *, now=0.0, num_places=99, served=None, ageing=1.0):
+def order(waiting, *, now=0.0, num_slots=99, served=None, ageing=1.0):
     found = next_requests(
-        waiting, now=now, num_places=num_places, served_seconds=served or {}, ageing=ageing
+        waiting, now=now, num_slots=num_slots, served_seconds=served or {}, ageing=ageing
     )
     return [entry.request_id for entry in found]
 
 
 @given(entries, st.integers(0, 14), st.floats(100, 200))
-def test_each_request_is_chosen_at_most_once_and_places_are_kept(waiting, num_places, now):
-    chosen = order(waiting, now=now, num_places=num_places)
-    assert len(chosen) == len(set(chosen)) == min(num_places, len(waiting))
+def test_each_request_is_chosen_at_most_once_and_places_are_kept(waiting, num_slots, now):
+    chosen = order(waiting, now=now, num_slots=num_slots)
+    assert len(chosen) == len(set(chosen)) == min(num_slots, len(waiting))
     assert set(chosen) <= {entry.request_id for entry in waiting}
 
 
@@ -43,7 +43,7 @@ def test_short_fetches_pass_long_ones():
 def test_nobody_waits_for_ever():
     old = Waiting(0, "a", 0.0, 30.0)
     now, fresh = 0.0, 1
-    while order([old, Waiting(fresh, "a", now, 1.0)], now=now, num_places=1) != [0]:
+    while order([old, Waiting(fresh, "a", now, 1.0)], now=now, num_slots=1) != [0]:
         now, fresh = now + 1.0, fresh + 1
         assert now < 31.0
 
@@ -53,7 +53,7 @@ def test_tenants_share_by_time_not_by_requests():
     few = [Waiting(100 + i, "few", 0.5, 4.0) for i in range(3)]
     served, waiting, started = {}, [*many, *few], []
     while waiting:
-        (entry,) = next_requests(waiting, now=1.0, num_places=1, served_seconds=served, ageing=1.0)
+        (entry,) = next_requests(waiting, now=1.0, num_slots=1, served_seconds=served, ageing=1.0)
         waiting.remove(entry)
         served = charge(served, entry, [w.tenant for w in waiting])
         started.append(entry)

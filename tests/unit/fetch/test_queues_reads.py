@@ -4,12 +4,12 @@ import math
 import pytest
 
 from kvfetcher.fetch.planning.bandwidth import LinkEstimate
-from kvfetcher.fetch.read_places import ReadPlaces, full_window_bytes
+from kvfetcher.fetch.queues import ReadQueue, full_window_bytes
 
 
-async def started(places, sizes):
-    """Tasks that took a place or wait for one, in order."""
-    tasks = [asyncio.create_task(places.take(size)) for size in sizes]
+async def started(queue, sizes):
+    """Tasks that may read or wait for one, in order."""
+    tasks = [asyncio.create_task(queue.take(size)) for size in sizes]
     await asyncio.sleep(0)
     return tasks
 
@@ -19,34 +19,34 @@ async def started(places, sizes):
     [(0, 8, 2), (250, 8, 3), (600, 8, 6), (math.inf, 8, 8), (math.inf, 1, 1), (0, 1, 1)],
 )
 async def test_two_reads_and_as_many_more_as_fill_the_link(window_bytes, max_reads, expected):
-    places = ReadPlaces(max_reads, window_bytes=lambda: window_bytes)
-    tasks = await started(places, [100] * 10)
-    assert sum(task.done() for task in tasks) == places.num_holders == expected
+    queue = ReadQueue(max_reads, window_bytes=lambda: window_bytes)
+    tasks = await started(queue, [100] * 10)
+    assert sum(task.done() for task in tasks) == queue.num_holders == expected
     for _ in tasks:  # every end lets the next one start
-        places.give(100)
+        queue.give(100)
         await asyncio.sleep(0)
     assert all(task.done() for task in tasks)
-    assert places.num_holders == 0
+    assert queue.num_holders == 0
 
 
 async def test_who_came_first_goes_first_and_who_leaves_holds_nobody_up():
-    places = ReadPlaces(2, window_bytes=lambda: math.inf)
-    tasks = await started(places, [1, 1, 1, 1, 1])
+    queue = ReadQueue(2, window_bytes=lambda: math.inf)
+    tasks = await started(queue, [1, 1, 1, 1, 1])
     tasks[2].cancel()
-    places.give(1)
+    queue.give(1)
     tasks[3].cancel()  # granted in this very moment
     await asyncio.gather(*tasks[2:4], return_exceptions=True)
     assert [task.done() and not task.cancelled() for task in tasks] == [1, 1, 0, 0, 1]
-    places.give(1)
-    places.give(1)
-    assert places.num_holders == 0
+    queue.give(1)
+    queue.give(1)
+    assert queue.num_holders == 0
 
 
 async def test_who_asks_to_be_last_lets_those_pass_that_come_later():
-    places, got = ReadPlaces(1, window_bytes=lambda: 0.0), []
+    queue, got = ReadQueue(1, window_bytes=lambda: 0.0), []
 
     async def take(name, *, last=False):
-        await places.take(1, last=last)
+        await queue.take(1, last=last)
         got.append(name)
 
     tasks = [asyncio.create_task(take("first"))]
@@ -54,31 +54,31 @@ async def test_who_asks_to_be_last_lets_those_pass_that_come_later():
         tasks.append(asyncio.create_task(take(name, last=last)))
     for _ in range(4):
         await asyncio.sleep(0)
-        places.give(1)
+        queue.give(1)
     await asyncio.gather(*tasks)
     assert got == ["first", "now", "warm", "warmer"]
-    assert places.num_holders == 0
+    assert queue.num_holders == 0
 
 
 async def test_who_asks_to_be_last_waits_while_others_wait():
-    places = ReadPlaces(2, window_bytes=lambda: 0.0)
-    tasks = await started(places, [1, 1, 1])
-    last = asyncio.create_task(places.take(1, last=True))
+    queue = ReadQueue(2, window_bytes=lambda: 0.0)
+    tasks = await started(queue, [1, 1, 1])
+    last = asyncio.create_task(queue.take(1, last=True))
     await asyncio.sleep(0)
-    places.give(1)
+    queue.give(1)
     await asyncio.sleep(0)
     assert tasks[2].done()
     assert not last.done()
-    places.give(1)
+    queue.give(1)
     await last
 
 
 async def test_a_place_comes_back_when_its_read_fails():
-    places = ReadPlaces(1, window_bytes=lambda: 0.0)
+    queue = ReadQueue(1, window_bytes=lambda: 0.0)
     with pytest.raises(OSError, match="gone"):
-        async with places.hold(5):
+        async with queue.hold(5):
             raise OSError("gone")
-    assert places.num_holders == 0
+    assert queue.num_holders == 0
 
 
 def test_the_window_is_what_the_link_holds():

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from kvfetcher.fetch.places import Places
+from kvfetcher.fetch.queues import PrioritySlots
 
 
 async def settle():
@@ -13,8 +13,8 @@ async def settle():
 
 
 class Holders:
-    def __init__(self, places):
-        self.places = places
+    def __init__(self, slots):
+        self.slots = slots
         self.log = []
         self.gates = {}
         self.tasks = {}
@@ -25,7 +25,7 @@ class Holders:
         await settle()
 
     async def _hold(self, name, priority):
-        async with self.places.hold(priority):
+        async with self.slots.hold(priority):
             self.log.append(name)
             await self.gates[name].wait()
 
@@ -35,7 +35,7 @@ class Holders:
 
 
 async def test_the_smallest_priority_goes_first_and_equals_in_order_of_arrival():
-    holders = Holders(Places(1))
+    holders = Holders(PrioritySlots(1))
     for name, *priority in (("a", 5), ("d", 2, 1), ("c", 2, 0), ("e", 2, 1), ("b", 1, 9)):
         await holders.enter(name, *priority)
     for name in "abcde":
@@ -44,7 +44,7 @@ async def test_the_smallest_priority_goes_first_and_equals_in_order_of_arrival()
 
 
 async def test_places_are_bounded_and_come_back():
-    holders = Holders(Places(2))
+    holders = Holders(PrioritySlots(2))
     for number in range(4):
         await holders.enter(number, number)
     assert holders.log == [0, 1]
@@ -54,7 +54,7 @@ async def test_places_are_bounded_and_come_back():
 
 
 async def test_one_who_leaves_while_waiting_is_passed_over():
-    holders = Holders(Places(1))
+    holders = Holders(PrioritySlots(1))
     for number in range(3):
         await holders.enter(number, number)
     holders.tasks[1].cancel()
@@ -64,7 +64,7 @@ async def test_one_who_leaves_while_waiting_is_passed_over():
 
 
 async def test_a_place_given_to_one_who_is_leaving_goes_to_the_next():
-    holders = Holders(Places(1))
+    holders = Holders(PrioritySlots(1))
     for number in range(3):
         await holders.enter(number, number)
     holders.gates[0].set()

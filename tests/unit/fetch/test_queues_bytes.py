@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfetcher.fetch.budget import ByteBudget
+from kvfetcher.fetch.queues import ByteBudget
 
 
 async def settle():
