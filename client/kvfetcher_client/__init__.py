@@ -12,6 +12,8 @@ Needs tritonclient[grpc] and nothing heavier: no torch, no codec.
 from kvfetcher_client.client import AsyncClient, Client
 from kvfetcher_client.errors import (
     ClientError,
+    RequestCancelledError,
+    RequestError,
     ResponseError,
     ResponseTimeoutError,
     ServerUnavailableError,
@@ -26,6 +28,8 @@ __all__ = [
     "Generation",
     "KVReport",
     "Options",
+    "RequestCancelledError",
+    "RequestError",
     "ResponseError",
     "ResponseTimeoutError",
     "ServerUnavailableError",

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvfetcher import wire
-from kvfetcher.errors import KVFetcherError, RequestError
+from kvfetcher.errors import KVFetcherError
 from kvfetcher_client.client import DEFAULT_TIMEOUT_SECONDS, DEFAULT_URL, Client
+from kvfetcher_client.errors import RequestError
 from kvfetcher_client.protocol import Assembler, Options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kvfetcher_client.protocol import Generation
+    from kvfetcher_client.protocol import Generation, KVReport
 
 _OPTIONS = ("max_tokens", "temperature", "top_k", "top_p", "seed", "kv_policy", "cache_salt")
 
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status; see this module's head.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     try:
         return _generate(arguments)
     except KVFetcherError as exc:
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def main_warm(argv: Sequence[str] | None = None) -> int:
     """Run `kvfetcher warm`; arguments and exit status as for `main`."""
-    arguments = _warm_parser().parse_args(argv)
+    arguments = warm_parser().parse_args(argv)
     try:
         return _warm(arguments)
     except KVFetcherError as exc:
@@ -57,7 +58,8 @@ def main_warm(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _warm_parser() -> argparse.ArgumentParser:
+def warm_parser() -> argparse.ArgumentParser:
+    """The command line of `kvfetcher warm`."""
     parser = argparse.ArgumentParser(
         prog="kvfetcher warm",
         description="Have a running server bring a prompt's stored chunks into its copies near by"
@@ -85,17 +87,20 @@ def _warm(arguments: argparse.Namespace) -> int:
     prompt = _token_ids(arguments.token_ids) if arguments.token_ids else _prompt(arguments)
     with Client(arguments.url, timeout_seconds=arguments.timeout) as client:
         report = client.warm(prompt, cache_salt=arguments.cache_salt)
-    raw = report.raw
     if arguments.json:
-        print(json.dumps(dict(raw), ensure_ascii=False))
-    why = f"; {report.reason}: {raw.get('detail', '')}" if report.reason else ""
-    print(
-        f"kvfetcher: {raw.get('outcome', '')}: {raw.get('chunks_hit', 0)} of"
-        f" {raw.get('chunks_stored', 0)} stored chunks are near, {report.bytes_fetched / 1e6:.2f} MB"
-        f" read{why}",
-        file=sys.stderr,
-    )
+        print(json.dumps(dict(report.raw), ensure_ascii=False))
+    print(f"kvfetcher: {_warmed(report)}", file=sys.stderr)
     return 0
+
+
+def _warmed(report: KVReport) -> str:
+    """What a request of policy `warm` did."""
+    raw = report.raw
+    why = f"; {report.reason}: {raw.get('detail', '')}" if report.reason else ""
+    return (
+        f"{raw.get('outcome', '')}: {raw.get('chunks_hit', 0)} of {raw.get('chunks_stored', 0)}"
+        f" stored chunks are in the local tier, {report.bytes_fetched / 1e6:.2f} MB read{why}"
+    )
 
 
 def _token_ids(path: str) -> list[int]:
@@ -110,7 +115,8 @@ def _token_ids(path: str) -> list[int]:
     return ids
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The command line of `kvfetcher generate`."""
     parser = argparse.ArgumentParser(
         prog="kvfetcher generate",
         description="Ask a running KVFetcher server. The answer goes to stdout.",
@@ -189,10 +195,18 @@ def _as_dict(generation: Generation) -> dict[str, Any]:
 
 def _summary(generation: Generation) -> str:
     report = generation.report
-    why = f" ({report.reason})" if report.reason else ""
+    if generation.finish_reason == "warmed":
+        return f"kvfetcher: {_warmed(report)}"
+    if report.reason == "short_prompt":
+        fetched = f"{report.prompt_tokens} prompt tokens, too few for a chunk to be fetched"
+    else:
+        why = f" ({report.reason})" if report.reason else ""
+        fetched = (
+            f"{report.hit_tokens} of {report.prompt_tokens} prompt tokens fetched{why},"
+            f" {report.bytes_fetched / 1e6:.2f} MB"
+        )
     return (
-        f"kvfetcher: {report.hit_tokens} of {report.prompt_tokens} prompt tokens fetched{why},"
-        f" {report.bytes_fetched / 1e6:.2f} MB; first token after"
+        f"kvfetcher: {fetched}; first token after"
         f" {generation.time_to_first_token_seconds * 1e3:.0f} ms, {len(generation.output_ids)}"
         f" tokens, {generation.finish_reason}"
     )

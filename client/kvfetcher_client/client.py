@@ -10,8 +10,7 @@ import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from kvfetcher import wire
-from kvfetcher.errors import RequestError
-from kvfetcher_client.errors import from_rpc_error
+from kvfetcher_client.errors import RequestError, from_rpc_error
 from kvfetcher_client.protocol import (
     Assembler,
     Delta,

@@ -1,9 +1,9 @@
-"""What can go wrong between a client and its server, beside `kvfetcher.errors.RequestError`.
+"""What can go wrong between a client and its server.
 
 KVFetcherError
-├── RequestError                  the request breaks a rule (found here, or told by the server)
-│   └── RequestCancelledError     it was cancelled
 └── ClientError
+    ├── RequestError              the request breaks a rule (found here, or told by the server)
+    │   └── RequestCancelledError it was cancelled
     ├── ServerUnavailableError    nobody answers there, or the server refuses more work now
     ├── ResponseTimeoutError      the answer did not come in time
     └── ResponseError             the server failed, or its answer is not one
@@ -15,11 +15,20 @@ import re
 
 import grpc
 
-from kvfetcher.errors import KVFetcherError, RequestCancelledError, RequestError
+from kvfetcher import errors
+from kvfetcher.errors import KVFetcherError
 
 
 class ClientError(KVFetcherError):
     """A request could not be answered."""
+
+
+class RequestError(ClientError, errors.RequestError):
+    """The request breaks a rule; its sender can mend it."""
+
+
+class RequestCancelledError(RequestError, errors.RequestCancelledError):
+    """The request was cancelled."""
 
 
 class ServerUnavailableError(ClientError):

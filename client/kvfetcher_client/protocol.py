@@ -14,8 +14,7 @@ import numpy as np
 from tritonclient.grpc import InferResult, service_pb2
 
 from kvfetcher import wire
-from kvfetcher.errors import RequestError
-from kvfetcher_client.errors import ResponseError, from_message
+from kvfetcher_client.errors import RequestError, ResponseError, from_message
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

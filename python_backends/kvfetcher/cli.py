@@ -1,7 +1,7 @@
 """The `kvfetcher` command: parse, call, print. Data goes to stdout, talk to stderr.
 
 Exit status: 0 done; 1 a known error, told in one line (more where a server's log explains it);
-2 the command line is wrong; 130 interrupted.
+2 the command line is wrong; 3 `store verify` found damage; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import importlib
 import json
 import logging
 import os
+import platform
 import shlex
 import signal
 import sys
@@ -29,35 +30,41 @@ if TYPE_CHECKING:
 
     from kvfetcher.config import CodecConfig, Config
 
-# Commands with a command line of their own, imported only when they run.
+# Commands with a command line of their own, imported only when they run: module, what runs it,
+# what makes its parser, help.
 _ELSEWHERE = {
-    "generate": ("kvfetcher_client.cli", "main", "Ask a running server."),
+    "generate": ("kvfetcher_client.cli", "main", "make_parser", "Ask a running server."),
     "warm": (
         "kvfetcher_client.cli",
         "main_warm",
+        "warm_parser",
         "Bring a prompt's stored chunks near a running server.",
     ),
     "calibrate": (
         "kvfetcher.calibration.commands",
         "main_calibrate",
+        "calibrate_parser",
         "Make a model's calibration for near, balanced, compact and tiny.",
     ),
     "certify": (
         "kvfetcher.calibration.commands",
         "main_certify",
+        "certify_parser",
         "Measure the quality of a calibration again.",
     ),
     "store": (
         "kvfetcher.storage.admin.commands",
         "main",
+        "make_parser",
         "Look into the store, check it, purge it; `kvfetcher store --help`.",
     ),
     "doctor": (
         "kvfetcher.doctor.command",
         "main_doctor",
+        "make_parser",
         "Check this machine; `kvfetcher doctor --help`.",
     ),
-    "bench": ("kvfetcher.bench", "main", "Measure; `kvfetcher bench codec --help`."),
+    "bench": ("kvfetcher.bench", "main", "make_parser", "Measure; `kvfetcher bench codec --help`."),
 }
 
 
@@ -70,8 +77,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status; see this module's head.
     """
+    status = _main(argv)
+    if argv is None and "obstore" in sys.modules:
+        # The library's threads end after the interpreter, which they may abort then (9 of 75 runs of
+        # `store ls` and `stat` on S3): all is done, so leave without its finalisation.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _main(argv: Sequence[str] | None) -> int:
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
+    if arguments.run is None:  # `kvfetcher` alone
+        parser.print_help()
+        return 0
     if arguments.run is _run_elsewhere:  # that command reads the rest of the line itself
         arguments.rest = rest
     elif rest:
@@ -96,9 +117,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kvfetcher",
         description="Remote prefix KV caches as lossless H.265 video, on NVIDIA Triton.",
-        epilog="Exit status: 0 done, 1 error, 2 wrong command line, 130 interrupted.",
+        epilog="Exit status: 0 done, 1 error, 2 wrong command line, 3 damage found (`store verify`),"
+        " 130 interrupted.",
     )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    parser.set_defaults(run=None)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     def command(name: str, run: Any, text: str, **kwargs: Any) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, **kwargs)
@@ -112,22 +136,26 @@ def _parser() -> argparse.ArgumentParser:
     for kind in ("http", "grpc", "metrics"):
         serve.add_argument(f"--{kind}-port", type=int, metavar="N", help=f"server.{kind}_port")
     serve.add_argument("--log-file", metavar="FILE", help="keep the server's log in FILE")
+    serve.add_argument("--json", action="store_true", help="print the addresses as JSON when ready")
 
     prepare = command("prepare", _prepare, "Fetch the model and check that tritonserver can run.")
     _add_config(prepare)
+    prepare.add_argument("--json", action="store_true", help="print what was found as JSON")
 
     config = command("config", _config, "Show every setting, its value and where it came from.")
     _add_config(config)
     config.add_argument("--json", action="store_true", help="print a JSON list")
 
-    command(
+    env = command(
         "env",
         _env,
         "Print the shell variables that a tritonserver started by hand needs:"
         ' eval "$(kvfetcher env)"; tritonserver --model-repository model_repository',
     )
 
-    for name, (module, function, text) in _ELSEWHERE.items():
+    env.add_argument("--json", action="store_true", help="print the variables as a JSON object")
+
+    for name, (module, function, _, text) in _ELSEWHERE.items():
         elsewhere = command(name, _run_elsewhere, text, add_help=False)
         elsewhere.set_defaults(module=module, function=function)
 
@@ -135,7 +163,15 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("file", metavar="FILE", help="a chunk object; - for stdin")
     inspect.add_argument("--json", action="store_true", help="print all of it as JSON")
 
-    command("version", _version, "Print the version.")
+    version = command("version", _version, "Print the version.")
+    version.add_argument("--json", action="store_true", help="print a JSON object")
+
+    completion = command(
+        "completion",
+        _completion,
+        'Print a shell\'s completion of this command: eval "$(kvfetcher completion bash)"',
+    )
+    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     return parser
 
 
@@ -144,6 +180,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
+    from kvfetcher.doctor.preflight import check_before_start
     from kvfetcher.launcher import Supervisor, TritonServer
     from kvfetcher.launcher.repository import find_repository
 
@@ -159,13 +196,16 @@ def _serve(arguments: argparse.Namespace) -> int:
         if (repository / wire.TENSORRT_LLM).is_dir():
             folder = _prepare_model(config)
             config = replace(config, codec=_choose_profile(config, folder))
+            for warning in check_before_start(config):
+                print(f"kvfetcher: warning: {warning}", file=sys.stderr)
         line = StatusLine()
         server = TritonServer(
             config,
             model_repository=repository,
             log_path=arguments.log_file,
-            progress=lambda seconds, ready, total: line.show(
-                f"starting: {ready} of {total} models ready after {seconds:.0f} s"
+            progress=lambda seconds, total, missing: line.show(
+                f"starting: {total - len(missing)} of {total} models ready after {seconds:.0f} s"
+                + (f"; loading {', '.join(missing)}" if missing else "")
             ),
         )
         try:
@@ -178,6 +218,13 @@ def _serve(arguments: argparse.Namespace) -> int:
                 f" metrics {server.metrics_url}; log {server.log_path}; Ctrl-C stops",
                 file=sys.stderr,
             )
+            if arguments.json:
+                urls = {
+                    "grpc": server.grpc_url,
+                    "http": server.http_url,
+                    "metrics": server.metrics_url,
+                }
+                print(json.dumps({**urls, "log": str(server.log_path)}), flush=True)
             Supervisor(server).run()
         except KeyboardInterrupt:
             print("kvfetcher: stopping (Ctrl-C again to kill)", file=sys.stderr)
@@ -195,7 +242,9 @@ def _prepare(arguments: argparse.Namespace) -> None:
     installation = find_installation()
     print(f"tritonserver: {installation.executable} ({installation.origin})", file=sys.stderr)
     print(f"libraries: {', '.join(map(str, installation.library_folders))}", file=sys.stderr)
-    _prepare_model(config)
+    folder = _prepare_model(config)
+    if arguments.json:
+        _print_json({"tritonserver": str(installation.executable), "model": str(folder)})
 
 
 def _prepare_model(config: Config) -> Path:
@@ -230,7 +279,11 @@ def _config(arguments: argparse.Namespace) -> None:
 def _env(arguments: argparse.Namespace) -> None:
     from kvfetcher.launcher.process import plain_environment
 
-    for name, value in plain_environment(os.environ).items():
+    variables = plain_environment(os.environ)
+    if arguments.json:
+        _print_json(variables)
+        return
+    for name, value in variables.items():
         print(f"export {name}={shlex.quote(value)}")
 
 
@@ -266,7 +319,21 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _version(arguments: argparse.Namespace) -> None:
+    if arguments.json:
+        _print_json({"kvfetcher": __version__, "python": platform.python_version()})
+        return
     print(__version__)
+
+
+def _completion(arguments: argparse.Namespace) -> None:
+    import shtab
+
+    parser = _parser()
+    commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    for name, (module, _, parser_name, _) in _ELSEWHERE.items():
+        make = getattr(importlib.import_module(module), parser_name)
+        commands.choices[name] = make()
+    print(shtab.complete(parser, shell=arguments.shell))
 
 
 def _print_json(data: Any) -> None:

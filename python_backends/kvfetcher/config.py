@@ -1,12 +1,13 @@
 """Configuration: one TOML file, frozen typed dataclasses, the only reader of os.environ.
 
 Order of sources, later wins: defaults below < the TOML file ($KVFETCHER_CONFIG or --config) <
-environment ``KVFETCHER_<SECTION>_<FIELD>``. Unknown sections and keys are errors; nothing is
-silently corrected. Every default of the project is in this file.
+environment ``KVFETCHER_<SECTION>_<FIELD>``. Unknown sections, keys and variables are errors; nothing
+is silently corrected. Every default of the project is in this file.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from kvfetcher.errors import ConfigError
+from kvfetcher.spec import LADDER
 
 if typing.TYPE_CHECKING:
     import types
@@ -28,6 +30,59 @@ RUN_DIR_VARIABLE = "KVFETCHER_RUN_DIR"
 MPS_PIPE_VARIABLE = "CUDA_MPS_PIPE_DIRECTORY"
 """NVIDIA's: the folder of the Multi-Process Service's control daemon that CUDA is to use."""
 _PREFIX = "KVFETCHER_"
+
+PROFILES = ("exact", *LADDER, "uncalibrated", "paper", "raw")
+"""Profiles that chunks can be saved with."""
+AUTO = "auto"
+"""Profile left to the launcher (`launcher.profile`); where nothing decided, `exact`."""
+
+# Read elsewhere: by the launcher, by the stores, and (KVFETCHER_REQUIRE_...) by test suites.
+_OTHER_VARIABLES = re.compile(
+    r"KVFETCHER_(CONFIG|RUN_DIR|MPS_OF|MODEL_REPOSITORY|STORE_USERNAME|STORE_PASSWORD|(REQUIRE|TEST)_\w+)"
+)
+# Kubernetes tells every container the address of each service, here of one named kvfetcher-...
+_KUBERNETES_NAMES = re.compile(
+    r"KVFETCHER(_\w+)?_(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)"
+)
+_KUBERNETES_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
+
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
+_FRAME_SIZE = re.compile(r"[1-9]\d{0,4}x[1-9]\d{0,4}")
+# What Amazon allows; other S3 servers allow no more.
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+
+# tritonserver's flags that `serve` sets itself, or that would take its work out of its hands.
+_OWN_FLAGS = frozenset(
+    [
+        "model-repository",
+        "model-store",
+        "model-control-mode",
+        "load-model",
+        "backend-directory",
+        "backend-config",
+        "disable-auto-complete-config",
+        "http-address",
+        "http-port",
+        "grpc-address",
+        "grpc-port",
+        "metrics-address",
+        "metrics-port",
+        "exit-timeout-secs",
+        "log-verbose",
+        "repository-poll-secs",
+        "allow-http",
+        "allow-grpc",
+        "allow-metrics",
+        "strict-readiness",
+        "exit-on-error",
+        "log-file",
+        "http-header-forward-pattern",
+        "grpc-header-forward-pattern",
+        "help",
+        "version",
+    ]
+)
+_RESTRICTION = re.compile(r"(?P<apis>[a-z,-]+):(?P<header>[^=:\s]+)=(?P<value>.+)")
 
 
 def cache_home() -> Path:
@@ -118,13 +173,26 @@ class ServerConfig(_Section):
     probe_seconds: float = _option(
         15.0, "`serve` sends a tiny unit through kv_pipeline so often; 0 = never", low=0, high=3600
     )
+    extra_args: tuple[str, ...] = _option(
+        (),
+        "further flags of tritonserver, as it takes them: --grpc-use-ssl=true, --trace-config=...,"
+        " --http-thread-count=16, --http-restricted-api=...; not those that `serve` sets itself",
+    )
 
     def __post_init__(self) -> None:
         _Section.__post_init__(self)  # no super(): slots=True makes the class anew
+        for flag in self.extra_args:
+            _check_flag(flag)
         if len(set(self.decode_gpus)) != len(self.decode_gpus):
             raise ConfigError(
                 f"server.decode_gpus must name each GPU once, got {list(self.decode_gpus)}"
             )
+
+    @property
+    def restricted_headers(self) -> dict[str, str]:
+        """HTTP headers that `extra_args` asks of requests; the launcher sends them with its own."""
+        found = (_restriction(flag, "--http-restricted-api") for flag in self.extra_args)
+        return {match["header"]: match["value"] for match in found if match}
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +241,18 @@ class EngineConfig(_Section):
     llm_args: str = _option(
         "", "YAML file of arguments to TensorRT-LLM's LLM() (as Triton's model.yaml)"
     )
+
+    def __post_init__(self) -> None:
+        _Section.__post_init__(self)  # no super(): slots=True makes the class anew
+        if not _DEVICE.fullmatch(self.device):
+            raise ConfigError(
+                f"engine.device must be auto, cpu, cuda or cuda:N, got {self.device!r}"
+            )
+        if self.arena == "gpu" and self.device == "cpu":
+            raise ConfigError(
+                'engine.arena = "gpu" and engine.device = "cpu" contradict each other: the arena lies on'
+                " the GPU that the model runs on"
+            )
 
     @property
     def gpu(self) -> int:
@@ -249,6 +329,19 @@ class CodecConfig(_Section):
     allow_uncertified: bool = _option(
         False, "serve with a calibration that carries no certificate of its quality"
     )
+
+    def __post_init__(self) -> None:
+        _Section.__post_init__(self)  # no super(): slots=True makes the class anew
+        if self.profile not in (AUTO, *PROFILES):
+            near = difflib.get_close_matches(self.profile, (AUTO, *PROFILES), n=1)
+            raise ConfigError(
+                f"codec.profile must be one of {', '.join((AUTO, *PROFILES))}, got"
+                f" {self.profile!r}{f'; did you mean {near[0]}?' if near else ''}"
+            )
+        if wrong := [size for size in self.frame_sizes if not _FRAME_SIZE.fullmatch(size)]:
+            raise ConfigError(
+                f"codec.frame_sizes must be WIDTHxHEIGHT, such as 1024x512, got {wrong[0]!r}"
+            )
 
 
 class RedisAddress(NamedTuple):
@@ -381,6 +474,11 @@ class StoreConfig(_Section):
         if not re.fullmatch(r"[A-Za-z0-9._/-]*", prefix) or "//" in prefix:
             raise ConfigError(
                 f"store.url: prefix {prefix!r} must be made of A-Z a-z 0-9 . _ - joined by '/'"
+            )
+        if not _BUCKET.fullmatch(parts.netloc):
+            raise ConfigError(
+                f"store.url: {parts.netloc!r} is no name of an S3 bucket, which has 3 to 63 characters"
+                " a-z 0-9 . - and begins and ends with a letter or digit"
             )
         return BucketAddress(parts.netloc, prefix)
 
@@ -630,6 +728,68 @@ def is_setting_variable(name: str) -> bool:
     )
 
 
+def _check_variables(environ: Mapping[str, str]) -> None:
+    """Refuse variables that look like settings and are none: a typing error would change nothing.
+
+    Raises:
+        ConfigError: names the variable and the nearest setting.
+    """
+    for name, value in environ.items():
+        if not name.startswith(_PREFIX) or is_setting_variable(name):
+            continue
+        if _OTHER_VARIABLES.fullmatch(name) or _KUBERNETES_NAMES.fullmatch(name):
+            continue
+        if name.endswith("_PORT") and _KUBERNETES_ADDRESS.match(value):
+            continue
+        known = [
+            f"{_PREFIX}{section}_{f.name}".upper()
+            for section, cls in SECTIONS.items()
+            for f in fields(cls)  # type: ignore[arg-type]
+        ]
+        near = difflib.get_close_matches(name, known, n=1)
+        raise ConfigError(
+            f"environment variable {name} is no setting;"
+            f" {f'did you mean {near[0]}? ' if near else ''}`kvfetcher config` lists all settings,"
+            " $KVFETCHER_<SECTION>_<FIELD> sets one"
+        )
+
+
+def _restriction(flag: str, option: str) -> re.Match[str] | None:
+    """What a flag ``--http-restricted-api=APIS:HEADER=VALUE`` says; None for another flag.
+
+    Raises:
+        ConfigError: it is that flag, and not of this form.
+    """
+    name, _, value = flag.partition("=")
+    if name != option:
+        return None
+    if not (found := _RESTRICTION.fullmatch(value)):
+        raise ConfigError(
+            f"server.extra_args: {option} must be {option}=API[,API]:HEADER=VALUE, got {flag!r}"
+        )
+    return found
+
+
+def _check_flag(flag: str) -> None:
+    """Raises ConfigError where tritonserver must not get this flag from a user."""
+    name = flag.partition("=")[0]
+    if not re.fullmatch(r"--[a-z][a-z-]+", name):
+        raise ConfigError(
+            f"server.extra_args: write each flag as --NAME=VALUE in one text, got {flag!r}"
+        )
+    if name[2:] in _OWN_FLAGS:
+        raise ConfigError(
+            f"server.extra_args: {name} is set by `serve` itself; `kvfetcher config` shows the settings"
+            " of section server, or start a tritonserver of your own with `kvfetcher env`"
+        )
+    for option in ("--http-restricted-api", "--grpc-restricted-protocol"):
+        if (found := _restriction(flag, option)) and "model-repository" in found["apis"].split(","):
+            raise ConfigError(
+                f"server.extra_args: {option} must leave out model-repository, which `serve` restricts"
+                " to itself: loading and unloading models is its work"
+            )
+
+
 def _toml_value(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(_toml_value, value))}]"
@@ -640,6 +800,7 @@ def _toml_value(value: Any) -> str:
 def _load(
     path: str | Path | None, environ: Mapping[str, str]
 ) -> tuple[Config, dict[tuple[str, str], str]]:
+    _check_variables(environ)
     path = path or environ.get(CONFIG_VARIABLE) or None
     data = _read_toml(Path(path)) if path else {}
     sources: dict[tuple[str, str], str] = {}
@@ -686,8 +847,19 @@ def _parse(name: str, text: str, hint: Any) -> Any:
             raise ConfigError(f"{name} must be {hint.__name__}, got {text!r}") from exc
     if get_origin(hint) is tuple:
         item, *_ = get_args(hint)
+        if text.lstrip().startswith("["):  # JSON, for values with commas in them
+            return _parse_list(name, text)
         return tuple(_parse(name, part.strip(), item) for part in text.split(",") if part.strip())
     return text
+
+
+def _parse_list(name: str, text: str) -> tuple[Any, ...]:
+    try:
+        return tuple(json.loads(text))
+    except (ValueError, TypeError) as exc:
+        raise ConfigError(
+            f"{name} must be a JSON list or values with commas, got {text!r}"
+        ) from exc
 
 
 def _check(name: str, value: Any, hint: Any, metadata: types.MappingProxyType[Any, Any]) -> None:

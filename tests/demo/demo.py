@@ -63,7 +63,8 @@ def demo_config(store: Path, profile: str | None) -> Config:
 
 
 def serve(name: str, config: Config) -> TritonServer:
-    def progress(seconds: float, ready: int, models: int) -> None:
+    def progress(seconds: float, models: int, missing: tuple[str, ...]) -> None:
+        ready = models - len(missing)
         talk(f"\rserver {name}: starting, {seconds:3.0f} s, {ready}/{models} models ", end="")
 
     talk(f"server {name}: starting ", end="")

@@ -75,6 +75,36 @@ class Request:
         return "request"
 
 
+@dataclass
+class Metric:
+    """One series: what it holds now."""
+
+    value: float = 0.0
+    observed: list[float] = field(default_factory=list)
+
+    def increment(self, by):
+        self.value += by
+
+    def set(self, value):
+        self.value = value
+
+    def observe(self, value):
+        self.observed.append(value)
+
+
+class MetricFamily:
+    """Series by their labels."""
+
+    COUNTER, GAUGE, HISTOGRAM = "counter", "gauge", "histogram"
+
+    def __init__(self, *, name, description, kind):
+        assert description
+        self.name, self.kind, self.series = name, kind, {}
+
+    def Metric(self, *, labels, **_):
+        return self.series.setdefault(tuple(sorted(labels.items())), Metric())
+
+
 def get_input_tensor_by_name(request, name):
     array = request.tensors.get(name)
     return None if array is None else Tensor(name, array)

@@ -59,7 +59,7 @@ def test_known_error_is_one_line_without_traceback(capsys):
     )
 
 
-@pytest.mark.parametrize("arguments", [[], ["absent"], ["serve", "--http-port", "x"], ["store"]])
+@pytest.mark.parametrize("arguments", [["absent"], ["serve", "--http-port", "x"], ["store"]])
 def test_wrong_command_line_is_status_2(capsys, arguments):
     with pytest.raises(SystemExit) as caught:
         main(arguments)

@@ -83,7 +83,7 @@ def test_environment_values_are_parsed_by_type():
             '[store]\nkind = "redis"\n',
             "store.url must be redis:// or rediss:// with a host, got ''",
         ),
-        ('[store]\nkind = "redis"\nurl = "s3://b"\n', "store.url must be redis://"),
+        ('[store]\nkind = "redis"\nurl = "s3://bkt"\n', "store.url must be redis://"),
         ('[store]\nkind = "redis"\nurl = "redis://h:0"\n', "store.url must be redis://"),
         ('[store]\nkind = "redis"\nurl = "redis://h:x"\n', "store.url must be redis://"),
         ('[store]\nkind = "redis"\nurl = "redis://h/db"\n', "'db' is no database number"),
@@ -91,7 +91,7 @@ def test_environment_values_are_parsed_by_type():
         ('[store]\nkind = "s3"\nurl = "s3://"\n', "store.url must be s3:// with a host"),
         ('[store]\nkind = "s3"\nurl = "s3://b/a b"\n', "prefix 'a b' must be made of"),
         (
-            '[store]\nkind = "s3"\nurl = "s3://b"\nendpoint = "host:1"\n',
+            '[store]\nkind = "s3"\nurl = "s3://bkt"\nendpoint = "host:1"\n',
             "store.endpoint must be http:// or https://",
         ),
         ("[codec]\nchunk_tokens = 100\n", "not a multiple of engine.tokens_per_block"),
@@ -180,8 +180,8 @@ def test_store_addresses():
     redis = StoreConfig(kind="redis", url="rediss://cache.example:7000/3")
     assert redis.redis_address == ("cache.example", 7000, 3, True)
     assert StoreConfig(kind="redis", url="redis://[::1]").redis_address == ("::1", 6379, 0, False)
-    assert StoreConfig(kind="s3", url="s3://kv/team-a/chunks/").bucket == ("kv", "team-a/chunks")
-    assert StoreConfig(kind="s3", url="s3://kv").bucket == ("kv", "")
+    assert StoreConfig(kind="s3", url="s3://kvs/team-a/chunks/").bucket == ("kvs", "team-a/chunks")
+    assert StoreConfig(kind="s3", url="s3://kvs").bucket == ("kvs", "")
 
 
 def test_store_credentials_are_in_no_output():

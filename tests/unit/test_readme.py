@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvfetcher import wire
-from kvfetcher.codec.profiles import PROFILES
-from kvfetcher.config import explain_config
+from kvfetcher.config import PROFILES, explain_config
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

@@ -41,6 +41,7 @@ class TritonPythonModel:
                     cache_salt=asked.options.cache_salt,
                     policy=asked.kv_policy,
                     is_cancelled=watch.is_gone,
+                    request_id=request.request_id(),
                 )
         except Exception as exc:  # noqa: BLE001 - the boundary
             await end_fetch(watch, sender, exc, pb_utils)

@@ -42,7 +42,7 @@ class TritonPythonModel:
             async for response, is_last in generation.responses(self.host, sender.is_cancelled):
                 send(sender, response, pb_utils, is_last=is_last)
                 is_begun, is_answered = True, is_last
-            generation.count_regret(self.metrics)
+            generation.count(self.metrics)
             await self.saves.save(generation.ticket)
         except Exception as exc:  # noqa: BLE001 - the boundary
             if is_answered:

@@ -14,7 +14,7 @@ import numpy as np
 
 from kvfetcher import wire
 from kvfetcher.backend.leases import EngineLeases
-from kvfetcher.backend.metrics import Metrics, count_unit, store_observer
+from kvfetcher.backend.metrics import FETCH_SERIES, Metrics, count_unit, store_observer
 from kvfetcher.backend.tensors import bytes_tensor, text_tensor
 from kvfetcher.backend.watching import ClientWatch, Watches
 from kvfetcher.codec.gpu.instances import decode_instances, nvdec_engines, parallel_decoders
@@ -55,6 +55,7 @@ class FetchService:
         self._pb_utils = pb_utils
         self._leases = EngineLeases(config)
         self._metrics = Metrics(pb_utils)
+        self._metrics.start(FETCH_SERIES)
         self._watches = Watches()
         self._fetcher: Fetcher | None = None
         self._num_fetching = 0
@@ -131,10 +132,12 @@ class FetchService:
             count("kvfetcher_gate_gained_seconds_total", -gate.loss_ms / 1e3)
 
     async def _show_while_fetching(self, fetcher: Fetcher) -> None:
-        while self._num_fetching:
+        # Also after the last fetch: reads that it gave up may still be on their way.
+        while self._num_fetching or fetcher.load().inflight_bytes:
             self._show(fetcher.load())
             await asyncio.sleep(_SHOW_SECONDS)
         self._showing = None
+        self._show(fetcher.load())
 
     def _show(self, load: FetchLoad) -> None:
         self._metrics.set("kvfetcher_fetches_waiting", load.num_waiting)

@@ -13,7 +13,7 @@ import numpy as np
 
 from kvfetcher import wire
 from kvfetcher.backend.leases import EngineLeases
-from kvfetcher.backend.metrics import Metrics
+from kvfetcher.backend.metrics import GENERATE_SERIES, Metrics
 from kvfetcher.backend.params import GenerationOptions
 from kvfetcher.backend.saving import ticket_to_json
 from kvfetcher.backend.tensors import ids_tensor, read_ids, read_text, text_tensor
@@ -53,6 +53,8 @@ class Generation:
     stream_id: str = ""
     ticket: SaveTicket | None = None
     _regret: Regret | None = None
+    _started: float = field(default_factory=time.monotonic)
+    _first_token_seconds: float | None = None
 
     @classmethod
     def read(cls, request: Any, pb_utils: Any) -> Generation:
@@ -127,14 +129,23 @@ class Generation:
                 if is_answered or self.options.stream:
                     yield self._response(event, report=is_first or is_answered), is_answered
 
-    def count_regret(self, metrics: Metrics) -> None:
-        """Count how the gate's decision to compute turned out, where it made one."""
+    def count(self, metrics: Metrics) -> None:
+        """Count the time to the first token, and how the gate's decision to compute turned out."""
+        if self._first_token_seconds is not None and "outcome" in self.report:
+            metrics.observe(
+                "kvfetcher_time_to_first_token_seconds",
+                self._first_token_seconds,
+                outcome=str(self.report["outcome"]),
+            )
         if (result := self._regret) is not None:
             metrics.observe("kvfetcher_gate_compute_error_seconds", abs(result.error_seconds))
             metrics.add("kvfetcher_gate_compute_lost_seconds_total", result.loss_seconds)
             metrics.add("kvfetcher_gate_compute_gained_seconds_total", -result.loss_seconds)
 
     def _take(self, event: GenerateEvent) -> None:
+        if event.new_token_ids and not self.output_ids:
+            fetched_ms = self.report.get("stages_ms", {}).get("total", 0.0)
+            self._first_token_seconds = time.monotonic() - self._started + fetched_ms / 1e3
         self.output_ids.extend(event.new_token_ids)
         self.text += event.text_delta
         if event.timings is not None:
@@ -171,6 +182,7 @@ class SaveQueue:
         self._leases = EngineLeases(config)
         self._pb_utils = pb_utils
         self._metrics = Metrics(pb_utils)
+        self._metrics.start(GENERATE_SERIES)
         self._pending = 0
 
     async def save(self, ticket: SaveTicket | None) -> None:

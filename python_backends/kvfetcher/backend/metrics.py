@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
+
+from kvfetcher.fetch.planning.gate import Verdict
+from kvfetcher.fetch.report import Reason
+from kvfetcher.storage.guard import GuardEvent
+from kvfetcher.storage.tier import TierEvent
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,10 +46,52 @@ _HISTOGRAMS = {
     "kvfetcher_fetch_stage_seconds": "Time of fetches by stage; see kv_report's stages_ms",
     "kvfetcher_gate_error_seconds": "By how much fetches took longer or shorter than predicted",
     "kvfetcher_gate_compute_error_seconds": "The same of computing, where the gate chose it",
+    "kvfetcher_time_to_first_token_seconds": "From the start of the look-up to the first token, by the fetch's outcome",
 }
 NAMES = (*_COUNTERS, *_GAUGES, *_HISTOGRAMS)
 """Every series there can be."""
 _BUCKETS_SECONDS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
+
+
+# What starts at 0, so that `rate()` sees the first event too: (name, labels).
+Series = tuple[tuple[str, dict[str, str]], ...]
+
+FETCH_SERIES: Series = (
+    *(
+        (name, {})
+        for name in (
+            "kvfetcher_prompt_tokens_total",
+            "kvfetcher_hit_tokens_total",
+            "kvfetcher_fetched_bytes_total",
+            "kvfetcher_shared_fetches_total",
+            "kvfetcher_gate_lost_seconds_total",
+            "kvfetcher_gate_gained_seconds_total",
+        )
+    ),
+    ("kvfetcher_fetches_total", {"outcome": "hit", "reason": ""}),
+    ("kvfetcher_fetches_total", {"outcome": "cancelled", "reason": ""}),
+    *(
+        ("kvfetcher_fetches_total", {"outcome": outcome, "reason": reason})
+        for outcome in ("miss", "partial")
+        for reason in get_args(Reason)
+        if reason
+    ),
+    *(("kvfetcher_gate_decisions_total", {"verdict": v}) for v in get_args(Verdict)),
+)
+"""Of `kv_fetch`."""
+GENERATE_SERIES: Series = tuple(
+    (name, {})
+    for name in (
+        "kvfetcher_saved_chunks_total",
+        "kvfetcher_saved_bytes_total",
+        "kvfetcher_save_errors_total",
+        "kvfetcher_saves_dropped_total",
+        "kvfetcher_saves_pending",
+        "kvfetcher_gate_compute_lost_seconds_total",
+        "kvfetcher_gate_compute_gained_seconds_total",
+    )
+)
+"""Of `tensorrt_llm`."""
 
 
 class Metrics:
@@ -54,6 +101,11 @@ class Metrics:
         self._pb_utils = pb_utils
         self._families: dict[str, Any] = {}
         self._metrics: dict[tuple[str, tuple[tuple[str, str], ...]], Any] = {}
+
+    def start(self, series: Series) -> None:
+        """Make series that begin at 0 before their first event."""
+        for name, labels in series:
+            self._metric(name, labels)
 
     def add(self, name: str, value: float = 1, **labels: str) -> None:
         """Increase a counter (or move a gauge by `value`, which may be negative)."""
@@ -112,6 +164,8 @@ def store_observer(metrics: Metrics, prefix: str) -> Callable[[StoreEvent], None
     Each process has a store, and so a breaker, of its own.
     """
     metrics.set(f"{prefix}_breaker_open", 0.0)
+    events = (*get_args(GuardEvent), *get_args(TierEvent))
+    metrics.start(tuple((f"{prefix}_events_total", {"event": event}) for event in events))
 
     def observe(event: StoreEvent) -> None:
         metrics.add(f"{prefix}_events_total", event=event)

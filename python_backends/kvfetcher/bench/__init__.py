@@ -15,13 +15,18 @@ _BENCHMARKS = {
 }
 
 
-def main(argv: Sequence[str]) -> int:
-    """Command line of `kvfetcher bench`; returns the exit status."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command line of `kvfetcher bench`, up to the benchmark's name."""
     parser = argparse.ArgumentParser(
         prog="kvfetcher bench",
         description="Measure.",
         epilog="; ".join(f"{name}: {text}" for name, text in _BENCHMARKS.items()),
     )
     parser.add_argument("benchmark", choices=sorted(_BENCHMARKS))
-    arguments = parser.parse_args(argv[:1])
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `kvfetcher bench`; returns the exit status."""
+    arguments = make_parser().parse_args(argv[:1])
     return int(importlib.import_module(f"{__name__}.{arguments.benchmark}").main(argv[1:]))

@@ -19,6 +19,7 @@ from kvfetcher.calibration.calibrate import (
 from kvfetcher.calibration.certify import CertifySettings
 from kvfetcher.calibration.texts import Text, default_texts, keep_apart, load_texts
 from kvfetcher.codec.ladder.artifact import Calibration
+from kvfetcher.codec.ladder.bar import below_bar
 from kvfetcher.codec.ladder.library import (
     calibration_folder,
     model_calibration_path,
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
     from kvfetcher.calibration.progress import Progress
 
 
-def main_calibrate(argv: Sequence[str] | None = None) -> int:
-    """Command line of `kvfetcher calibrate`; returns the exit status."""
+def calibrate_parser() -> argparse.ArgumentParser:
+    """The command line of `kvfetcher calibrate`."""
     defaults, amounts = CalibrateSettings(), CollectSettings()
     parser = argparse.ArgumentParser(
         prog="kvfetcher calibrate", description="Make the calibration artifact of a model."
@@ -59,7 +60,12 @@ def main_calibrate(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=amounts.seed)
     parser.add_argument("--device", default="cpu", help="cpu or cuda[:N]")
     parser.add_argument("--output", type=Path, help="also write the artifact here")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main_calibrate(argv: Sequence[str] | None = None) -> int:
+    """Run `kvfetcher calibrate`: the certificate as JSON on stdout. Returns the exit status."""
+    args = calibrate_parser().parse_args(argv)
     try:
         calibration = _calibrate(args)
     except KVFetcherError as exc:
@@ -69,8 +75,8 @@ def main_calibrate(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def main_certify(argv: Sequence[str] | None = None) -> int:
-    """Command line of `kvfetcher certify`; returns the exit status."""
+def certify_parser() -> argparse.ArgumentParser:
+    """The command line of `kvfetcher certify`."""
     parser = argparse.ArgumentParser(
         prog="kvfetcher certify", description="Measure an existing calibration again."
     )
@@ -78,7 +84,12 @@ def main_certify(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--calibration", type=Path, help="artifact; default = the model's own")
     parser.add_argument("--texts", type=Path, help="folder of held-out texts")
     parser.add_argument("--device", default="cpu", help="cpu or cuda[:N]")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main_certify(argv: Sequence[str] | None = None) -> int:
+    """Run `kvfetcher certify`: the certificate as JSON on stdout. Returns the exit status."""
+    args = certify_parser().parse_args(argv)
     try:
         folder, digest = _model(args.model)
         path = args.calibration or model_calibration_path(digest)
@@ -185,4 +196,8 @@ def _print_certificate(calibration: Calibration) -> None:
             f" smaller, KL {row['kl']:.1e} (worst text {row['worst_kl']:.1e}), perplexity"
             f" {100 * row['perplexity_change']:+.2f} %, top-1 {100 * row['top1_agreement']:.1f} %\n"
         )
+    for name in LADDER:
+        if why := below_bar(certificate, name):
+            effect = "; `auto` stays exact" if name == "balanced" else ""
+            sys.stderr.write(f"kvfetcher: warning: {why}{effect}\n")
     sys.stdout.write(json.dumps(certificate, indent=1) + "\n")

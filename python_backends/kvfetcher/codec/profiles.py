@@ -15,6 +15,7 @@ from kvfetcher.codec.ladder.profile import TransformProfile, restore_transform
 from kvfetcher.codec.paper import PAPER_FRAME_SIZES, PaperProfile, restore_paper
 from kvfetcher.codec.raw import RawProfile, WithRawCopy, restore_raw
 from kvfetcher.codec.uncalibrated import UncalibratedProfile, restore_uncalibrated
+from kvfetcher.config import AUTO, PROFILES
 from kvfetcher.errors import ConfigError, FormatError, LayoutError, UnsupportedVersionError
 from kvfetcher.format.container import UnitData, build_chunk, check_unit, parse_header
 from kvfetcher.format.sections import ProfileCode
@@ -45,9 +46,6 @@ PROFILE_NAMES: dict[int, str] = {
     ProfileCode.UNCALIBRATED: "uncalibrated",
     ProfileCode.RAW: "raw",
 }
-PROFILES = ("exact", *LADDER, "uncalibrated", "paper", "raw")
-AUTO = "auto"
-"""Left to the launcher (`server.profile`); where none decided, `exact`."""
 
 
 def make_profile(config: CodecConfig) -> Profile:

@@ -47,7 +47,7 @@ def main_doctor(argv: Sequence[str]) -> int:
     Returns:
         The exit status; see this module's head.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     config = load_config(arguments.config)
     checks = []
     for check in _checks(config, arguments):
@@ -70,7 +70,8 @@ def main_doctor(argv: Sequence[str]) -> int:
     return int(bool(failed))
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
     engines = get_args(get_type_hints(EngineConfig)["kind"])
     parser = argparse.ArgumentParser(
         prog="kvfetcher doctor",

@@ -24,6 +24,9 @@ ENGINE_CHECKS: Mapping[str, tuple[str, str]] = {
 """Engine kind -> (module, function ``(Config) -> Sequence[Check]``)."""
 
 
+_REMEDY = "mend what the message names, then run `kvfetcher doctor` again"
+
+
 def check_engine(
     config: Config, kind: str, *, known: Mapping[str, tuple[str, str]] = ENGINE_CHECKS
 ) -> list[Check]:
@@ -34,7 +37,7 @@ def check_engine(
     try:
         return list(getattr(importlib.import_module(module), function)(config))
     except KVFetcherError as exc:
-        return [Check(f"engine {kind}", "fail", str(exc), "see the message")]
+        return [Check(f"engine {kind}", "fail", str(exc), _REMEDY)]
     except ImportError as exc:
         return [
             Check(

@@ -185,6 +185,8 @@ class Certified(NamedTuple):
 
     kl: float
     ratio: float
+    below_bar: str = ""
+    """Why the quality is not good enough (`codec.ladder.bar`); "" = it is."""
 
 
 def check_calibration(config: Config, *, read: Callable[[str, str], Certified | None]) -> Check:
@@ -217,6 +219,13 @@ def check_calibration(config: Config, *, read: Callable[[str, str], Certified | 
             f"{codec.calibration} carries no certificate of the quality of {codec.profile}",
             f"kvfetcher certify {codec.calibration}",
         )
+    if certified.below_bar:
+        return Check(
+            "calibration",
+            "warn",
+            f"{codec.calibration}: {certified.below_bar}",
+            'kvfetcher calibrate MODEL with more and longer texts, or codec.profile = "exact"',
+        )
     return Check(
         "calibration",
         "ok",
@@ -232,6 +241,7 @@ def read_certificate(path: str, profile: str) -> Certified | None:
         ConfigError, FormatError: the file is missing or not an artifact.
     """
     from kvfetcher.codec.ladder.artifact import Calibration
+    from kvfetcher.codec.ladder.bar import below_bar
     from kvfetcher.codec.ladder.library import certified
 
     calibration = Calibration.load(Path(path).expanduser())
@@ -239,4 +249,4 @@ def read_certificate(path: str, profile: str) -> Certified | None:
         ratio, kl = certified(calibration, profile)
     except ConfigError:
         return None
-    return Certified(kl, ratio)
+    return Certified(kl, ratio, below_bar(calibration.certificate, profile))

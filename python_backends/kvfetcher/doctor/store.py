@@ -33,16 +33,26 @@ def check_store(config: Config, *, open_it: Callable[[], Store]) -> Check:
     """
     place = config.store.url or str(config.store.folder)
     try:
-        seconds = asyncio.run(_round_trip(open_it))
+        seconds = asyncio.run(round_trip(open_it))
     except KVFetcherError as exc:
         return Check("store", "fail", f"{config.store.kind} {place}: {exc}", _REMEDY)
     times = ", ".join(f"{verb} {value * 1e3:.1f} ms" for verb, value in seconds.items())
     return Check("store", "ok", f"{config.store.kind} {place}: 1 MiB {times}")
 
 
-async def _round_trip(open_it: Callable[[], Store]) -> dict[str, float]:
+async def round_trip(
+    open_it: Callable[[], Store], *, num_bytes: int = _PROBE_BYTES
+) -> dict[str, float]:
+    """Write, read and delete an object of random bytes.
+
+    Returns:
+        Seconds of each verb.
+
+    Raises:
+        KVFetcherError: a call failed, or gave other bytes back.
+    """
     name = f"doctor-{secrets.token_hex(16)}"
-    data = os.urandom(_PROBE_BYTES)
+    data = os.urandom(num_bytes)
     seconds: dict[str, float] = {}
     store = open_it()
     try:

@@ -211,6 +211,7 @@ class Fetcher:
         cache_salt: str,
         policy: str,
         is_cancelled: Callable[[], bool],
+        request_id: str = "",
     ) -> Fetched:
         """Fetch the longest stored prefix of `input_ids` that is worth it.
 
@@ -220,6 +221,7 @@ class Fetcher:
             policy: one of wire.KV_POLICIES; `fetch` bypasses the gate, `warm` only brings the
                 chunks into the store's copies near by.
             is_cancelled: polled while the request waits.
+            request_id: the client's name for the request, for the log.
 
         Returns:
             A sealed lease that the engine can claim, or none, and the report.
@@ -238,8 +240,8 @@ class Fetcher:
             claim = await self._serve(request)
         report.add_ms("total", (self._clock() - started) * 1e3)
         _log.info(
-            "fetch %s: %d of %d tokens, %d bytes, %.0f ms %s %s",
-            report.outcome, report.hit_tokens, report.prompt_tokens, report.bytes_fetched,
+            "request %s: fetch %s: %d of %d tokens, %d bytes, %.0f ms %s %s",
+            request_id or "without id", report.outcome, report.hit_tokens, report.prompt_tokens, report.bytes_fetched,
             report.stages_ms["total"], report.reason, report.detail,
         )  # fmt: skip
         return Fetched(claim, report)

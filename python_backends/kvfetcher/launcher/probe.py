@@ -10,8 +10,12 @@ import hashlib
 import http.client
 import json
 from importlib import resources
+from typing import TYPE_CHECKING
 
 from kvfetcher import wire
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 VALUES_SHA256 = "e1960ed3d24a1aa3ca08a3982af4af5f240799901ae199cb054a821ced491d78"
 
@@ -23,8 +27,21 @@ def probe_unit() -> bytes:
     return (resources.files("kvfetcher.launcher") / "probe.kvu").read_bytes()
 
 
-def probe_pipeline(host: str, http_port: int, *, timeout_seconds: float) -> str:
-    """Why kv_pipeline does not do its work now; empty = it does."""
+def probe_pipeline(
+    host: str,
+    http_port: int,
+    *,
+    timeout_seconds: float,
+    headers: Mapping[str, str] | None = None,
+) -> str:
+    """Why kv_pipeline does not do its work now; empty = it does.
+
+    Args:
+        host: where tritonserver answers HTTP.
+        http_port: its port.
+        timeout_seconds: longest wait for the answer.
+        headers: what a server with restricted APIs asks for.
+    """
     unit = probe_unit()
     body = {
         "inputs": [
@@ -39,7 +56,9 @@ def probe_pipeline(host: str, http_port: int, *, timeout_seconds: float) -> str:
     }
     connection = http.client.HTTPConnection(host, http_port, timeout=timeout_seconds)
     try:
-        connection.request("POST", f"/v2/models/{wire.KV_PIPELINE}/infer", json.dumps(body))
+        connection.request(
+            "POST", f"/v2/models/{wire.KV_PIPELINE}/infer", json.dumps(body), dict(headers or {})
+        )
         response = connection.getresponse()
         text = response.read()
         if response.status != 200:

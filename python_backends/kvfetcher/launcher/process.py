@@ -48,8 +48,8 @@ from kvfetcher.launcher.stubs import Stub, find_stubs
 if TYPE_CHECKING:
     from types import TracebackType
 
-Progress = Callable[[float, int, int], None]
-"""Called while waiting: seconds since the start, models ready, models in all."""
+Progress = Callable[[float, int, tuple[str, ...]], None]
+"""Called while waiting: seconds since the start, number of models in all, those not ready yet."""
 
 _POLL_SECONDS = 0.1
 _PROGRESS_SECONDS = 1.0
@@ -193,7 +193,7 @@ class TritonServer:
         try:
             self._mps = start_mps(self.config.server.mps, self._run_dir.path)
             self._spawn(installation, repository)
-            self._wait_ready(sum(1 for p in repository.iterdir() if p.is_dir()))
+            self._wait_ready({p.name for p in repository.iterdir() if p.is_dir()})
         except BaseException as exc:
             tail = self.log_tail()
             self._kill_all()
@@ -215,7 +215,8 @@ class TritonServer:
             _reachable(self.config.server.host), self.config.server.http_port, timeout=1.0
         )
         try:
-            connection.request("GET", "/v2/health/ready")
+            headers = self.config.server.restricted_headers
+            connection.request("GET", "/v2/health/ready", headers=headers)
             return connection.getresponse().status == 200
         except (OSError, http.client.HTTPException):
             return False
@@ -251,7 +252,7 @@ class TritonServer:
                 "POST",
                 f"/v2/repository/models/{model}/load",
                 "{}",
-                {_CONTROL_HEADER: self._control_token},
+                {_CONTROL_HEADER: self._control_token} | self.config.server.restricted_headers,
             )
             response = connection.getresponse()
             text = response.read().decode(errors="replace")
@@ -398,9 +399,10 @@ class TritonServer:
             f"--metrics-port={server.metrics_port}",
             f"--exit-timeout-secs={int(server.stop_timeout_seconds)}",
             f"--log-verbose={server.log_verbose}",
+            *server.extra_args,
         ]
 
-    def _wait_ready(self, num_models: int) -> None:
+    def _wait_ready(self, models: set[str]) -> None:
         assert self._process is not None
         start = time.monotonic()
         next_report = start + _PROGRESS_SECONDS
@@ -415,14 +417,18 @@ class TritonServer:
                 raise ServerError(
                     f"tritonserver was not ready after"
                     f" {self.config.server.ready_timeout_seconds:g} s"
-                    f" (server.ready_timeout_seconds); its log is kept in {self.keep_log()};"
+                    f" (server.ready_timeout_seconds); not ready:"
+                    f" {', '.join(self._not_ready(models)) or 'the server itself'}; its log is kept in {self.keep_log()};"
                     " the last lines:"
                 )
             if self._progress is not None and now >= next_report:
-                ready = len(set(_LOADED.findall(self.log_path.read_bytes())))
-                self._progress(now - start, ready, num_models)
+                self._progress(now - start, len(models), self._not_ready(models))
                 next_report += _PROGRESS_SECONDS
             time.sleep(_POLL_SECONDS)
+
+    def _not_ready(self, models: set[str]) -> tuple[str, ...]:
+        loaded = {name.decode() for name in _LOADED.findall(self.log_path.read_bytes())}
+        return tuple(sorted(models - loaded))
 
     def _kill_all(self) -> None:
         if self._process is not None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from kvfetcher.codec.ladder.bar import below_bar
 from kvfetcher.codec.ladder.library import certified, model_calibration_path, served_calibration
-from kvfetcher.codec.profiles import AUTO
+from kvfetcher.config import AUTO
 from kvfetcher.errors import ConfigError, KVFetcherError
 from kvfetcher.models.identity import weights_digest
 from kvfetcher.spec import LADDER
@@ -35,8 +36,8 @@ def choose_profile(
 ) -> ChosenProfile:
     """The configuration with profile and calibration settled.
 
-    `auto` becomes `balanced` where a certified calibration of the model is kept on this machine,
-    else `exact`. A profile that needs a calibration and names none gets the one that is kept.
+    `auto` becomes `balanced` where a calibration of the model is named or kept on this machine whose
+    certificate reaches the quality bar (`codec.ladder.bar`), else `exact`. A profile that needs a calibration and names none gets the one that is kept.
 
     Args:
         codec: as configured.
@@ -45,7 +46,8 @@ def choose_profile(
 
     Raises:
         EngineError: the model's weights cannot be read.
-        ConfigError, FormatError: the calibration that `codec` names, or needs, cannot be served.
+        ConfigError, FormatError: the calibration that `codec` names, or needs, cannot be served, is
+            of another model, or is not there.
     """
     is_open = codec.profile == AUTO
     if codec.profile == "uncalibrated":
@@ -65,6 +67,13 @@ def choose_profile(
 
     if codec.calibration:
         calibration = served(codec.calibration)
+        if calibration.model != weights_digest(model):
+            raise ConfigError(
+                f"codec.calibration = {codec.calibration!r} was made for another model than the one"
+                f" in {model}; run `kvfetcher calibrate` for this one"
+            )
+        if is_open and (why := _too_low(codec, calibration, wanted)):
+            return ChosenProfile(replace(codec, profile="exact", calibration=""), why)
         return ChosenProfile(
             replace(codec, profile=wanted),
             f"codec.calibration is set{_quality(calibration, wanted, dtype)}",
@@ -72,7 +81,7 @@ def choose_profile(
     kept = model_calibration_path(weights_digest(model))
     if not kept.exists():
         if not is_open:
-            return ChosenProfile(codec, "configured")
+            served("")  # raises
         return ChosenProfile(
             replace(codec, profile="exact"),
             "this model has no calibration here; `kvfetcher calibrate` makes one, and chunks"
@@ -86,10 +95,23 @@ def choose_profile(
         if not is_open:
             raise
         return ChosenProfile(replace(codec, profile="exact"), str(exc))
+    if is_open and (why := _too_low(codec, calibration, wanted)):
+        return ChosenProfile(replace(codec, profile="exact"), why)
     return ChosenProfile(
         replace(codec, profile=wanted, calibration=path),
         f"calibration {calibration.digest[:16]} of this model"
         f"{_quality(calibration, wanted, dtype)}",
+    )
+
+
+def _too_low(codec: CodecConfig, calibration: Calibration, profile: str) -> str:
+    """Why `auto` does not take a profile though it has a certificate; "" = it takes it."""
+    if codec.allow_uncertified:
+        return ""
+    why = below_bar(calibration.certificate, profile)
+    return why and (
+        f"calibration {calibration.digest[:16]}: {why}; calibrate with more and longer texts, or set"
+        f' codec.profile = "{profile}" to take it as it is'
     )
 
 
@@ -99,4 +121,5 @@ def _quality(calibration: Calibration, profile: str, dtype: KVDtype | None) -> s
         ratio, kl = certified(calibration, profile, dtype=dtype)
     except ConfigError:
         return ", not certified"
-    return f": {ratio:.1f} times smaller at KL {kl:.1e} nats"
+    why = below_bar(calibration.certificate, profile)
+    return f": {ratio:.1f} times smaller at KL {kl:.1e} nats{why and f'; {why}'}"

@@ -353,6 +353,7 @@ class _Prober:
     def __init__(self, server: TritonServer, *, every_seconds: float) -> None:
         self._host, _, port = server.http_url.rpartition(":")
         self._port = int(port)
+        self._headers = server.config.server.restricted_headers
         self._every_seconds = every_seconds
         self._lock = threading.Lock()
         self._failures = (0, "")
@@ -378,6 +379,11 @@ class _Prober:
     def _run(self) -> None:
         host = self._host.strip("[]")
         while not self._stop.wait(self._every_seconds):
-            error = probe_pipeline(host, self._port, timeout_seconds=_PROBE_TIMEOUT_SECONDS)
+            error = probe_pipeline(
+                host,
+                self._port,
+                timeout_seconds=_PROBE_TIMEOUT_SECONDS,
+                headers=self._headers,
+            )
             with self._lock:
                 self._failures = (self._failures[0] + 1, error) if error else (0, "")

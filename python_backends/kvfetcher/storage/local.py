@@ -163,6 +163,12 @@ class LocalStore:
                 " system it lies on alive?"
             ) from exc
         except OSError as exc:
+            if isinstance(exc, NotADirectoryError) and not self._folder.is_dir():
+                # Not a miss: nothing can ever be stored there.
+                raise StoreError(
+                    f"file store {self._folder}: {what}: store.path is not a folder; name a folder"
+                    " or remove the file"
+                ) from exc
             if reads and isinstance(
                 exc, FileNotFoundError | NotADirectoryError | IsADirectoryError
             ):

@@ -49,6 +49,9 @@ class Shown:
     def set(self, name, value):
         self.gauges[name] = value
 
+    def start(self, series):
+        self.started = {name for name, _ in series}
+
     def add(self, name, value=1, **labels):
         key = (name, *labels.values())
         self.counts[key] = self.counts.get(key, 0) + value
@@ -68,8 +71,11 @@ class Fetches:
         await self.end.wait()
         return Fetched(None, FetchReport(policy="auto", prompt_tokens=5))
 
+    late_bytes: int = 0
+    """Of reads that nobody waits for any more."""
+
     def load(self):
-        return FetchLoad(self.waiting, 7 * self.waiting, 1e6)
+        return FetchLoad(self.waiting, 7 * self.waiting + self.late_bytes, 1e6)
 
 
 async def test_gauges_follow_what_is_fetched_while_it_is(tmp_path, monkeypatch):
@@ -93,6 +99,20 @@ async def test_gauges_follow_what_is_fetched_while_it_is(tmp_path, monkeypatch):
     await shows(0)
     async with asyncio.timeout(5):
         while service._showing is not None:
+            await asyncio.sleep(0.01)
+
+
+async def test_bytes_of_reads_that_were_given_up_go_without_another_request(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVFETCHER_RUN_DIR", str(tmp_path))
+    monkeypatch.setattr(fetching, "_SHOW_SECONDS", 0.01)
+    service = fetching.FetchService(load_config(environ={}), pb_utils)
+    service._metrics, service._fetcher = shown, fetches = Shown(), Fetches(late_bytes=210_081)
+    fetches.end.set()
+    await service.fetch()
+    assert shown.gauges["kvfetcher_inflight_bytes"] == 210_081
+    fetches.late_bytes = 0
+    async with asyncio.timeout(5):
+        while shown.gauges["kvfetcher_inflight_bytes"]:
             await asyncio.sleep(0.01)
 
 

@@ -101,7 +101,7 @@ async def test_the_engine_tells_how_a_decision_to_compute_turned_out():
         add = observe = dict.__setitem__
 
     counts = Counts()
-    running.count_regret(counts)
+    running.count(counts)
     assert counts == {
         "kvfetcher_gate_compute_error_seconds": pytest.approx(0.0005),
         "kvfetcher_gate_compute_lost_seconds_total": pytest.approx(-0.003),

@@ -6,10 +6,11 @@ from contextlib import aclosing, closing
 
 import pytest
 
-from kvfetcher.errors import RequestCancelledError, RequestError
 from kvfetcher_client import (
     AsyncClient,
     Client,
+    RequestCancelledError,
+    RequestError,
     ResponseError,
     ResponseTimeoutError,
     ServerUnavailableError,

@@ -44,7 +44,7 @@ def test_a_whole_environment_is_ok():
         ({}, {"numpy": "2.1.0"}, "fail", "pip install 'numpy<2'"),
         ({}, {"av": "", "torch": ""}, "fail", "pip install 'kvfetcher[codec,engine]'"),
         ({}, {"numpy": ""}, "fail", "pip install numpy"),
-        ({"store": {"kind": "s3", "url": "s3://b"}}, {}, "fail", "pip install 'kvfetcher[s3]'"),
+        ({"store": {"kind": "s3", "url": "s3://bkt"}}, {}, "fail", "pip install 'kvfetcher[s3]'"),
         ({"engine": {"kind": "tensorrt_llm"}}, {}, "fail", "pip install tensorrt_llm"),
         ({}, {"PyNvVideoCodec": ""}, "warn", "pip install 'kvfetcher[gpu]'"),
         ({}, {"PyNvVideoCodec": "2.2.3"}, "warn", "pip install 'PyNvVideoCodec>=2.2.4,<3'"),

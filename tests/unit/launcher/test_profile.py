@@ -122,7 +122,29 @@ def test_an_uncalibrated_profile_says_that_nothing_is_certified(model):
     assert "kvfetcher calibrate" in reason
 
 
-def test_a_ladder_profile_without_any_calibration_is_left_to_be_refused(model):
-    codec, _ = choose_profile(CodecConfig(profile="near"), model)
+def test_a_ladder_profile_without_any_calibration_is_refused(model):
     with pytest.raises(ConfigError, match="kvfetcher calibrate"):
-        make_profile(codec)
+        choose_profile(CodecConfig(profile="near"), model)
+
+
+def test_a_named_calibration_of_another_model_is_refused(model, tmp_path):
+    other = tmp_path / "other.safetensors"
+    certify(make_calibration(KVSpec(3, 2, 8)), **ROWS).save(other)
+    with pytest.raises(ConfigError, match="another model"):
+        choose_profile(CodecConfig(profile="near", calibration=str(other)), model)
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_auto_stays_exact_below_the_quality_bar_and_says_why(
+    model, calibration, tmp_path, is_named
+):
+    poor = certify(calibration, **(ROWS | {"balanced": (9.75, 2.5e-3)}))
+    path = library.store_calibration(poor)
+    named = {"calibration": str(path)} if is_named else {}
+    codec, reason = choose_profile(CodecConfig(**named), model)
+    assert codec.profile == "exact"
+    assert "balanced misses its quality bar: KL 2.5e-03 nats (at most 1.2e-03)" in reason
+    codec, reason = choose_profile(CodecConfig(profile="balanced"), model)
+    assert (codec.profile, codec.calibration) == ("balanced", str(path))
+    assert "misses its quality bar" in reason
+    assert choose_profile(CodecConfig(allow_uncertified=True), model).codec.profile == "balanced"

@@ -59,9 +59,14 @@ async def test_missing_folder_reads_as_an_empty_store(tmp_path):
 async def test_folder_under_a_file_is_refused_with_the_remedy(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     store = LocalStore(tmp_path / "file" / "store", timeout_seconds=10.0)
-    with pytest.raises(StoreError, match=r"set store\.path to another folder"):
+    with pytest.raises(StoreError, match="name a folder"):
         await store.put(NAME, b"data")
-    assert await store.head(NAME) is None
+    for call in (store.head(NAME), store.get(NAME), store.get_range(NAME, 0, 1)):
+        with pytest.raises(StoreError, match="is not a folder") as caught:
+            await call
+        assert type(caught.value) is StoreError  # a miss would be ChunkNotFoundError
+    with pytest.raises(StoreError, match="is not a folder"):
+        [info async for info in store.list_prefix()]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

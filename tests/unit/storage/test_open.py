@@ -17,7 +17,7 @@ def test_a_folder_is_the_default(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "package", "url"), [("redis", "redis", "redis://h"), ("s3", "obstore", "s3://b")]
+    ("kind", "package", "url"), [("redis", "redis", "redis://h"), ("s3", "obstore", "s3://bkt")]
 )
 def test_a_missing_package_is_named_with_the_remedy(monkeypatch, kind, package, url):
     monkeypatch.setitem(sys.modules, package, None)

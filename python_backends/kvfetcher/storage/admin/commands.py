@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         KVFetcherError: the store or the configuration failed.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     return asyncio.run(_run(arguments))
 
 
@@ -86,7 +86,8 @@ async def _run(arguments: argparse.Namespace) -> int:
         await job.store.close()
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="kvfetcher store",
         description="Look into the store, check it, purge it, put it in order.",
@@ -108,6 +109,12 @@ def _parser() -> argparse.ArgumentParser:
 
     stat = command("stat", _stat, "Count objects and bytes by model and tenant, or look at one.")
     stat.add_argument("name", nargs="?", help="an object name")
+
+    get = command("get", _get, "Copy an object out of the store, for `kvfetcher inspect`.")
+    get.add_argument("name", help="an object name")
+    get.add_argument(
+        "--output", "-o", metavar="FILE", default="-", help="where to; - = stdout (the default)"
+    )
 
     purge = command(
         "purge",
@@ -219,6 +226,23 @@ async def _stat_object(job: _Job, name: str) -> dict[str, Any]:
         return facts
     before = object_name(chunk.scope, chunk.parent) if chunk.first_position else None
     return facts | {"first_position": chunk.first_position, "chunk_before": before}
+
+
+async def _get(job: _Job) -> int:
+    arguments = job.arguments
+    data = await job.remote.get(arguments.name)
+    if arguments.output == "-":
+        if arguments.json:
+            raise RequestError("--json needs --output FILE: stdout holds the object")
+        sys.stdout.buffer.write(data)
+        return 0
+    try:
+        Path(arguments.output).write_bytes(data)
+    except OSError as exc:
+        raise RequestError(f"{arguments.output} cannot be written: {exc.strerror}") from exc
+    if arguments.json:
+        _print_json({"name": arguments.name, "num_bytes": len(data), "file": arguments.output})
+    return 0
 
 
 async def _purge(job: _Job) -> int:
@@ -365,10 +389,11 @@ async def _remove(
     """Remove objects and quarantined copies if --delete was given, and tell which."""
     num_bytes = sum(info.num_bytes for info in (*objects, *(aside.info for aside in asides)))
     if not job.arguments.json:
+        would = "" if job.arguments.delete else "would remove: "
         for info in objects:
-            _print(f"{info.num_bytes:>12} {why[info.name]:<11} {info.name}")
+            _print(f"{info.num_bytes:>12} {would}{why[info.name]:<11} {info.name}")
         for aside in asides:
-            _print(f"{aside.info.num_bytes:>12} quarantined {aside.info.name}")
+            _print(f"{aside.info.num_bytes:>12} {would}quarantined {aside.info.name}")
     result: dict[str, Any] = {
         "objects": [{"name": info.name, "why": why[info.name]} for info in objects],
         "quarantined": [{"name": aside.info.name, "place": aside.place} for aside in asides],
