@@ -13,7 +13,9 @@ def leaves(kind=errors.KVFetcherError):
     return [kind, *(leaf for child in kind.__subclasses__() for leaf in leaves(child))]
 
 
-@pytest.mark.parametrize("kind", leaves())
+@pytest.mark.parametrize(
+    "kind", dict.fromkeys(leaves()), ids=lambda kind: f"{kind.__module__}.{kind.__name__}"
+)
 def test_every_error_has_a_triton_status_and_survives_pickling(kind):
     assert hasattr(pb_utils.TritonError, kind.triton_status)
     copy = pickle.loads(pickle.dumps(kind("which, rule, remedy")))
