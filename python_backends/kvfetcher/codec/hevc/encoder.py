@@ -58,7 +58,8 @@ def _encode(picture: Integers, geometry: PlaneGeometry) -> bytes:
         return unit
     # Emulation prevention makes PCM samples that are 0 up to a half larger.
     both = [
-        _encode_as(picture, geometry, _MANY * raw_bytes, has_pcm=has_pcm) for has_pcm in (True, False)
+        _encode_as(picture, geometry, _MANY * raw_bytes, has_pcm=has_pcm)
+        for has_pcm in (True, False)
     ]
     return min((unit for unit in both if unit is not None), key=len)
 
