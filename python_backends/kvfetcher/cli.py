@@ -180,7 +180,9 @@ def _parser() -> argparse.ArgumentParser:
         _completion,
         'Print a shell\'s completion of this command: eval "$(kvfetcher completion bash)"',
     )
-    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="the shell that the text is for")
+    completion.add_argument(
+        "shell", choices=("bash", "zsh", "tcsh"), help="the shell that the text is for"
+    )
     return parser
 
 
