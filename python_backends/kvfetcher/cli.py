@@ -238,7 +238,10 @@ def _serve(arguments: argparse.Namespace) -> int:
                 print(json.dumps({**urls, "log": str(server.log_path)}), flush=True)
             Supervisor(server).run()
         except KeyboardInterrupt:
-            print("kvfetcher: stopping (Ctrl-C again to kill)", file=sys.stderr)
+            print(
+                "kvfetcher: stopping: running requests and saves are finished (Ctrl-C again to kill)",
+                file=sys.stderr,
+            )
         finally:
             clean = server.stop()
     if not clean:

@@ -250,6 +250,11 @@ class EngineConfig(_Section):
     max_prompt_tokens: int = _option(
         0, "longest prompt, in tokens; 0 = what the model's position range allows", low=0
     )
+    repeat_bos: bool = _option(
+        False,
+        "keep a second beginning-of-text token where a prompt's text already begins with one (as a chat"
+        " template writes it)",
+    )
     max_output_tokens: int = _option(1024, "largest max_tokens of a request", low=1)
     num_threads: int = _option(
         0, "number of CPU threads of the engine; 0 = all cores", low=0, high=1024

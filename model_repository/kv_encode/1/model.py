@@ -16,6 +16,7 @@ from kvfetcher.backend import setup
 from kvfetcher.backend.coding import ChunkEncoder
 from kvfetcher.backend.respond import respond_each
 from kvfetcher.backend.tensors import bytes_tensor, read_bytes, read_ids, read_text, text_tensor
+from kvfetcher.backend.vitals import watched
 from kvfetcher.config import load_config
 
 
@@ -26,6 +27,7 @@ class TritonPythonModel:
         setup.lower_priority(config.save.nice)
         self.encoder = ChunkEncoder(config.codec)
 
+    @watched
     def execute(self, requests):
         return respond_each(requests, self._encode, pb_utils)
 
