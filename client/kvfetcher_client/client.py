@@ -146,8 +146,7 @@ class Client:
         try:
             for response in call:
                 ending = is_last(response)
-                parsed = parse_response(self.url, response, request_id=request.id)
-                if parsed is not None:
+                if (parsed := parse_response(self.url, response)) is not None:
                     delta = parsed
                     yield delta
         except grpc.RpcError as exc:
@@ -241,8 +240,7 @@ class AsyncClient:
         try:
             async for response in call:
                 ending = is_last(response)
-                parsed = parse_response(self.url, response, request_id=request.id)
-                if parsed is not None:
+                if (parsed := parse_response(self.url, response)) is not None:
                     delta = parsed
                     yield delta
         except grpc.RpcError as exc:

@@ -1,5 +1,6 @@
 """Saving: what is stored, what is skipped, and that leases always come back."""
 
+import asyncio
 import dataclasses
 
 import pytest
@@ -121,3 +122,50 @@ async def test_a_bug_gives_the_lease_back_too(rig):
     with pytest.raises(ZeroDivisionError):
         await rig.saver(encode=broken).save(ticket())
     assert rig.leases.released == ["lease"]
+
+
+async def test_chunks_are_encoded_side_by_side_and_stored_as_they_finish(tmp_path):
+    rig = Rig(tmp_path)
+    gates = [asyncio.Event() for _ in range(4)]
+    begun = []
+
+    async def encode(tokens, key, facts, target):
+        begun.append(key.index)
+        await gates[key.index].wait()
+        return b"chunk" + bytes([key.index])
+
+    saver = Saver(store=rig.store, leases=rig.leases, encode_chunk=encode, chunks_in_flight=2)
+    saving = asyncio.create_task(saver.save(ticket(4)))
+    await until(lambda: begun == [0, 1])
+    gates[1].set()  # the second is over first
+    await until(lambda: begun == [0, 1, 2])
+    assert len(list(tmp_path.rglob("*"))) > 0
+    for gate in gates:
+        gate.set()
+    report = await saving
+    assert (report.chunks_saved, report.error) == (4, "")
+    assert rig.leases.released == ["lease"]
+
+
+async def test_after_a_failure_no_further_chunk_is_begun(tmp_path):
+    rig = Rig(tmp_path)
+    begun = []
+
+    async def encode(tokens, key, facts, target):
+        begun.append(key.index)
+        await asyncio.sleep(0)
+        if key.index == 0:
+            raise CodecError("it does not encode")
+        return b"chunk"
+
+    saver = Saver(store=rig.store, leases=rig.leases, encode_chunk=encode, chunks_in_flight=2)
+    report = await saver.save(ticket(9))
+    assert "does not encode" in report.error
+    assert len(begun) < 5
+    assert rig.leases.released == ["lease"]
+
+
+async def until(holds):
+    async with asyncio.timeout(5):
+        while not holds():
+            await asyncio.sleep(0.001)

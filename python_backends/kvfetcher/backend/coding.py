@@ -14,7 +14,6 @@ import numpy as np
 
 from kvfetcher import wire
 from kvfetcher.backend.gpu_coding import Arenas, GpuInput, GpuOutput
-from kvfetcher.backend.tags import compare, unit_tag
 from kvfetcher.backend.warm_up import gpu_of, warm_up_units
 from kvfetcher.codec import profiles
 from kvfetcher.codec.gpu import nvdec
@@ -25,6 +24,8 @@ from kvfetcher.errors import (
     ConfigError,
     DecoderUnavailableError,
     GpuError,
+    KVFetcherError,
+    LayoutError,
     RequestError,
 )
 from kvfetcher.format.pictures import PlaneGeometry
@@ -35,11 +36,11 @@ from kvfetcher.spec import KVSpec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
     from kvfetcher.backend.gpu_coding import GpuBatch, GpuJob, KeptPlanes
+    from kvfetcher.backend.gpu_encoding import ChunkSource, GpuChunkEncoder
     from kvfetcher.config import CodecConfig, Config
     from kvfetcher.format.unit import Unit
 
@@ -114,9 +115,8 @@ class UnitDecoder:
         """
         started = time.monotonic()
         parsed = parse_unit(unit)
-        tag = unit_tag(unit, target_json)
         if not parsed.geometry.num_frames:
-            planes, text = self._decode(parsed, started, tag)
+            planes, text = self._decode(parsed, started)
             return DecodedUnit(planes, "", memoryview(unit), text)
         rest = without_bitstream(parsed)
         if self._nvdec is not None and self._gpu_output.wants(target_json):
@@ -126,8 +126,8 @@ class UnitDecoder:
                 _log.warning("a unit is not kept on the GPU: %s", exc)
                 self._is_lost = self._nvdec.is_lost()
             else:
-                return _kept_unit(kept, rest, started, tag)
-        planes, text = self._decode(parsed, started, tag)
+                return _kept_unit(kept, rest, started)
+        planes, text = self._decode(parsed, started)
         return DecodedUnit(planes, "", rest, text)
 
     def decode(self, unit: bytes | memoryview) -> tuple[NDArray[np.uint8], str]:
@@ -142,10 +142,10 @@ class UnitDecoder:
             CodecError: the bitstream does not decode to what the unit says.
         """
         started = time.monotonic()
-        return self._decode(parse_unit(unit), started, "")
+        return self._decode(parse_unit(unit), started)
 
-    def _decode(self, unit: Unit, started: float, tag: str) -> tuple[NDArray[np.uint8], str]:
-        status: dict[str, Any] = {"decoder": self.name} | ({"tag": tag} if tag else {})
+    def _decode(self, unit: Unit, started: float) -> tuple[NDArray[np.uint8], str]:
+        status: dict[str, Any] = {"decoder": self.name}
         fallback = self._fallback
         planes = None
         if self._nvdec is not None:
@@ -181,11 +181,10 @@ class UnitDecoder:
             self._nvdec.close()
 
 
-def _kept_unit(kept: KeptPlanes, rest: bytes, started: float, tag: str) -> DecodedUnit:
+def _kept_unit(kept: KeptPlanes, rest: bytes, started: float) -> DecodedUnit:
     planes = _NO_PLANES if kept.planes is None else kept.planes.view(np.uint8)
     status = {
         "decoder": "nvdec",
-        "tag": tag,
         "planes": "gpu" if kept.planes is None else "host",
         "decode_ms": _ms_since(started),
         "stamps": _stamps(decode=started, reserved=kept.reserved_at, decoded=time.monotonic()),
@@ -222,9 +221,8 @@ class RestoreJob:
     """One unit between `UnitRestorer.start` and `close_batch`."""
 
     unit: Unit
-    decode_status: dict[str, Any]
+    decode_status: str
     started: float
-    tag: str
     launched: float = 0.0
     values: bytes = b""
     on_gpu: GpuJob | None = None
@@ -242,13 +240,9 @@ class UnitRestorer:
     """Restores units into arenas, which stay attached between calls.
 
     One thread starts units and closes batches, another may `finish` batches meanwhile.
-
-    Args:
-        run_folder: of the server; see `tags.compare`.
     """
 
-    def __init__(self, *, run_folder: Path | None = None) -> None:
-        self._run_folder = run_folder
+    def __init__(self) -> None:
         self._arenas = Arenas()
         self._gpu = GpuInput()
 
@@ -295,8 +289,6 @@ class UnitRestorer:
 
         Raises:
             FormatError: not a unit, or its digest differs.
-            MixedUpError: what `kv_decode` replied belongs to another unit or target.
-            RequestError: `decode_status` is not one.
             LayoutError: planes or target do not fit the unit.
             ArenaError: the arena is gone.
             GpuError: planes on a GPU are gone, or it failed.
@@ -320,10 +312,7 @@ class UnitRestorer:
     ) -> RestoreJob:
         started = time.monotonic()
         unit = parse_unit(data, checks_video=False)
-        decoded = _parse_status(decode_status)
-        tag = unit_tag(data, target_json)
-        compare(decoded.pop("tag", tag), tag, model=wire.KV_DECODE, run_folder=self._run_folder)
-        job = RestoreJob(unit, decoded, started, tag)
+        job = RestoreJob(unit, decode_status, started)
         if not target_json:
             job.values = profiles.restore_parsed(unit, planes).tobytes()
             return job
@@ -384,19 +373,9 @@ class UnitRestorer:
         self._arenas.close()
 
 
-def _parse_status(text: str) -> dict[str, Any]:
-    try:
-        status = json.loads(text) if text else {}
-        if not isinstance(status, dict) or not isinstance(status.get("stamps", {}), dict):
-            raise TypeError("it is no object")
-    except (ValueError, TypeError, RecursionError) as exc:
-        raise RequestError(f"input {wire.DECODE_STATUS!r} is not kv_decode's: {exc}") from exc
-    return status
-
-
 def _restore_status(job: RestoreJob, synced: float, batch: int) -> str:
     unit = job.unit
-    decoded = job.decode_status
+    decoded: dict[str, Any] = json.loads(job.decode_status) if job.decode_status else {}
     stamps = decoded.pop("stamps", {}) | _stamps(
         restore=job.started, launched=job.launched, synced=synced
     )
@@ -411,24 +390,52 @@ def _restore_status(job: RestoreJob, synced: float, batch: int) -> str:
         "restore_ms": _ms_since(job.started),
         "batch": batch,
         "stamps": stamps,
-        "tag": job.tag,
     }
     return json.dumps(status)
 
 
+@dataclass(frozen=True, slots=True)
+class ChunkJob:
+    """One chunk to encode, read from a request."""
+
+    token_ids: list[int]
+    spec: KVSpec
+    first_position: int
+    identity: bytes
+    chunk_key: bytes
+    parent_key: bytes
+    target: BlockTarget | None
+    """Where its values lie; None = in `values`."""
+    values: NDArray[Any] | None
+    started: float
+
+    def status(self, encoder: str, chunk: bytes) -> str:
+        """JSON for who asked."""
+        num_bytes = self.spec.bytes_per_token * len(self.token_ids)
+        status = {
+            "encoder": encoder,
+            "num_bytes": len(chunk),
+            "ratio": round(num_bytes / len(chunk), 4),
+            "encode_ms": _ms_since(self.started),
+        }
+        return json.dumps(status)
+
+
 class ChunkEncoder:
-    """Encodes chunks with the configured profile."""
+    """Encodes chunks with the configured profile, on the CPU or on the GPU where they lie."""
 
     def __init__(self, config: CodecConfig) -> None:
         self._profile = profiles.make_profile(config)
+        self._choice = config.encoder
         self._encoder = choose_encoder(config.encoder)
         self._num_threads = len(os.sched_getaffinity(0))
         self._arenas = Arenas()
+        self._on_gpu: dict[int, GpuChunkEncoder | None] = {}
 
-    def encode(
+    def read(
         self, token_ids: NDArray[np.int32], *, spec_json: str, target_json: str, values: bytes
-    ) -> tuple[bytes, str]:
-        """One chunk object and the status JSON.
+    ) -> ChunkJob:
+        """A request's chunk.
 
         Args:
             token_ids: [T] the chunk's tokens.
@@ -439,38 +446,114 @@ class ChunkEncoder:
 
         Raises:
             RequestError: the JSON or the size of `values` does not fit.
-            LayoutError, ArenaError: the target does not fit or is gone.
+            LayoutError: the target is none.
         """
         started = time.monotonic()
         asked = _parse_spec(spec_json)
         spec: KVSpec = asked["spec"]
-        if target_json:
-            target = BlockTarget.from_json(target_json)
-            array = self._arenas.of(target).read(target)
-        else:
-            array = _as_values(values, spec, len(token_ids))
-        chunk = profiles.encode_chunk(
-            array,
+        return ChunkJob(
+            token_ids=token_ids.tolist(),
             spec=spec,
-            profile=self._profile,
+            first_position=asked["first_position"],
             identity=bytes.fromhex(asked["identity_digest"]),
             chunk_key=bytes.fromhex(asked["chunk_key"]),
             parent_key=bytes.fromhex(asked["parent_key"]),
-            first_position=asked["first_position"],
-            token_ids=token_ids.tolist(),
+            target=BlockTarget.from_json(target_json) if target_json else None,
+            values=None if target_json else _as_values(values, spec, len(token_ids)),
+            started=started,
+        )
+
+    def encode(
+        self, token_ids: NDArray[np.int32], *, spec_json: str, target_json: str, values: bytes
+    ) -> tuple[bytes, str]:
+        """`read` and `encode_job`; raises what they give."""
+        job = self.read(token_ids, spec_json=spec_json, target_json=target_json, values=values)
+        return self.encode_job(job)
+
+    def encode_job(self, job: ChunkJob) -> tuple[bytes, str]:
+        """One chunk object and the status JSON, by the CPU.
+
+        Raises:
+            LayoutError, ArenaError: the target does not fit or is gone.
+            CodecError, FormatError: as `profiles.encode_chunk`.
+        """
+        values = job.values
+        if job.target is not None:
+            values = self._arenas.of(job.target).read(job.target)
+        assert values is not None
+        chunk = profiles.encode_chunk(
+            values,
+            spec=job.spec,
+            profile=self._profile,
+            identity=job.identity,
+            chunk_key=job.chunk_key,
+            parent_key=job.parent_key,
+            first_position=job.first_position,
+            token_ids=job.token_ids,
             num_threads=self._num_threads,
             encoder=self._encoder.encode,
         )
-        status = {
-            "encoder": self._encoder.name,
-            "num_bytes": len(chunk),
-            "ratio": round(array.nbytes / len(chunk), 4),
-            "encode_ms": _ms_since(started),
-        }
-        return chunk, json.dumps(status)
+        return chunk, job.status(self._encoder.name, chunk)
+
+    def source_on_gpu(self, job: ChunkJob) -> tuple[GpuChunkEncoder, ChunkSource] | None:
+        """Who encodes a chunk on a GPU, and what; None = it is for the CPU.
+
+        Raises:
+            LayoutError, ArenaError: the target does not fit or is gone.
+        """
+        if job.target is None or self._choice not in ("auto", "own"):
+            return None
+        arena = self._arenas.of(job.target)
+        if arena.gpu is None or len(arena.parts) > 1 or arena.spec != job.spec:
+            return None
+        encoder = self._gpu_encoder(arena.gpu, job.spec)
+        if encoder is None:
+            return None
+        if job.target.num_tokens != len(job.token_ids):
+            raise LayoutError(
+                f"the target holds {job.target.num_tokens} tokens, the chunk {len(job.token_ids)}"
+            )
+        from kvfetcher.backend.gpu_encoding import ChunkSource
+
+        return encoder, ChunkSource(
+            arena,  # type: ignore[arg-type]  # one part that is on a GPU
+            job.target,
+            job.token_ids,
+            job.first_position,
+            job.identity,
+            job.chunk_key,
+            job.parent_key,
+        )
+
+    def warm_up(self, config: Config) -> None:
+        """Import, compile and load what chunks on a GPU need, so that no request waits for it."""
+        gpu = gpu_of(config)
+        if gpu is not None and self._choice in ("auto", "own"):
+            spec = KVSpec(num_layers=1, num_kv_heads=1, head_dim=128, dtype=config.engine.kv_dtype)
+            self._gpu_encoder(gpu, spec)
+
+    def _gpu_encoder(self, gpu: int, spec: KVSpec) -> GpuChunkEncoder | None:
+        if gpu not in self._on_gpu:
+            self._on_gpu[gpu] = None
+            try:
+                from kvfetcher.backend.gpu_encoding import GpuChunkEncoder
+
+                if GpuChunkEncoder.can_encode(self._profile, spec):
+                    made = GpuChunkEncoder(gpu, self._profile, self._encoder.encode)
+                    self._on_gpu[gpu] = made
+            except (ImportError, KVFetcherError, RuntimeError) as exc:
+                _log.warning("chunks on GPU %d are encoded by the CPU: %s", gpu, exc)
+        return self._on_gpu[gpu]
+
+    def is_lost(self) -> bool:
+        """Whether a GPU failed so that this process must be replaced."""
+        return any(one.is_lost() for one in self._on_gpu.values() if one is not None)
 
     def close(self) -> None:
         """Detach from all arenas."""
+        for encoder in self._on_gpu.values():
+            if encoder is not None:
+                encoder.close()
         self._arenas.close()
 
 

@@ -8,12 +8,9 @@ from typing import TYPE_CHECKING, Any
 from kvfetcher import wire
 from kvfetcher.backend.leases import EngineLeases
 from kvfetcher.backend.metrics import Metrics, store_observer
-from kvfetcher.backend.tags import compare
 from kvfetcher.backend.tensors import ids_tensor, text_tensor
 from kvfetcher.errors import CodecError, RequestError
-from kvfetcher.format.container import parse_header
 from kvfetcher.memory.arena import BlockTarget
-from kvfetcher.memory.control import run_dir
 from kvfetcher.memory.leases import SaveTicket
 from kvfetcher.save import Saver, SaveReport
 from kvfetcher.storage import open_store
@@ -61,6 +58,7 @@ class SaveService:
             store=open_store(config.store, observe=observe),
             leases=self._leases,
             encode_chunk=self._encode_chunk,
+            chunks_in_flight=config.save.chunks_in_flight,
         )
 
     async def save(self, input_ids: NDArray[np.int32], ticket_json: str) -> SaveReport:
@@ -89,15 +87,8 @@ class SaveService:
         ).async_exec()
         if response.has_error():
             raise CodecError(f"kv_encode: {response.error().message()}")
-        chunk = pb_utils.get_output_tensor_by_name(response, wire.CHUNK).as_numpy().tobytes()
-        header = parse_header(chunk)
-        compare(
-            f"{header.chunk_key.hex()} {header.identity.hex()}",
-            f"{key.key.hex()} {facts.identity_digest.hex()}",
-            model=wire.KV_ENCODE,
-            run_folder=run_dir(),
-        )
-        return bytes(chunk)
+        chunk = pb_utils.get_output_tensor_by_name(response, wire.CHUNK).as_numpy()
+        return bytes(chunk.tobytes())
 
     def close(self) -> None:
         """Close the connection to the engine and drop the series."""

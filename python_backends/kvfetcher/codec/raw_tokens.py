@@ -35,11 +35,14 @@ def raw_tokens(
 
 def raw_sections(values: Integers, tokens: NDArray[np.int64]) -> tuple[Section, Section]:
     """Sections of the tokens that are kept exact: numbers and bit patterns [Lg, K, H, R, D]."""
+    return raw_sections_of(tokens, np.ascontiguousarray(values[:, :, :, tokens]))
+
+
+def raw_sections_of(tokens: NDArray[np.int64], values: Integers) -> tuple[Section, Section]:
+    """`raw_sections` of bit patterns [Lg, K, H, R, D] that were picked out already."""
     return (
         packed_section(SectionKind.EXACT_TOKENS, tokens.astype("<u4").tobytes()),
-        packed_section(
-            SectionKind.EXACT_TOKEN_VALUES, np.ascontiguousarray(values[:, :, :, tokens]).tobytes()
-        ),
+        packed_section(SectionKind.EXACT_TOKEN_VALUES, values.tobytes()),
     )
 
 

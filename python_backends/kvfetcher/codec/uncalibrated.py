@@ -25,18 +25,21 @@ from kvfetcher.format.sections import ProfileCode, SectionKind
 from kvfetcher.format.unit import Unit, packed_section, video_sections, write_unit
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from kvfetcher.codec.base import UnitSource
     from kvfetcher.format.pictures import Integers
-
+    from kvfetcher.format.unit import Section
+    from kvfetcher.spec import KVSpec
 
 SINK_TOKENS = 4
 
 _PARAMS = struct.Struct("<IIII")  # frame_rows, frame_columns, num_escapes, num_raw_tokens
-_CLASSES_PER_UNIT = 8.0
+CLASSES_PER_UNIT = 8.0
 # Of the root mean square of a layer's K or V around its channel means.
-_STEP = 0.25
+STEP = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,7 @@ class UncalibratedProfile(EvenUnits):
     def encode(self, source: UnitSource, variant: str) -> bytes:
         """One unit's bytes; any values, those that are not finite exactly."""
         values = bits_to_float32(source.values, source.spec.dtype)
-        layers, factor, _, tokens, _ = values.shape
+        layers, _, _, tokens, _ = values.shape
         raw = raw_tokens(values, source.first_position, SINK_TOKENS, limit=MAX_MAGNITUDE)
         coded = np.setdiff1d(np.arange(tokens), raw)
         values[:, :, :, raw] = 0
@@ -59,35 +62,95 @@ class UncalibratedProfile(EvenUnits):
         values -= means
         values[:, :, :, raw] = 0
         power = np.square(values, dtype=np.float64).mean(axis=(2, 3, 4)) * (tokens / count)
-        steps = (_STEP * np.sqrt(power)).astype(np.float32)
+        steps = (STEP * np.sqrt(power)).astype(np.float32)
         divisors = np.where(steps > 0, steps, np.float32(1))
         integers = np.rint(values / divisors[:, :, None, None, None]).astype(np.int32)
         rows = np.ascontiguousarray(integers.swapaxes(3, 4)).reshape(-1, tokens)
-        spreads = np.minimum(rows.std(axis=1, dtype=np.float32) * _CLASSES_PER_UNIT, 255.0)
-        spreads = spreads.astype(np.uint8)
+        spreads = _spread_classes(rows)
         symbols = to_symbols(rows[_order(spreads)])
         grid = row_grid(len(rows), tokens, variant)
         depth = symbols.bit_depth
         planes = grid.place(symbols.samples, bit_depth=depth, padding=1 << (depth - 1))
-        unit = Unit(
-            profile=ProfileCode.UNCALIBRATED,
+        rest = UncalibratedRest(
+            grid=grid,
+            bit_depth=depth,
+            integer_digest=integer_digest(symbols.samples),
+            num_escapes=symbols.num_escapes,
+            escapes=symbols.sections,
+            num_raw_tokens=len(raw),
+            raw=raw_sections(source.values, raw),
+            means=means,
+            steps=steps,
+            spreads=spreads,
+        )
+        return rest.write(
+            encode_for(source, planes, bit_depth=depth),
             spec=source.spec,
             layer_start=source.layer_start,
             num_layers=layers,
             num_tokens=tokens,
             first_position=source.first_position,
-            geometry=grid.geometry(depth),
-            params=_PARAMS.pack(grid.frame_rows, grid.frame_columns, symbols.num_escapes, len(raw)),
-            integer_digest=integer_digest(symbols.samples),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class UncalibratedRest:
+    """All of a unit but its video and what it is of."""
+
+    grid: RowGrid
+    bit_depth: int
+    integer_digest: int
+    num_escapes: int
+    escapes: tuple[Section, ...]
+    num_raw_tokens: int
+    raw: tuple[Section, ...]
+    means: NDArray[np.float32]
+    """One for each channel, in order."""
+    steps: NDArray[np.float32]
+    """[Lg, K]"""
+    spreads: NDArray[np.uint8]
+    """Class of each channel."""
+
+    def write(
+        self,
+        packets: Sequence[bytes],
+        *,
+        spec: KVSpec,
+        layer_start: int,
+        num_layers: int,
+        num_tokens: int,
+        first_position: int,
+    ) -> bytes:
+        """The unit's bytes.
+
+        Args:
+            packets: access units of its pictures.
+            spec: geometry of the whole model.
+            layer_start: the unit's first layer.
+            num_layers: of the unit.
+            num_tokens: of the unit.
+            first_position: of its first token.
+        """
+        grid = self.grid
+        unit = Unit(
+            profile=ProfileCode.UNCALIBRATED,
+            spec=spec,
+            layer_start=layer_start,
+            num_layers=num_layers,
+            num_tokens=num_tokens,
+            first_position=first_position,
+            geometry=grid.geometry(self.bit_depth),
+            params=_PARAMS.pack(
+                grid.frame_rows, grid.frame_columns, self.num_escapes, self.num_raw_tokens
+            ),
+            integer_digest=self.integer_digest,
             sections=(
-                *video_sections(encode_for(source, planes, bit_depth=depth)),
-                *symbols.sections,
-                *raw_sections(source.values, raw),
-                packed_section(SectionKind.MEANS, means.astype("<f4").tobytes()),
-                packed_section(
-                    SectionKind.STEPS, steps.astype("<f4").reshape(layers * factor).tobytes()
-                ),
-                packed_section(SectionKind.SPREADS, spreads.tobytes()),
+                *video_sections(packets),
+                *self.escapes,
+                *self.raw,
+                packed_section(SectionKind.MEANS, self.means.astype("<f4").tobytes()),
+                packed_section(SectionKind.STEPS, self.steps.astype("<f4").tobytes()),
+                packed_section(SectionKind.SPREADS, self.spreads.tobytes()),
             ),
         )
         return write_unit(unit)
@@ -170,6 +233,16 @@ def restore_uncalibrated(unit: Unit, planes: Integers) -> Integers:
         result = float32_to_bits(values, unit.spec.dtype)
     put_raw_tokens(unit, plan.num_raw_tokens, result)
     return result
+
+
+def _spread_classes(rows: NDArray[np.int32]) -> NDArray[np.uint8]:
+    """Deviation of each row [N, T] in eighths; from exact sums, so that all machines agree."""
+    count = rows.shape[1]
+    wide = rows.astype(np.int64)
+    totals = wide.sum(axis=1).astype(np.float64)
+    squares = np.einsum("nt,nt->n", wide, wide).astype(np.float64)
+    deviations = np.sqrt(np.maximum(count * squares - totals * totals, 0)) / count
+    return np.minimum(deviations * CLASSES_PER_UNIT, 255.0).astype(np.uint8)
 
 
 def _order(spreads: NDArray[np.uint8]) -> NDArray[np.int64]:

@@ -10,9 +10,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvfetcher.errors import DecoderUnavailableError, GpuError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 IPC_HANDLE_BYTES = 64
 REMEDY = (
@@ -23,6 +26,8 @@ REMEDY = (
 # Allocations of less share a page with others, and an IPC handle shares the whole page.
 _GRANULE_BYTES = 2 << 20
 _LAZY_PEER_ACCESS = 1
+# CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+_COMPUTE_CAPABILITY = (75, 76)
 _EVENT_FLAGS = 2 | 4  # no timing, shared between processes
 _SETUP_CALLS = ("cuInit", "cuDeviceGetCount", "cuDeviceGet", "cuDevicePrimaryCtxRetain")
 
@@ -154,6 +159,58 @@ class CudaContext:
         wanted = _IpcHandle((ctypes.c_ubyte * IPC_HANDLE_BYTES)(*handle))
         self._run("cuIpcOpenEventHandle", ctypes.byref(event), wanted)
         return event.value or 0
+
+    def compute_capability(self) -> tuple[int, int]:
+        """Major and minor number of the GPU's architecture: (9, 0) for an H100."""
+        device, numbers = ctypes.c_int(), []
+        self._call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(self.gpu))
+        for attribute in _COMPUTE_CAPABILITY:
+            number = ctypes.c_int()
+            self._call(
+                "cuDeviceGetAttribute", ctypes.byref(number), ctypes.c_int(attribute), device
+            )
+            numbers.append(number.value)
+        return numbers[0], numbers[1]
+
+    def load_kernels(self, image: bytes, names: Sequence[str]) -> dict[str, int]:
+        """Functions of a cubin, which stays loaded.
+
+        Raises:
+            GpuError: it is not one for this GPU, or lacks a function.
+        """
+        module = ctypes.c_void_p()
+        self._run("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(image))
+        found = {}
+        for name in names:
+            function = ctypes.c_void_p()
+            text = ctypes.c_char_p(name.encode())
+            self._run("cuModuleGetFunction", ctypes.byref(function), module, text)
+            found[name] = function.value or 0
+        return found
+
+    def launch(
+        self,
+        function: int,
+        blocks: tuple[int, int],
+        threads: int,
+        parameters: ctypes.Structure,
+        stream: int,
+    ) -> None:
+        """Start a kernel that takes one structure; what it uses must stay until it is over.
+
+        Args:
+            function: from `load_kernels`.
+            blocks: their number along x and y.
+            threads: of a block.
+            parameters: copied before this returns.
+            stream: handle of a CUDA stream; 0 = the default one.
+        """
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
+        sizes = (*blocks, 1, threads, 1, 1, 0)  # and no dynamic shared memory
+        self._run(
+            "cuLaunchKernel", ctypes.c_void_p(function), *map(ctypes.c_uint, sizes),
+            ctypes.c_void_p(stream), pointers, ctypes.c_void_p(0),
+        )  # fmt: skip
 
     def synchronize(self) -> None:
         """Wait until all that this process gave to the GPU is over."""

@@ -182,6 +182,14 @@ class GpuArena(Arena):
         torch.cuda.synchronize(values.device)
         return values
 
+    def gather(self, target: BlockTarget, layer_start: int, num_layers: int) -> torch.Tensor:
+        """Values of some layers of a target's tokens, [Lg, K, H, T, D]; on the current stream.
+
+        Raises:
+            ArenaError, LayoutError: as `read`.
+        """
+        return self._gather(target, self._read_layers(target, layer_start, num_layers))
+
     @_keeps_device()
     def close(self) -> None:
         """Let go of the memory; the owner frees it. Safe to call twice.

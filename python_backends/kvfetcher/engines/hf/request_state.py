@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     import torch
 
-    from kvfetcher.engines.admission import StopRules
     from kvfetcher.engines.base import FinishReason, GenerateRequest
     from kvfetcher.engines.detokenize import Decodes
     from kvfetcher.engines.hf.kv_cache import SequenceCache
@@ -84,7 +83,7 @@ class Sequence:
         pipe: EventPipe,
         *,
         tokenizer: Decodes,
-        rules: StopRules,
+        eos_ids: tuple[int, ...],
         max_tokens: int,
         lease: Lease | None,
         lease_error: str,
@@ -101,13 +100,12 @@ class Sequence:
         self.cached_tokens = 0
         self.cache: SequenceCache | None = None
         self.finish_reason: FinishReason = ""
-        self._sampler = Sampler(request.sampling, rules.ids)
+        self._sampler = Sampler(request.sampling, eos_ids)
         self._tokenizer = tokenizer
         self._text = AnswerText(
             tokenizer,
-            prompt=request.input_ids,
-            eos_ids=rules.ids,
-            stop_words=rules.words,
+            eos_ids=eos_ids,
+            stop_words=request.sampling.stop_words,
             max_tokens=max_tokens,
         )
         self._first_event_sent = False
