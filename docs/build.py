@@ -1,4 +1,4 @@
-"""Write what the pages do not say by hand: docs/configuration.md and the pictures.
+"""Write docs/configuration.md, docs/commands.md and the pictures.
 
     python docs/build.py
 
@@ -7,15 +7,21 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import sys
 from dataclasses import fields
 from html import escape
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
+from kvfetcher import cli
 from kvfetcher.bench.plot import rate_quality_svg
 from kvfetcher.config import SECTIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "tests" / "benchmarks" / "results"
@@ -92,6 +98,78 @@ def _values(hint: Any, low: float | None, high: float | None) -> str:
     if low is None:
         return name
     return f"{name} >= {low:g}" if high is None else f"{name}, {low:g} to {high:g}"
+
+
+COMMANDS_HEAD = """\
+# Commands
+
+This page is written by `python docs/build.py` from the commands themselves. Data goes to stdout,
+everything else to stderr. Exit status: 0 done; 1 an error, said in one line; 2 the command line is
+wrong; 130 interrupted. `kvfetcher store verify` ends with 3 if it found damage.
+"""
+
+
+def commands_page() -> str:
+    """docs/commands.md."""
+    parts = [COMMANDS_HEAD]
+    for words in _commands([]):
+        parser = _parser(words)
+        parts.append(f"\n## kvfetcher {' '.join(words)}\n\n{_paragraph(parser.description)}")
+        rows = [
+            f"| `{_names(action)}` | {_paragraph(action.help % _facts(action))} |"
+            for action in parser._actions
+            if not isinstance(action, (argparse._HelpAction, argparse._SubParsersAction))
+        ]
+        if rows:
+            parts += ["\n| argument | meaning |\n|---|---|", *rows]
+    return "\n".join(parts) + "\n"
+
+
+def _commands(words: list[str]) -> Iterator[list[str]]:
+    """Every command line without its arguments."""
+    parser = _parser(words)
+    if words == ["bench"]:
+        yield from ([*words, name] for name in parser._actions[-1].choices)
+        return
+    nested = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    if not nested:
+        yield words
+        return
+    for name in nested[0].choices:
+        yield from _commands([*words, name])
+
+
+def _parser(words: list[str]) -> argparse.ArgumentParser:
+    """The parser that would print the help of this command."""
+    found: list[argparse.ArgumentParser] = []
+    original = argparse.ArgumentParser.print_help
+    argparse.ArgumentParser.print_help = lambda self, file=None: found.append(self)
+    try:
+        with contextlib.suppress(SystemExit):
+            cli.main([*words, "--help"])
+    finally:
+        argparse.ArgumentParser.print_help = original
+    return found[0]
+
+
+def _names(action: argparse.Action) -> str:
+    value = action.metavar or (action.dest.upper() if action.nargs != 0 else "")
+    if action.choices is not None and action.metavar is None:
+        value = "{" + ",".join(map(str, action.choices)) + "}"
+    if not action.option_strings:
+        return f"[{value}]" if action.nargs in ("?", "*") else str(value)
+    return f"{', '.join(action.option_strings)} {value}".strip()
+
+
+def _facts(action: argparse.Action) -> dict[str, Any]:
+    return {"default": action.default, "prog": "kvfetcher"}
+
+
+def _paragraph(text: str | None) -> str:
+    """Docstring or help text as one paragraph of Markdown."""
+    if not text:
+        raise ValueError("every command and argument needs a help text")
+    return " ".join(text.replace("|", "\\|").replace("``", "`").split())
 
 
 # Pictures. An SVG that a page shows as an image follows the reader's light or dark mode by itself.
@@ -259,6 +337,7 @@ def outputs() -> dict[Path, str]:
     """Every file that this writes -> its text."""
     return {
         DOCS / "configuration.md": configuration_page(),
+        DOCS / "commands.md": commands_page(),
         **{DOCS / "pictures" / name: text for name, text in pictures().items()},
     }
 

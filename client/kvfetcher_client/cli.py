@@ -62,16 +62,20 @@ def warm_parser() -> argparse.ArgumentParser:
     """The command line of `kvfetcher warm`."""
     parser = argparse.ArgumentParser(
         prog="kvfetcher warm",
-        description="Have a running server bring a prompt's stored chunks into its copies near by"
-        " (store.tier_memory_bytes, store.tier_disk_bytes), before a request needs them.",
+        description="Have a running server copy a prompt's stored chunks into its tier"
+        " (store.tier_memory_bytes, store.tier_disk_bytes) before a request needs them.",
     )
-    parser.add_argument("prompt", metavar="TEXT", nargs="?", default="", help="- for stdin")
-    parser.add_argument("--file", metavar="FILE", help="a document to put before the text")
+    parser.add_argument(
+        "prompt", metavar="TEXT", nargs="?", default="", help="the prompt; - for stdin"
+    )
+    parser.add_argument("--file", metavar="FILE", help="a document that goes before the text")
     parser.add_argument(
         "--token-ids", metavar="FILE", help="a JSON list of token ids instead of a text"
     )
     parser.add_argument("--url", default=DEFAULT_URL, help="host:port (default: %(default)s)")
-    parser.add_argument("--cache-salt", metavar="TEXT", default="", help="of the requests to come")
+    parser.add_argument(
+        "--cache-salt", metavar="TEXT", default="", help="cache_salt of the requests to come"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument(
         "--timeout",
@@ -121,23 +125,39 @@ def make_parser() -> argparse.ArgumentParser:
         prog="kvfetcher generate",
         description="Ask a running KVFetcher server. The answer goes to stdout.",
     )
-    parser.add_argument("prompt", metavar="QUESTION", help="the text to go on from; - for stdin")
+    parser.add_argument("prompt", metavar="QUESTION", help="the prompt, or its end; - for stdin")
     parser.add_argument(
         "--file",
         metavar="FILE",
-        help="a document to put before the question: the prefix that is shared and fetched",
+        help="a document that goes before the question: the prefix that is shared and fetched",
     )
     parser.add_argument("--url", default=DEFAULT_URL, help="host:port (default: %(default)s)")
     parser.add_argument("--stream", action="store_true", help="print the answer as it comes")
     parser.add_argument("--json", action="store_true", help="print answer and report as JSON")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer, in tokens")
     parser.add_argument("--temperature", type=float, metavar="T", help="0 = the likeliest token")
-    parser.add_argument("--top-k", type=int, metavar="K")
-    parser.add_argument("--top-p", type=float, metavar="P")
-    parser.add_argument("--seed", type=int, metavar="N")
-    parser.add_argument("--stop", action="append", metavar="TEXT", help="may be repeated")
-    parser.add_argument("--kv-policy", choices=wire.KV_POLICIES)
-    parser.add_argument("--cache-salt", metavar="TEXT", help="share prefixes within this salt only")
+    parser.add_argument(
+        "--top-k", type=int, metavar="K", help="choose among the K likeliest tokens"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="choose among the likeliest tokens of total probability P",
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="of the random choice")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="the answer ends before TEXT; may be repeated",
+    )
+    parser.add_argument(
+        "--kv-policy", choices=wire.KV_POLICIES, help="what to do with the stored prefix"
+    )
+    parser.add_argument(
+        "--cache-salt", metavar="TEXT", help="share prefixes only with requests of this salt"
+    )
     parser.add_argument(
         "--timeout",
         type=float,

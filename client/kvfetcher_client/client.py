@@ -146,7 +146,8 @@ class Client:
         try:
             for response in call:
                 ending = is_last(response)
-                if (parsed := parse_response(self.url, response)) is not None:
+                parsed = parse_response(self.url, response, request_id=request.id)
+                if parsed is not None:
                     delta = parsed
                     yield delta
         except grpc.RpcError as exc:
@@ -240,7 +241,8 @@ class AsyncClient:
         try:
             async for response in call:
                 ending = is_last(response)
-                if (parsed := parse_response(self.url, response)) is not None:
+                parsed = parse_response(self.url, response, request_id=request.id)
+                if parsed is not None:
                     delta = parsed
                     yield delta
         except grpc.RpcError as exc:

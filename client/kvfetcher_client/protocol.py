@@ -6,6 +6,7 @@ Tensors have no batch dimension. Only what the caller gives is sent: every defau
 from __future__ import annotations
 
 import json
+import secrets
 import struct
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -147,7 +148,8 @@ def build_request(
     Raises:
         RequestError: an option is unknown, or its value does not fit its tensor.
     """
-    request = service_pb2.ModelInferRequest(model_name=model)
+    # The report has it, so that an answer to another request is noticed.
+    request = service_pb2.ModelInferRequest(model_name=model, id=secrets.token_hex(8))
     _add_tensor(request, wire.TEXT_INPUT, "BYTES", [_text(wire.TEXT_INPUT, prompt)])
     _add_tensor(request, wire.STREAM, "BOOL", [b"\1"])
     for name, value in options.items():
@@ -205,22 +207,37 @@ def checked_report(url: str, report: KVReport | None) -> KVReport:
     return report
 
 
-def parse_response(url: str, response: service_pb2.ModelStreamInferResponse) -> Delta | None:
+def parse_response(
+    url: str, response: service_pb2.ModelStreamInferResponse, *, request_id: str = ""
+) -> Delta | None:
     """One piece of the answer; None for an empty final response.
+
+    Args:
+        url: of the server, for errors.
+        response: as it came.
+        request_id: of the request; "" = not compared.
 
     Raises:
         KVFetcherError: the error that the server reports; see `errors.from_message`.
-        ResponseError: a tensor is missing or malformed.
+        ResponseError: a tensor is missing or malformed, or the answer is another request's.
     """
     result = _result(url, response)
     if result is None:
         return None
     report = _output_text(result, wire.KV_REPORT)
+    parsed = KVReport.from_json(report) if report else None
+    if parsed is not None and request_id:
+        answered = parsed.raw.get("request_id", request_id)
+        if answered != request_id:
+            raise ResponseError(
+                f"{url}: the answer belongs to request {answered!r}, not to {request_id!r}; nothing"
+                " of it is to be used: ask again"
+            )
     return Delta(
         text=_output_text(result, wire.TEXT_OUTPUT),
         output_ids=tuple(int(i) for i in _output(result, wire.OUTPUT_IDS)),
         finish_reason=_output_text(result, wire.FINISH_REASON),
-        report=KVReport.from_json(report) if report else None,
+        report=parsed,
     )
 
 

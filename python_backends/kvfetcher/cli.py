@@ -38,7 +38,7 @@ _ELSEWHERE = {
         "kvfetcher_client.cli",
         "main_warm",
         "warm_parser",
-        "Bring a prompt's stored chunks near a running server.",
+        "Copy a prompt's stored chunks into a running server's tier.",
     ),
     "calibrate": (
         "kvfetcher.calibration.commands",
@@ -56,15 +56,20 @@ _ELSEWHERE = {
         "kvfetcher.storage.admin.commands",
         "main",
         "make_parser",
-        "Look into the store, check it, purge it; `kvfetcher store --help`.",
+        "List, check, purge and clean up the store; see `kvfetcher store --help`.",
     ),
     "doctor": (
         "kvfetcher.doctor.command",
         "main_doctor",
         "make_parser",
-        "Check this machine; `kvfetcher doctor --help`.",
+        "Check this machine, with remedies; see `kvfetcher doctor --help`.",
     ),
-    "bench": ("kvfetcher.bench", "main", "make_parser", "Measure; `kvfetcher bench codec --help`."),
+    "bench": (
+        "kvfetcher.bench",
+        "main",
+        "make_parser",
+        "Run a benchmark: codec or sim; see `kvfetcher bench codec --help`.",
+    ),
 }
 
 
@@ -131,7 +136,11 @@ def _parser() -> argparse.ArgumentParser:
 
     serve = command("serve", _serve, "Serve the models with tritonserver until Ctrl-C.")
     _add_config(serve)
-    serve.add_argument("--model-repository", metavar="DIR", help="default: ./model_repository")
+    serve.add_argument(
+        "--model-repository",
+        metavar="DIR",
+        help="folder of the Triton models (default: ./model_repository)",
+    )
     serve.add_argument("--host", help="address to bind to (server.host)")
     for kind in ("http", "grpc", "metrics"):
         serve.add_argument(f"--{kind}-port", type=int, metavar="N", help=f"server.{kind}_port")
@@ -171,7 +180,9 @@ def _parser() -> argparse.ArgumentParser:
         _completion,
         'Print a shell\'s completion of this command: eval "$(kvfetcher completion bash)"',
     )
-    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    completion.add_argument(
+        "shell", choices=("bash", "zsh", "tcsh"), help="the shell that the text is for"
+    )
     return parser
 
 
@@ -227,7 +238,10 @@ def _serve(arguments: argparse.Namespace) -> int:
                 print(json.dumps({**urls, "log": str(server.log_path)}), flush=True)
             Supervisor(server).run()
         except KeyboardInterrupt:
-            print("kvfetcher: stopping (Ctrl-C again to kill)", file=sys.stderr)
+            print(
+                "kvfetcher: stopping: running requests and saves are finished (Ctrl-C again to kill)",
+                file=sys.stderr,
+            )
         finally:
             clean = server.stop()
     if not clean:

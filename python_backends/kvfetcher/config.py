@@ -114,64 +114,71 @@ class ServerConfig(_Section):
 
     NAME: typing.ClassVar[str] = "server"
 
-    host: str = _option("127.0.0.1", "address all three endpoints bind to")
-    http_port: int = _option(8000, "HTTP endpoint", low=1, high=65535)
-    grpc_port: int = _option(8001, "gRPC endpoint", low=1, high=65535)
-    metrics_port: int = _option(8002, "Prometheus endpoint", low=1, high=65535)
-    ready_timeout_seconds: float = _option(180.0, "longest wait for readiness", low=1, high=3600)
+    host: str = _option("127.0.0.1", "address that all three endpoints bind to")
+    http_port: int = _option(8000, "port of the HTTP endpoint", low=1, high=65535)
+    grpc_port: int = _option(8001, "port of the gRPC endpoint", low=1, high=65535)
+    metrics_port: int = _option(8002, "port of the Prometheus endpoint", low=1, high=65535)
+    ready_timeout_seconds: float = _option(
+        180.0, "longest wait until all models are ready, in seconds", low=1, high=3600
+    )
     stop_timeout_seconds: float = _option(
-        60.0, "longest wait for running requests and pending saves at stop", low=1, high=3600
+        60.0,
+        "longest wait for running requests and pending saves at stop, in seconds",
+        low=1,
+        high=3600,
     )
     decode_instances: int = _option(
         0,
-        "kv_decode processes; 0 = one per CPU core (at most 4), or one per NVDEC engine, two where"
-        " engine.arena is not host",
+        "number of kv_decode processes; 0 = one per CPU core (at most 4), or with NVDEC one per"
+        " engine, two if engine.arena is not host",
         low=0,
         high=64,
     )
     decode_gpus: tuple[int, ...] = _option(
         (),
-        "GPUs whose NVDEC decodes, as CUDA counts; kv_decode's processes take turns on them; none = the one"
-        " that engine.device names, else 0",
+        "numbers of the GPUs whose NVDEC decodes, as CUDA counts; kv_decode's processes take turns on"
+        " them; empty = the GPU of engine.device",
         low=0,
     )
     restore_instances: int = _option(
         0,
-        "kv_restore processes; 0 = one, or two where NVDEC's planes stay on a GPU (four under MPS); each that"
-        " works on a GPU has its own CUDA context and copy of the calibration's inverse transforms (8B shape,"
-        " balanced: 330 MB) there",
+        "number of kv_restore processes; 0 = one, or two if pictures stay on a GPU (four under MPS). Each"
+        " has its own CUDA context and copy of the calibration's inverse transforms on the GPU",
         low=0,
         high=16,
     )
     plane_bytes: int = _option(
         224 << 20,
-        "memory of each GPU that decodes for planes on their way to a GPU's arena, over all its kv_decode"
-        " processes; units that do not fit a process's part go through host memory",
+        "bytes for decoded pictures on each GPU that decodes, shared by its kv_decode processes; units"
+        " that do not fit go through host memory",
         low=0,
         high=1 << 34,
     )
     mps: Literal["off", "auto", "on"] = _option(
         "off",
-        "NVIDIA's Multi-Process Service, under which work of several processes runs on the GPU at one"
-        " time: on = `serve` starts a daemon of its own, or uses the one that $CUDA_MPS_PIPE_DIRECTORY"
-        " names; auto = where that works; off = the environment is left alone",
+        "NVIDIA's Multi-Process Service, which lets several processes use the GPU at the same time: on ="
+        " `serve` starts a daemon, or uses the one that $CUDA_MPS_PIPE_DIRECTORY names; auto = on if that"
+        " works; off = the environment is left alone",
     )
     mps_restore_percent: int = _option(
         40,
-        "part of a GPU's multiprocessors that one kv_restore process may use under NVIDIA's MPS",
+        "percentage of a GPU's multiprocessors that one kv_restore process may use under MPS",
         low=1,
         high=100,
     )
-    log_verbose: int = _option(0, "tritonserver --log-verbose", low=0, high=4)
+    log_verbose: int = _option(0, "value of tritonserver's flag --log-verbose", low=0, high=4)
     max_repairs: int = _option(
         8,
-        "model reloads and server restarts within ten minutes before `serve` gives up; 0 = end at"
-        " the first failure",
+        "number of model reloads and server restarts within ten minutes after which `serve` gives up;"
+        " 0 = end at the first failure",
         low=0,
         high=1000,
     )
     probe_seconds: float = _option(
-        15.0, "`serve` sends a tiny unit through kv_pipeline so often; 0 = never", low=0, high=3600
+        15.0,
+        "seconds between two probes, in which `serve` sends a tiny unit through kv_pipeline; 0 = never",
+        low=0,
+        high=3600,
     )
     extra_args: tuple[str, ...] = _option(
         (),
@@ -203,41 +210,55 @@ class EngineConfig(_Section):
 
     kind: Literal["torch", "paged", "tensorrt_llm"] = _option(
         "torch",
-        "which engine serves `tensorrt_llm`: Hugging Face's models; the same on paged KV behind the KV"
-        " connector; TensorRT-LLM",
+        "the LLM engine: torch = Hugging Face's models; paged = the same with paged KV, behind the KV"
+        " connector; tensorrt_llm = TensorRT-LLM",
     )
     model: str = _option(
         "smollm2-135m-instruct", "a built-in model's name, or a local Hugging Face model folder"
     )
-    device: str = _option("auto", "auto, cpu or cuda[:N]")
+    device: str = _option(
+        "auto", "device of the `torch` and `paged` engines: auto, cpu or cuda[:N]"
+    )
     kv_dtype: Literal["bfloat16", "float16", "float8_e4m3fn"] = _option(
         "bfloat16", "type of the KV values that the engine keeps and shares"
     )
-    tokens_per_block: int = _option(32, "tokens of one paged KV block", low=1, high=1024)
+    tokens_per_block: int = _option(32, "number of tokens of one paged KV block", low=1, high=1024)
     arena_bytes: int = _option(
         1 << 30,
-        "size of the shared KV arena, over all ranks (fetched and to-be-saved KV)",
+        "size in bytes, over all ranks, of the arena: shared memory for KV that was fetched or is to be"
+        " saved",
         low=1 << 20,
     )
     # Not `auto` yet: the torch engine has read its KV from an arena on a GPU, TensorRT-LLM has not.
     arena: Literal["auto", "host", "gpu"] = _option(
         "host",
-        "where the arena lies; auto = on the GPU that the model runs on (of each tensor-parallel rank, its"
-        " heads), else in host memory",
+        "where the arena lies; auto = on the GPU that the model runs on (each tensor-parallel rank has a"
+        " part on its own), or in host memory if there is none",
     )
     prefill_slice_tokens: int = _option(
         256,
-        "prefill runs in slices of so many tokens, so that running streams go on",
+        "number of tokens in one slice of prefill; running streams go on between slices",
         low=1,
         high=65536,
     )
-    max_running_requests: int = _option(8, "requests that hold KV at one time", low=1, high=1024)
-    max_waiting_requests: int = _option(256, "requests that queue; one more is refused", low=0)
+    max_running_requests: int = _option(
+        8, "largest number of requests that hold KV at one time", low=1, high=1024
+    )
+    max_waiting_requests: int = _option(
+        256, "largest number of requests that wait; one more is refused", low=0
+    )
     max_prompt_tokens: int = _option(
-        0, "longest prompt; 0 = what the model's position range allows", low=0
+        0, "longest prompt, in tokens; 0 = what the model's position range allows", low=0
+    )
+    repeat_bos: bool = _option(
+        False,
+        "keep a second beginning-of-text token where a prompt's text already begins with one (as a chat"
+        " template writes it)",
     )
     max_output_tokens: int = _option(1024, "largest max_tokens of a request", low=1)
-    num_threads: int = _option(0, "CPU threads of the engine; 0 = all cores", low=0, high=1024)
+    num_threads: int = _option(
+        0, "number of CPU threads of the engine; 0 = all cores", low=0, high=1024
+    )
     llm_args: str = _option(
         "", "YAML file of arguments to TensorRT-LLM's LLM() (as Triton's model.yaml)"
     )
@@ -271,12 +292,19 @@ class ConnectorConfig(_Section):
         "auto", "order inside the engine's KV blocks; auto = found by a probe at start"
     )
     async_load_tokens: int = _option(
-        0, "loads of so many tokens or more run beside the batch; 0 = all run before it", low=0
+        0,
+        "loads of at least this number of tokens run beside the batch; 0 = all run before it",
+        low=0,
     )
     save_timeout_seconds: float = _option(
-        5.0, "a finished request's KV blocks wait so long to be saved", low=0.01, high=600
+        5.0,
+        "seconds that a finished request's KV blocks wait to be saved; then they are freed",
+        low=0.01,
+        high=600,
     )
-    pool_bytes: int = _option(1 << 30, "size of the `paged` engine's KV pool", low=1 << 16)
+    pool_bytes: int = _option(
+        1 << 30, "size of the `paged` engine's KV pool, in bytes", low=1 << 16
+    )
     device_reuse: bool = _option(
         True, "`paged`: requests share blocks of equal prefixes in the engine's own pool"
     )
@@ -290,44 +318,53 @@ class CodecConfig(_Section):
 
     profile: str = _option(
         "auto",
-        "profile that new chunks are saved with; auto = `serve` takes balanced where a"
-        " certified calibration of the model is kept, else exact; a tritonserver started otherwise: exact",
+        "profile that new chunks are saved with; auto = `serve` takes balanced if a certified calibration"
+        " of the model is kept on this machine, else exact; a tritonserver started by hand takes exact",
     )
-    chunk_tokens: int = _option(256, "tokens of one chunk (whole engine blocks)", low=16, high=8192)
+    chunk_tokens: int = _option(
+        256,
+        "number of tokens of one chunk, a multiple of engine.tokens_per_block",
+        low=16,
+        high=8192,
+    )
     unit_layers: int = _option(
-        0, "layers of one unit for `exact` and `paper`; 0 = chosen by the profile", low=0, high=1024
+        0,
+        "number of layers of one unit of `exact` and `paper`; 0 = chosen by the profile",
+        low=0,
+        high=1024,
     )
     frame_sizes: tuple[str, ...] = _option(
         (),
-        "picture sizes (WIDTHxHEIGHT) that a chunk is stored in, each costs its bytes again;"
-        " none = one, chosen by the profile",
+        "picture sizes (WIDTHxHEIGHT) in which each chunk is stored; every further size costs the video's"
+        " bytes again; empty = one size, chosen by the profile",
     )
     raw_copy: bool = _option(
         False,
-        "chunks hold their values uncompressed, too: fetched where the link is faster than decoding",
+        "store the values uncompressed as well, for links that are faster than decoding",
     )
     packed_copy: bool = _option(
         False,
-        "near, balanced, compact and tiny: chunks hold their integers without video, too, for links"
-        " faster than the decoders; as large as the video and a third, which it stands beside",
+        "near, balanced, compact and tiny: store the integers without video as well, for links that are"
+        " faster than the decoders; about 1.3 times the size of the video, in addition to it",
     )
-    paper_bits: int = _option(8, "bits of the lossy quantiser of `paper`", low=2, high=12)
+    paper_bits: int = _option(8, "number of bits of the quantiser of `paper`", low=2, high=12)
     decoder: Literal["auto", "cpu", "nvdec"] = _option(
         "auto",
-        "what decodes units: auto = nvdec where it is usable, else cpu; nvdec must be usable",
+        "what decodes units: auto = nvdec if it is usable, else cpu; nvdec = it is an error if NVDEC is"
+        " not usable",
     )
     encoder: Literal["auto", "x265", "nvenc"] = _option(
         "auto",
-        "what encodes chunks: auto = the GPU's NVENC where it has one that codes without loss (H100"
-        " and H200 have none), else libx265 on all cores; nvenc must be usable",
+        "what encodes chunks: auto = the GPU's NVENC if it has one that codes without loss (H100 and H200"
+        " have none), else libx265 on all cores; nvenc = it is an error if NVENC is not usable",
     )
     calibration: str = _option(
         "",
-        "calibration artifact (file) of the model, for near, balanced, compact and tiny; empty ="
-        " with profile auto, the one that `kvfetcher calibrate` keeps",
+        "file with the model's calibration, for near, balanced, compact and tiny; empty = the one that"
+        " `kvfetcher calibrate` keeps on this machine",
     )
     allow_uncertified: bool = _option(
-        False, "serve with a calibration that carries no certificate of its quality"
+        False, "whether a calibration without a certificate of its quality may be used"
     )
 
     def __post_init__(self) -> None:
@@ -377,54 +414,77 @@ class StoreConfig(_Section):
     kind: Literal["file", "redis", "s3"] = _option(
         "file", "where chunks live: a folder, Redis or Valkey, or an S3-compatible store"
     )
-    path: str = _option("", "folder of the file store; empty = <cache>/kvfetcher/store")
+    path: str = _option("", "folder of the file store; empty = ~/.cache/kvfetcher/store")
     url: str = _option(
-        "", "redis://HOST:PORT/DB (rediss:// = TLS), or s3://BUCKET/PREFIX; never with a password"
+        "", "redis://HOST:PORT/DB (rediss:// for TLS), or s3://BUCKET/PREFIX; never with a password"
     )
     endpoint: str = _option("", "URL of the S3-compatible server; empty = AWS")
     region: str = _option("us-east-1", "region of the S3 bucket")
-    ca_file: str = _option("", "PEM file of certificates to trust for TLS besides the system's")
+    ca_file: str = _option("", "PEM file of certificates that TLS trusts besides the system's")
     timeout_seconds: float = _option(
-        10.0, "longest wait for one store call, and 1 s more for each MB of it", low=0.01, high=3600
+        10.0,
+        "longest wait for one store call, in seconds, and 1 s more for each MB that it carries",
+        low=0.01,
+        high=3600,
     )
     connect_timeout_seconds: float = _option(
-        2.0, "longest wait for a connection to redis or s3", low=0.01, high=3600
+        2.0, "longest wait for a connection to redis or s3, in seconds", low=0.01, high=3600
     )
     max_connections: int = _option(
-        32, "connections of one process to redis or s3; more calls wait", low=1, high=1024
+        32,
+        "largest number of connections of one process to redis or s3; further calls wait",
+        low=1,
+        high=1024,
     )
     ttl_seconds: float = _option(
         0.0,
-        "chunks not read for so long are dropped by redis; for file and s3, chunks written so long"
-        " ago are removed by `kvfetcher store gc`; 0 = never",
+        "age in seconds at which chunks go; 0 = never. redis drops chunks that were not read for this"
+        " time; with file and s3, `kvfetcher store gc` removes chunks that were written before it",
         low=0,
     )
-    max_retries: int = _option(2, "of a call that failed in a way that may pass", low=0, high=10)
+    max_retries: int = _option(
+        2,
+        "largest number of times that a call is made again after a failure that may pass",
+        low=0,
+        high=10,
+    )
     hedge_fraction: float = _option(
-        0.03, "reads sent twice because the first was late, per read; 0 = none", low=0, high=0.5
+        0.03,
+        "largest share of reads that are sent a second time because the first is late; 0 = none",
+        low=0,
+        high=0.5,
     )
     breaker_failures: int = _option(
-        5, "failures among the last 20 calls after which the store is left alone", low=1, high=20
+        5,
+        "number of failures among the last 20 calls after which the store is not asked for a while",
+        low=1,
+        high=20,
     )
     breaker_backoff_seconds: float = _option(
-        1.0, "it is asked again after so long, then twice as long, ...", low=0.01, high=3600
+        1.0,
+        "first pause before it is asked again, in seconds; each further one is twice as long",
+        low=0.01,
+        high=3600,
     )
     breaker_max_backoff_seconds: float = _option(
-        30.0, "but at the latest after this", low=0.01, high=3600
+        30.0, "longest such pause, in seconds", low=0.01, high=3600
     )
     gc_grace_seconds: float = _option(
-        3600.0, "`kvfetcher store gc` leaves unreachable chunks younger than this", low=0
+        3600.0,
+        "`kvfetcher store gc` keeps unreachable chunks that are younger than this, in seconds",
+        low=0,
     )
     tier_memory_bytes: int = _option(
-        0, "memory of each process for copies of what it fetched; 0 = none", low=0
+        0, "bytes of memory, in each process, for copies of what it fetched; 0 = none", low=0
     )
     tier_disk_bytes: int = _option(
-        0, "local disk for copies of what this host fetched or saved; 0 = none", low=0
+        0, "bytes of local disk for copies of what this host fetched or saved; 0 = none", low=0
     )
-    tier_path: str = _option("", "folder of those copies; empty = <cache>/kvfetcher/tier")
+    tier_path: str = _option("", "folder of these copies; empty = ~/.cache/kvfetcher/tier")
     tier_max_age_seconds: float = _option(
         86400.0,
-        "older copies are fetched again: the delay of a purge on other hosts and in running servers",
+        "local copies older than this, in seconds, are read from the store again; a purge takes at most"
+        " this long to reach other hosts and running servers",
         low=1,
     )
 
@@ -516,70 +576,90 @@ class FetchConfig(_Section):
 
     NAME: typing.ClassVar[str] = "fetch"
 
-    enabled: bool = _option(True, "fetch at all; off = every request computes its prefix")
-    min_hit_tokens: int = _option(256, "shorter hits are computed instead", low=1)
+    enabled: bool = _option(True, "false = nothing is fetched, every request computes its prefix")
+    min_hit_tokens: int = _option(256, "hits of fewer tokens are computed instead", low=1)
     max_inflight_reads: int = _option(
         8,
-        "reads of the store at one time, over all requests; `file` and `redis` get two, and more only"
-        " while the link is not full",
+        "largest number of reads from the store at one time, over all requests; with `file` and `redis`"
+        " two, and more only while the link has capacity left",
         low=1,
         high=1024,
     )
     max_inflight_bytes: int = _option(
-        128 << 20, "bytes asked for and not restored yet, over all requests", low=1 << 16
+        128 << 20,
+        "largest number of bytes that were asked for and are not restored yet, over all requests",
+        low=1 << 16,
     )
     max_inflight_units: int = _option(
         0,
-        "units in decode or restore at one time, over all requests; 0 = two for each kv_decode process,"
-        " at least 8",
+        "largest number of units in kv_decode or kv_restore at one time, over all requests; 0 = two for"
+        " each kv_decode process, at least 8",
         low=0,
         high=1024,
     )
     max_inflight_requests: int = _option(
-        4, "prefixes fetched at one time; others wait in line", low=1, high=1024
+        4, "largest number of prefixes that are fetched at one time; others wait", low=1, high=1024
     )
     max_waiting_requests: int = _option(
-        256, "prefixes that wait in line; one more is computed", low=0
+        256, "largest number of prefixes that wait; one more is computed", low=0
     )
     max_read_bytes: int = _option(
-        4 << 20, "neighbouring units of a chunk are read together up to this", low=1
+        4 << 20, "neighbouring units of a chunk are read together up to this number of bytes", low=1
     )
     gate_margin: float = _option(
-        0.05, "fetching must be predicted faster than computing by this part", low=0, high=0.9
+        0.05,
+        "fetching must be predicted faster than computing by this share of the time",
+        low=0,
+        high=0.9,
     )
     ageing: float = _option(
         1.0,
-        "seconds of a fetch's length that a second in line makes up for, among one tenant's",
+        "how fast waiting raises priority within a tenant: one second of waiting offsets this many seconds"
+        " of predicted fetch time",
         low=0.001,
         high=1000,
     )
     variant_hysteresis: float = _option(
         0.1,
-        "another picture size must gain more than this part of the time that a unit takes",
+        "the fetcher changes to another picture size only if it saves more than this share of a unit's"
+        " time",
         low=0,
         high=0.9,
     )
     expected_gbit_per_second: float = _option(
-        1.0, "the store's link, until transfers were measured", low=0.0001, high=10_000
+        1.0,
+        "assumed rate of the link to the store until transfers were measured",
+        low=0.0001,
+        high=10_000,
     )
     expected_rtt_seconds: float = _option(
-        0.002, "round trip to the store, until reads were measured", low=0, high=60
+        0.002,
+        "assumed round trip to the store until reads were measured, in seconds",
+        low=0,
+        high=60,
     )
     link_half_life_seconds: float = _option(
-        5.0, "a transfer counts half once a newer one is so much younger", low=0.01, high=3600
+        5.0,
+        "a transfer counts half as much as one that is younger by this number of seconds",
+        low=0.01,
+        high=3600,
     )
     deadline_seconds: float = _option(
-        30.0, "a fetch is given up after this and the rest computed", low=0.1, high=3600
+        30.0,
+        "a fetch ends after this number of seconds, and the rest is computed",
+        low=0.1,
+        high=3600,
     )
     lease_ttl_seconds: float = _option(
         120.0,
-        "arena blocks of a vanished fetch come back after this; at least fetch.deadline_seconds",
+        "seconds after which arena blocks of a fetch that vanished are free again; at least"
+        " fetch.deadline_seconds",
         low=1,
         high=86400,
     )
     nice: int = _option(
         19,
-        "niceness of kv_decode and kv_restore where they work on the CPU: prefill and generation go"
+        "niceness of kv_decode and kv_restore if they work on the CPU, so that prefill and generation go"
         " first",
         low=0,
         high=19,
@@ -596,9 +676,13 @@ class SaveConfig(_Section):
 
     NAME: typing.ClassVar[str] = "save"
 
-    enabled: bool = _option(True, "save computed prefixes")
-    generated: bool = _option(True, "save generated tokens too (the next turn of a chat)")
-    max_pending: int = _option(16, "saves that wait; one more is dropped and counted", low=1)
+    enabled: bool = _option(True, "whether computed prefixes are saved")
+    generated: bool = _option(
+        True, "whether generated tokens are saved too, for the next turn of a chat"
+    )
+    max_pending: int = _option(
+        16, "largest number of saves that wait; one more is dropped and counted", low=1
+    )
     chunks_in_flight: int = _option(
         8,
         "chunks of one save that are encoded and stored side by side; more keep a GPU busier, each takes"

@@ -22,6 +22,7 @@
     ├── GpuError                  a GPU refused: memory, or sharing it
     ├── EngineError               the LLM engine failed
     │   └── EngineBusyError       its queue is full
+    ├── MixedUpError              a reply belongs to another request
     └── ServerError               tritonserver could not be found, started or stopped
 
 Every message is one sentence a stranger can act on: which object, the rule, expected and got, the
@@ -154,6 +155,12 @@ class EngineError(KVFetcherError):
 
 class EngineBusyError(EngineError):
     """The engine's queue is full."""
+
+    triton_status: ClassVar[TritonStatus] = "UNAVAILABLE"
+
+
+class MixedUpError(KVFetcherError):
+    """What a model's process replied belongs to another request; it is to be sent again."""
 
     triton_status: ClassVar[TritonStatus] = "UNAVAILABLE"
 

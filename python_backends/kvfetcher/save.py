@@ -46,6 +46,8 @@ class SaveReport:
     encode_ms: float = 0.0
     store_ms: float = 0.0
     error: str = ""
+    lease_id: str = ""
+    """Of the ticket, for who asked to compare."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
@@ -82,7 +84,7 @@ class Saver:
         also before an earlier one. A failure ends the ticket (later chunks could not be found without
         the failed one) and is reported, not raised.
         """
-        report = SaveReport()
+        report = SaveReport(lease_id=ticket.lease_id)
         try:
             await self._save(ticket, report)
         except KVFetcherError as exc:

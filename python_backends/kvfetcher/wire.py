@@ -39,6 +39,7 @@ KV_REPORT = "kv_report"
 KV_POLICIES = ("auto", "fetch", "recompute", "no_store", "warm")
 
 # Between the models
+PROMPT_TAG = "prompt_tag"  # STRING [1], of the text that input_ids belong to (backend/tags.py)
 INPUT_IDS = "input_ids"  # INT32 [num_tokens]
 SAMPLING = "sampling"  # STRING [1], JSON (backend/params.py)
 STREAM_ID = "stream_id"  # STRING [1]; names a running answer (engines/streams.py)

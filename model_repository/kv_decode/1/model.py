@@ -16,6 +16,7 @@ from kvfetcher.backend import setup
 from kvfetcher.backend.coding import UnitDecoder
 from kvfetcher.backend.respond import respond_each
 from kvfetcher.backend.tensors import bytes_tensor, read_text, read_view, text_tensor
+from kvfetcher.backend.vitals import watched
 from kvfetcher.config import load_config
 
 
@@ -29,6 +30,7 @@ class TritonPythonModel:
         if self.decoder.name == "cpu":
             setup.lower_priority(config.fetch.nice)
 
+    @watched
     def execute(self, requests):
         on_cpu = self.decoder.name == "cpu"
         responses = respond_each(requests, self._decode, pb_utils, asks_cancelled=on_cpu)

@@ -14,6 +14,7 @@ import triton_python_backend_utils as pb_utils
 from kvfetcher.backend import setup
 from kvfetcher.backend.coding import ChunkEncoder
 from kvfetcher.backend.encode_requests import EncodeRequests
+from kvfetcher.backend.vitals import watched
 from kvfetcher.codec.gpu.nvdec import has_driver
 from kvfetcher.config import load_config
 
@@ -31,6 +32,7 @@ class TritonPythonModel:
             self.encoder, pb_utils, after=lambda: setup.end_if_lost(self.encoder.is_lost())
         )
 
+    @watched
     def execute(self, requests):
         self.requests.execute(requests)
 

@@ -1,6 +1,7 @@
 """kv_fetch: token ids -> a lease on restored KV of the longest stored prefix, and the report.
 
-Inputs   input_ids INT32 [num_tokens] and the sampling inputs of the client
+Inputs   input_ids INT32 [num_tokens], prompt_tag STRING [1] (of the text that preprocessing read; with
+         text_input only) and the sampling inputs of the client
 Outputs  input_ids, sampling (JSON), kv_lease (JSON or ""), kv_report (JSON); inside an ensemble
          signs of life before them (backend/watching.py)
 Errors   INVALID_ARG bad request. A store, chunk or decoder that fails is a miss with a reason.
@@ -17,8 +18,10 @@ from kvfetcher.backend.fetching import build_fetcher
 from kvfetcher.backend.params import read_client_request
 from kvfetcher.backend.respond import send
 from kvfetcher.backend.tensors import ids_tensor, text_tensor
+from kvfetcher.backend.vitals import pulse, watched
 from kvfetcher.backend.watching import end_fetch
 from kvfetcher.config import load_config
+from kvfetcher.memory.control import run_dir
 
 
 class TritonPythonModel:
@@ -27,6 +30,7 @@ class TritonPythonModel:
         self.config = load_config()
         self.fetcher = build_fetcher(self.config, pb_utils)
 
+    @watched
     async def execute(self, requests):
         await asyncio.gather(*(self._serve(request) for request in requests))
 
@@ -34,7 +38,9 @@ class TritonPythonModel:
         sender = request.get_response_sender()
         watch = self.fetcher.watch(request, sender)
         try:
-            asked = read_client_request(request, self.config.engine, pb_utils)
+            asked = read_client_request(request, self.config.engine, pb_utils, run_folder=run_dir())
+            if not watch.in_ensemble:  # there, preprocessing has let it in
+                pulse().refuse_when_stopping()
             async with watch:
                 fetched = await self.fetcher.fetch(
                     asked.input_ids,

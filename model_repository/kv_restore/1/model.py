@@ -8,7 +8,8 @@ Inputs   unit       UINT8  [1, num_bytes]  one unit (docs/format.md), or kv_deco
          kv_target  STRING [1, 1]  JSON BlockTarget; absent or "" = return the values
 Outputs  kv_values  UINT8  [1, num_bytes]  canonical [L, K, H, T, D]; empty where a target is given
          kv_status  STRING [1, 1]  JSON: layers, tokens, times, stamps, batch, which decoder
-Errors   INVALID_ARG bad unit or target · NOT_FOUND the arena is gone
+Errors   INVALID_ARG bad unit or target · UNAVAILABLE the arena is gone, or kv_decode's reply belongs
+         to another unit
 """
 
 import triton_python_backend_utils as pb_utils
@@ -18,8 +19,10 @@ from kvfetcher.backend import setup
 from kvfetcher.backend.coding import UnitRestorer
 from kvfetcher.backend.overlapped import OverlappedResponses
 from kvfetcher.backend.tensors import bytes_tensor, read_array, read_text, read_view, text_tensor
+from kvfetcher.backend.vitals import watched
 from kvfetcher.codec.gpu.nvdec import has_driver
 from kvfetcher.config import load_config
+from kvfetcher.memory.control import run_dir
 
 
 class TritonPythonModel:
@@ -27,7 +30,7 @@ class TritonPythonModel:
         setup.check_stub(args, pb_utils)
         config = load_config()
         setup.yield_gpu(percent=config.server.mps_restore_percent)
-        self.restorer = UnitRestorer()
+        self.restorer = UnitRestorer(run_folder=run_dir())
         if has_driver():
             self.restorer.warm_up(config)
         else:
@@ -41,6 +44,7 @@ class TritonPythonModel:
             after=lambda: setup.end_if_lost(self.restorer.is_lost()),
         )
 
+    @watched
     def execute(self, requests):
         self.responses.execute(requests)
 

@@ -13,6 +13,7 @@ from kvfetcher.backend import setup
 from kvfetcher.backend.respond import respond_each_async
 from kvfetcher.backend.saving import build_saver
 from kvfetcher.backend.tensors import read_ids, read_text, text_tensor
+from kvfetcher.backend.vitals import watched
 from kvfetcher.config import load_config
 
 
@@ -23,6 +24,7 @@ class TritonPythonModel:
         setup.lower_priority(config.save.nice)
         self.saver = build_saver(config, pb_utils)
 
+    @watched
     async def execute(self, requests):
         return await respond_each_async(requests, self._save, pb_utils)
 

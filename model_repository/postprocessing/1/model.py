@@ -12,6 +12,7 @@ import triton_python_backend_utils as pb_utils
 from kvfetcher.backend import setup
 from kvfetcher.backend.answering import AnswerRelay
 from kvfetcher.backend.respond import send, send_error
+from kvfetcher.backend.vitals import watched
 
 
 class TritonPythonModel:
@@ -19,6 +20,7 @@ class TritonPythonModel:
         setup.check_stub(args, pb_utils)
         self.relay = AnswerRelay(pb_utils)
 
+    @watched
     def execute(self, requests):
         for request in requests:
             sender = request.get_response_sender()

@@ -19,6 +19,7 @@ from kvfetcher.backend import setup
 from kvfetcher.backend.generating import Generation, SaveQueue
 from kvfetcher.backend.metrics import Metrics
 from kvfetcher.backend.respond import is_internal, log_failure, send, send_error, settle_ensemble
+from kvfetcher.backend.vitals import watched
 from kvfetcher.config import load_config
 from kvfetcher.engines.host import EngineHost
 
@@ -31,6 +32,7 @@ class TritonPythonModel:
         self.saves = SaveQueue(config, pb_utils)
         self.metrics = Metrics(pb_utils)
 
+    @watched
     async def execute(self, requests):
         await asyncio.gather(*(self._serve(request) for request in requests))
 

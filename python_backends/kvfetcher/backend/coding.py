@@ -14,6 +14,7 @@ import numpy as np
 
 from kvfetcher import wire
 from kvfetcher.backend.gpu_coding import Arenas, GpuInput, GpuOutput
+from kvfetcher.backend.tags import compare, unit_tag
 from kvfetcher.backend.warm_up import gpu_of, warm_up_units
 from kvfetcher.codec import profiles
 from kvfetcher.codec.gpu import nvdec
@@ -36,6 +37,7 @@ from kvfetcher.spec import KVSpec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -115,8 +117,9 @@ class UnitDecoder:
         """
         started = time.monotonic()
         parsed = parse_unit(unit)
+        tag = unit_tag(unit, target_json)
         if not parsed.geometry.num_frames:
-            planes, text = self._decode(parsed, started)
+            planes, text = self._decode(parsed, started, tag)
             return DecodedUnit(planes, "", memoryview(unit), text)
         rest = without_bitstream(parsed)
         if self._nvdec is not None and self._gpu_output.wants(target_json):
@@ -126,8 +129,8 @@ class UnitDecoder:
                 _log.warning("a unit is not kept on the GPU: %s", exc)
                 self._is_lost = self._nvdec.is_lost()
             else:
-                return _kept_unit(kept, rest, started)
-        planes, text = self._decode(parsed, started)
+                return _kept_unit(kept, rest, started, tag)
+        planes, text = self._decode(parsed, started, tag)
         return DecodedUnit(planes, "", rest, text)
 
     def decode(self, unit: bytes | memoryview) -> tuple[NDArray[np.uint8], str]:
@@ -142,10 +145,10 @@ class UnitDecoder:
             CodecError: the bitstream does not decode to what the unit says.
         """
         started = time.monotonic()
-        return self._decode(parse_unit(unit), started)
+        return self._decode(parse_unit(unit), started, "")
 
-    def _decode(self, unit: Unit, started: float) -> tuple[NDArray[np.uint8], str]:
-        status: dict[str, Any] = {"decoder": self.name}
+    def _decode(self, unit: Unit, started: float, tag: str) -> tuple[NDArray[np.uint8], str]:
+        status: dict[str, Any] = {"decoder": self.name} | ({"tag": tag} if tag else {})
         fallback = self._fallback
         planes = None
         if self._nvdec is not None:
@@ -181,10 +184,11 @@ class UnitDecoder:
             self._nvdec.close()
 
 
-def _kept_unit(kept: KeptPlanes, rest: bytes, started: float) -> DecodedUnit:
+def _kept_unit(kept: KeptPlanes, rest: bytes, started: float, tag: str) -> DecodedUnit:
     planes = _NO_PLANES if kept.planes is None else kept.planes.view(np.uint8)
     status = {
         "decoder": "nvdec",
+        "tag": tag,
         "planes": "gpu" if kept.planes is None else "host",
         "decode_ms": _ms_since(started),
         "stamps": _stamps(decode=started, reserved=kept.reserved_at, decoded=time.monotonic()),
@@ -221,8 +225,9 @@ class RestoreJob:
     """One unit between `UnitRestorer.start` and `close_batch`."""
 
     unit: Unit
-    decode_status: str
+    decode_status: dict[str, Any]
     started: float
+    tag: str
     launched: float = 0.0
     values: bytes = b""
     on_gpu: GpuJob | None = None
@@ -240,9 +245,13 @@ class UnitRestorer:
     """Restores units into arenas, which stay attached between calls.
 
     One thread starts units and closes batches, another may `finish` batches meanwhile.
+
+    Args:
+        run_folder: of the server; see `tags.compare`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, run_folder: Path | None = None) -> None:
+        self._run_folder = run_folder
         self._arenas = Arenas()
         self._gpu = GpuInput()
 
@@ -289,6 +298,8 @@ class UnitRestorer:
 
         Raises:
             FormatError: not a unit, or its digest differs.
+            MixedUpError: what `kv_decode` replied belongs to another unit or target.
+            RequestError: `decode_status` is not one.
             LayoutError: planes or target do not fit the unit.
             ArenaError: the arena is gone.
             GpuError: planes on a GPU are gone, or it failed.
@@ -312,7 +323,10 @@ class UnitRestorer:
     ) -> RestoreJob:
         started = time.monotonic()
         unit = parse_unit(data, checks_video=False)
-        job = RestoreJob(unit, decode_status, started)
+        decoded = _parse_status(decode_status)
+        tag = unit_tag(data, target_json)
+        compare(decoded.pop("tag", tag), tag, model=wire.KV_DECODE, run_folder=self._run_folder)
+        job = RestoreJob(unit, decoded, started, tag)
         if not target_json:
             job.values = profiles.restore_parsed(unit, planes).tobytes()
             return job
@@ -373,9 +387,19 @@ class UnitRestorer:
         self._arenas.close()
 
 
+def _parse_status(text: str) -> dict[str, Any]:
+    try:
+        status = json.loads(text) if text else {}
+        if not isinstance(status, dict) or not isinstance(status.get("stamps", {}), dict):
+            raise TypeError("it is no object")
+    except (ValueError, TypeError, RecursionError) as exc:
+        raise RequestError(f"input {wire.DECODE_STATUS!r} is not kv_decode's: {exc}") from exc
+    return status
+
+
 def _restore_status(job: RestoreJob, synced: float, batch: int) -> str:
     unit = job.unit
-    decoded: dict[str, Any] = json.loads(job.decode_status) if job.decode_status else {}
+    decoded = job.decode_status
     stamps = decoded.pop("stamps", {}) | _stamps(
         restore=job.started, launched=job.launched, synced=synced
     )
@@ -390,6 +414,7 @@ def _restore_status(job: RestoreJob, synced: float, batch: int) -> str:
         "restore_ms": _ms_since(job.started),
         "batch": batch,
         "stamps": stamps,
+        "tag": job.tag,
     }
     return json.dumps(status)
 

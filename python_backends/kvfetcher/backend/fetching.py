@@ -15,14 +15,21 @@ import numpy as np
 from kvfetcher import wire
 from kvfetcher.backend.leases import EngineLeases
 from kvfetcher.backend.metrics import FETCH_SERIES, Metrics, count_unit, store_observer
+from kvfetcher.backend.tags import compare, unit_tag
 from kvfetcher.backend.tensors import bytes_tensor, text_tensor
 from kvfetcher.backend.watching import ClientWatch, Watches
 from kvfetcher.codec.gpu.instances import decode_instances, nvdec_engines, parallel_decoders
 from kvfetcher.config import cache_home
-from kvfetcher.errors import CodecError, DecoderUnavailableError, RequestCancelledError
+from kvfetcher.errors import (
+    CodecError,
+    DecoderUnavailableError,
+    MixedUpError,
+    RequestCancelledError,
+)
 from kvfetcher.fetch.fetcher import Fetched, Fetcher, UnitStatus
 from kvfetcher.fetch.planning.decode_times import H100_NVDEC, cpu_table, load_table
 from kvfetcher.format.unit import has_video
+from kvfetcher.memory.control import run_dir
 from kvfetcher.storage import TieredStore, open_store
 
 if TYPE_CHECKING:
@@ -156,6 +163,11 @@ class FetchService:
             raise _unit_error(model, response.error().message())
         status = pb_utils.get_output_tensor_by_name(response, wire.KV_STATUS).as_numpy()
         facts = json.loads(status.reshape(-1)[0])
+        expected = unit_tag(unit, target.to_json())
+        try:
+            compare(facts.get("tag", ""), expected, model=wire.KV_RESTORE, run_folder=run_dir())
+        except MixedUpError as exc:
+            raise DecoderUnavailableError(str(exc)) from exc
         count_unit(self._metrics, facts)
         return UnitStatus(facts["decoder"], facts["decode_ms"], facts["restore_ms"])
 

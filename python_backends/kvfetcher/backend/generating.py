@@ -16,11 +16,14 @@ from kvfetcher.backend.leases import EngineLeases
 from kvfetcher.backend.metrics import GENERATE_SERIES, Metrics
 from kvfetcher.backend.params import GenerationOptions
 from kvfetcher.backend.saving import ticket_to_json
+from kvfetcher.backend.tags import compare
 from kvfetcher.backend.tensors import ids_tensor, read_ids, read_text, text_tensor
 from kvfetcher.engines.base import GenerateEvent, GenerateRequest
 from kvfetcher.errors import RequestError
 from kvfetcher.fetch.report import tell_computed
+from kvfetcher.memory.control import run_dir
 from kvfetcher.memory.leases import LeaseClaim
+from kvfetcher.memory.vitals import mark_suspect
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -62,6 +65,7 @@ class Generation:
 
         Raises:
             RequestError, LeaseError: an input is not what it should be.
+            MixedUpError: what `kv_fetch` sent belongs to another request.
         """
         report = read_text(request, wire.KV_REPORT, pb_utils, default="")
         try:
@@ -70,9 +74,13 @@ class Generation:
             raise RequestError(f"input {wire.KV_REPORT!r} is not JSON: {exc}") from exc
         sampling = read_text(request, wire.SAMPLING, pb_utils, default="")
         lease = read_text(request, wire.KV_LEASE, pb_utils, default="")
+        options = GenerationOptions.from_json(sampling)
+        if options.request_id:
+            compare(options.request_id, request.request_id(), model=wire.KV_FETCH, run_folder=None)
+            facts["request_id"] = options.request_id
         return cls(
             input_ids=read_ids(request, wire.INPUT_IDS, pb_utils),
-            options=GenerationOptions.from_json(sampling),
+            options=options,
             claim=LeaseClaim.from_json(lease),
             report=facts,
             request_id=request.request_id(),
@@ -217,6 +225,11 @@ class SaveQueue:
             return
         text = pb_utils.get_output_tensor_by_name(response, wire.KV_REPORT).as_numpy()
         report = json.loads(text.reshape(-1)[0])
+        if report["lease_id"] != ticket.lease_id:
+            _log.error("kv_save replied to another request")
+            mark_suspect(run_dir(), wire.KV_SAVE)
+            self._metrics.add("kvfetcher_save_errors_total")
+            return
         self._metrics.add("kvfetcher_saved_chunks_total", report["chunks_saved"])
         self._metrics.add("kvfetcher_saved_bytes_total", report["bytes_saved"])
         if report["error"]:

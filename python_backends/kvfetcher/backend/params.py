@@ -7,11 +7,14 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kvfetcher import wire
+from kvfetcher.backend.tags import compare, prompt_tag
 from kvfetcher.backend.tensors import read_ids, read_scalar, read_text, read_texts
 from kvfetcher.engines.base import SamplingParams
 from kvfetcher.errors import RequestError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -41,8 +44,10 @@ class GenerationOptions:
     """Send empty responses while nothing else is to be sent (`postprocessing` drops them)."""
     generate: bool = True
     """False = nothing is to be computed: answer at once, with the report."""
+    request_id: str = ""
+    """The client's; `tensorrt_llm` compares it with its own, and the report has it."""
     fetch_id: str = ""
-    """Not "" = this is no request but a sign of life of a fetch (`serving.watching`)."""
+    """Not "" = this is no request but a sign of life of a fetch (`backend.watching`)."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
@@ -74,12 +79,29 @@ class ClientRequest:
     options: GenerationOptions
 
 
-def read_client_request(request: Any, config: EngineConfig, pb_utils: Any) -> ClientRequest:
+def read_client_request(
+    request: Any, config: EngineConfig, pb_utils: Any, *, run_folder: Path | None = None
+) -> ClientRequest:
     """Read and check every input of the client.
 
+    Args:
+        request: of `kv_fetch`.
+        config: limits.
+        pb_utils: the module `triton_python_backend_utils`.
+        run_folder: of the server; see `tags.compare`.
+
     Raises:
+        MixedUpError: the token ids are another text's.
         RequestError: an input breaks its rule; the message names the input, the rule, the value.
     """
+    text = read_texts(request, wire.TEXT_INPUT, pb_utils)
+    if text is not None:  # of the ensemble: what tokenised it may have answered another request
+        compare(
+            read_text(request, wire.PROMPT_TAG, pb_utils, default=""),
+            prompt_tag("".join(text)),
+            model=wire.PREPROCESSING,
+            run_folder=run_folder,
+        )
     policy = read_text(request, wire.KV_POLICY, pb_utils, default="auto")
     if policy not in wire.KV_POLICIES:
         raise RequestError(f"kv_policy must be one of {wire.KV_POLICIES}, got {policy!r}")
@@ -90,7 +112,8 @@ def read_client_request(request: Any, config: EngineConfig, pb_utils: Any) -> Cl
         )
     given = {name: read_scalar(request, name, pb_utils) for name in _NUMBERS}
     params = SamplingParams(
-        stop_words=tuple(read_texts(request, wire.STOP_WORDS, pb_utils) or ()),
+        # An empty one is how TensorRT-LLM's examples say that there is none.
+        stop_words=tuple(filter(None, read_texts(request, wire.STOP_WORDS, pb_utils) or ())),
         **{name: value for name, value in given.items() if value is not None},
     )
     if params.max_tokens > config.max_output_tokens:
@@ -107,6 +130,7 @@ def read_client_request(request: Any, config: EngineConfig, pb_utils: Any) -> Cl
             cache_salt=salt,
             save=policy not in ("no_store", "warm"),
             generate=policy != "warm",
+            request_id=request.request_id(),
             heartbeat=True,
         ),
     )

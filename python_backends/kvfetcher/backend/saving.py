@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 from kvfetcher import wire
 from kvfetcher.backend.leases import EngineLeases
 from kvfetcher.backend.metrics import Metrics, store_observer
+from kvfetcher.backend.tags import compare
 from kvfetcher.backend.tensors import ids_tensor, text_tensor
 from kvfetcher.errors import CodecError, RequestError
+from kvfetcher.format.container import parse_header
 from kvfetcher.memory.arena import BlockTarget
+from kvfetcher.memory.control import run_dir
 from kvfetcher.memory.leases import SaveTicket
 from kvfetcher.save import Saver, SaveReport
 from kvfetcher.storage import open_store
@@ -87,8 +90,15 @@ class SaveService:
         ).async_exec()
         if response.has_error():
             raise CodecError(f"kv_encode: {response.error().message()}")
-        chunk = pb_utils.get_output_tensor_by_name(response, wire.CHUNK).as_numpy()
-        return bytes(chunk.tobytes())
+        chunk = pb_utils.get_output_tensor_by_name(response, wire.CHUNK).as_numpy().tobytes()
+        header = parse_header(chunk)
+        compare(
+            f"{header.chunk_key.hex()} {header.identity.hex()}",
+            f"{key.key.hex()} {facts.identity_digest.hex()}",
+            model=wire.KV_ENCODE,
+            run_folder=run_dir(),
+        )
+        return bytes(chunk)
 
     def close(self) -> None:
         """Close the connection to the engine and drop the series."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from kvfetcher.backend.vitals import pulse
 from kvfetcher.config import MPS_PIPE_VARIABLE
 from kvfetcher.errors import ConfigError
 
@@ -49,6 +50,8 @@ class _TritonLogHandler(logging.Handler):
 def check_stub(args: dict[str, str], pb_utils: Any) -> None:
     """Refuse an interpreter that would garble tensors, and bridge logging to Triton's.
 
+    The process's pulse begins here (`backend.vitals`).
+
     Raises:
         ConfigError: numpy is 2 or newer.
     """
@@ -61,6 +64,7 @@ def check_stub(args: dict[str, str], pb_utils: Any) -> None:
     logger.setLevel(logging.INFO)
     logger.addHandler(_TritonLogHandler(pb_utils.Logger, args["model_name"]))
     logger.propagate = False
+    pulse()
 
 
 def num_instances(args: dict[str, str]) -> int:

@@ -434,15 +434,32 @@ def format_row(row: Row) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="kvfetcher bench codec", description=__doc__)
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="name or folder")
-    parser.add_argument("--calibration", type=Path, help="artifact; default = the model's own")
+    parser.add_argument(
+        "--model",
+        default="smollm2-135m-instruct",
+        help="name or folder of a model (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--calibration", type=Path, help="calibration file (default: the one kept for the model)"
+    )
     parser.add_argument("--texts", type=Path, help="folder of more texts, as a second text set")
-    parser.add_argument("--documents", type=int, default=5, help="of each text set, at most")
-    parser.add_argument("--prefix-tokens", type=int, default=2048)
-    parser.add_argument("--following-tokens", type=int, default=512)
-    parser.add_argument("--only", action="append", default=[], help="a row; may be repeated")
-    parser.add_argument("--json", action="store_true", help="JSON on stdout instead of the table")
-    parser.add_argument("--plot", type=Path, help="write the rate-quality plot (SVG) here")
+    parser.add_argument(
+        "--documents", type=int, default=5, help="largest number of documents of each text set"
+    )
+    parser.add_argument(
+        "--prefix-tokens",
+        type=int,
+        default=2048,
+        help="tokens whose KV is replaced (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--following-tokens", type=int, default=512, help="tokens after them (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--only", action="append", default=[], help="measure this row; may be repeated"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument("--plot", type=Path, help="write the rate-quality plot (SVG) to this file")
     given = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(given)
     origin = {"commit": _commit(), "command": shlex.join(["kvfetcher", "bench", "codec", *given])}

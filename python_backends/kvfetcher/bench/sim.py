@@ -644,14 +644,25 @@ def format_row(row: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="kvfetcher bench sim", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=4, help="of each shape of jitter")
     parser.add_argument(
-        "--first-seed", type=int, default=0, help="of those; what is tuned is tuned on 0 to 3"
+        "--seeds", type=int, default=4, help="number of seeds for each shape of jitter"
     )
-    parser.add_argument("--rounds", type=int, default=2, help="times that each request comes")
-    parser.add_argument("--together", type=int, default=1, help="requests that come at one time")
-    parser.add_argument("--jobs", type=int, default=1, help="processes that share the traces")
-    parser.add_argument("--json", action="store_true", help="JSON on stdout instead of the table")
+    parser.add_argument(
+        "--first-seed",
+        type=int,
+        default=0,
+        help="the first seed; settings were chosen on seeds 0 to 3",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="number of times that each request comes"
+    )
+    parser.add_argument(
+        "--together", type=int, default=1, help="number of requests that come at one time"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="number of processes that share the traces"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     args = parser.parse_args(argv)
     if min(args.seeds, args.rounds, args.together, args.jobs) < 1:
         parser.error("--seeds, --rounds, --together and --jobs are at least 1")

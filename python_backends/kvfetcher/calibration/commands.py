@@ -44,22 +44,37 @@ def calibrate_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--texts",
         type=Path,
-        help="folder of texts; a fifth of the files is held out. Default: this machine's",
+        help="folder of texts, a fifth of which is held out (default: texts of this machine)",
     )
-    parser.add_argument("--documents", type=int, default=amounts.num_documents)
-    parser.add_argument("--layers-per-group", type=int, default=defaults.layers_per_group)
+    parser.add_argument(
+        "--documents",
+        type=int,
+        default=amounts.num_documents,
+        help="number of documents (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--layers-per-group",
+        type=int,
+        default=defaults.layers_per_group,
+        help="number of neighbouring layers of one transform; 0 = chosen by the model's shape",
+    )
     parser.add_argument(
         "--heads-per-group",
         type=int,
         default=defaults.heads_per_group,
-        help="KV heads of one transform: those of a tensor-parallel rank; 0 = all",
+        help="number of KV heads of one transform; 0 = all",
     )
     parser.add_argument(
-        "--kv-dtype", choices=("bfloat16", "float16", "float8_e4m3fn"), default=defaults.dtype
+        "--kv-dtype",
+        choices=("bfloat16", "float16", "float8_e4m3fn"),
+        default=defaults.dtype,
+        help="type of the KV values (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=amounts.seed)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda[:N]")
-    parser.add_argument("--output", type=Path, help="also write the artifact here")
+    parser.add_argument(
+        "--seed", type=int, default=amounts.seed, help="of random choices (default: %(default)s)"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda[:N] (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="also write the calibration to this file")
     return parser
 
 
@@ -81,9 +96,11 @@ def certify_parser() -> argparse.ArgumentParser:
         prog="kvfetcher certify", description="Measure an existing calibration again."
     )
     parser.add_argument("model", help="a built-in model's name, or a Hugging Face model folder")
-    parser.add_argument("--calibration", type=Path, help="artifact; default = the model's own")
+    parser.add_argument(
+        "--calibration", type=Path, help="calibration file (default: the one kept for the model)"
+    )
     parser.add_argument("--texts", type=Path, help="folder of held-out texts")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda[:N]")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda[:N] (default: %(default)s)")
     return parser
 
 

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvfetcher.errors import LeaseError, RequestError
 from kvfetcher.memory.leases import tokens_digest
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from kvfetcher.engines.base import GenerateRequest
+    from kvfetcher.engines.detokenize import Decodes
     from kvfetcher.memory.leases import Lease, LeaseTable
 
 _log = logging.getLogger(__name__)
+
+
+class StopRules(NamedTuple):
+    """What ends an answer before its length."""
+
+    ids: tuple[int, ...]
+    """Tokens: those of the model, and stop words that are a token of their own."""
+    words: tuple[str, ...]
+    """Texts to look for."""
 
 
 def check_request(
@@ -47,6 +59,38 @@ def check_request(
             f" {request.sampling.max_tokens}"
         )
     return min(request.sampling.max_tokens, max_positions - len(ids))
+
+
+def stop_rules(
+    tokenizer: Decodes, *, eos_ids: tuple[int, ...], stop_words: Sequence[str]
+) -> StopRules:
+    """Stop words that name a token of the tokenizer's list stop by its id.
+
+    The text of an answer has no special tokens, so that looking for such a word in it would never
+    find one.
+
+    Args:
+        tokenizer: of transformers.
+        eos_ids: of the model.
+        stop_words: of a request.
+
+    Raises:
+        RequestError: a stop word mixes a special token with other text.
+    """
+    added = tokenizer.get_added_vocab()
+    special = set(tokenizer.all_special_tokens)
+    ids, words = list(eos_ids), []
+    for word in stop_words:
+        if word in added:
+            ids.append(added[word])
+        elif held := next((token for token in sorted(special) if token and token in word), None):
+            raise RequestError(
+                f"stop word {word!r} holds the special token {held!r} beside other text, which no"
+                " answer's text does; give the token alone"
+            )
+        else:
+            words.append(word)
+    return StopRules(tuple(dict.fromkeys(ids)), tuple(words))
 
 
 def claim_lease(

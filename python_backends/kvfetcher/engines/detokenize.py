@@ -8,12 +8,18 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+_PROMPT_TOKENS = 8  # enough for a character of several tokens, and for what a space depends on
 
 
 class Decodes(Protocol):
-    """The one power of a Hugging Face tokenizer that is needed here."""
+    """What of a Hugging Face tokenizer is needed here."""
+
+    @property
+    def all_special_tokens(self) -> list[str]: ...
 
     def decode(self, token_ids: list[int], /, *, skip_special_tokens: bool) -> str: ...
+
+    def get_added_vocab(self) -> dict[str, int]: ...
 
 
 class Detokenizer:
@@ -22,13 +28,19 @@ class Detokenizer:
     A token's text depends on its neighbours (byte-level characters over several tokens, spaces at
     word starts), so each step decodes a short window and takes what is new. Text that ends inside
     a character waits for the tokens that complete it.
+
+    Args:
+        tokenizer: decodes.
+        prompt: ids before the first; the text is what they and the answer say together, without
+            what they say alone (a first word keeps its space).
     """
 
-    def __init__(self, tokenizer: Decodes) -> None:
+    def __init__(self, tokenizer: Decodes, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
+        self._ids: list[int] = list(prompt[-_PROMPT_TOKENS:])
         self._start = 0  # of the window
-        self._read = 0  # ids before this are in the text given out
+        self._read = len(self._ids)  # ids before this are in the text given out
+        self._is_prompt = bool(self._ids)  # the window holds nothing else yet
 
     def add(self, token_ids: Sequence[int]) -> str:
         """Text that became certain with these tokens."""
@@ -41,10 +53,13 @@ class Detokenizer:
 
     def _take(self, *, final: bool) -> str:
         known = self._decode(self._ids[self._start : self._read])
+        if self._is_prompt:  # it may end inside a character, which the answer completes
+            known = known.rstrip(_INCOMPLETE)
         text = self._decode(self._ids[self._start :])
         if len(text) <= len(known) or (text.endswith(_INCOMPLETE) and not final):
             return ""
         self._start, self._read = self._read, len(self._ids)
+        self._is_prompt = False
         return text[len(known) :]
 
     def _decode(self, ids: list[int]) -> str:

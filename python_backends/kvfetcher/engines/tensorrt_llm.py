@@ -29,6 +29,8 @@ from kvfetcher.engines.connector import entry as trtllm_connector
 from kvfetcher.engines.tokens import PRIOR_TOKENS_PER_SECOND, TokenStep
 from kvfetcher.errors import ConfigError, EngineError, RequestError
 from kvfetcher.models.identity import config_rope_facts, rope_text, tokenizer_digest, weights_digest
+from kvfetcher.models.limits import max_positions
+from kvfetcher.models.tokenizer import check_tokenizer, end_token_ids
 from kvfetcher.prefill_rate import PrefillEstimator
 from kvfetcher.spec import KVSpec, ModelIdentity, heads_of_rank
 
@@ -255,6 +257,7 @@ def read_model(
     try:
         whole = AutoConfig.from_pretrained(folder, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        check_tokenizer(tokenizer, folder)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as exc:
         raise EngineError(f"model folder {folder} cannot be read: {exc}") from exc
     model = whole.get_text_config()  # the whole, but for models of several kinds of input
@@ -262,7 +265,7 @@ def read_model(
         checks.refuse_model(part)
     try:
         spec = _spec_of(model, config.engine.kv_dtype)
-        vocab_size, max_positions = int(model.vocab_size), int(model.max_position_embeddings)
+        vocab_size, longest = int(model.vocab_size), max_positions(model)
     except (AttributeError, TypeError) as exc:
         raise ConfigError(
             f"model folder {folder}: config.json of model type"
@@ -288,9 +291,6 @@ def read_model(
         ),
         spec=spec,
     )
-    eos = getattr(model, "eos_token_id", None) or getattr(whole, "eos_token_id", None)
-    if eos is None:
-        eos = tokenizer.eos_token_id
     return TrtllmModel(
         folder=folder,
         tokenizer=tokenizer,
@@ -298,10 +298,23 @@ def read_model(
         spec=spec,
         identity=identity,
         rope=config_rope_facts(model, num_layers=spec.num_layers, head_dim=spec.head_dim),
-        eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),
+        eos_ids=end_token_ids(
+            _generation_eos(folder),
+            getattr(model, "eos_token_id", None),
+            getattr(whole, "eos_token_id", None),
+            tokenizer.eos_token_id,
+        ),
         vocab_size=vocab_size,
-        max_positions=max_positions,
+        max_positions=longest,
     )
+
+
+def _generation_eos(folder: Path) -> Any:
+    """`eos_token_id` of generation_config.json; None where it says none."""
+    try:
+        return json.loads((folder / "generation_config.json").read_text()).get("eos_token_id")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 class LlmRun:

@@ -25,12 +25,13 @@ class AnswerText:
         self,
         tokenizer: Decodes,
         *,
+        prompt: tuple[int, ...],
         eos_ids: tuple[int, ...],
         stop_words: tuple[str, ...],
         max_tokens: int,
     ) -> None:
         self._eos_ids = frozenset(eos_ids)
-        self._detokenizer = Detokenizer(tokenizer)
+        self._detokenizer = Detokenizer(tokenizer, prompt)
         self._stop_words = StopWords(stop_words)
         self._left = max_tokens
 

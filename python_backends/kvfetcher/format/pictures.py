@@ -89,9 +89,13 @@ class PlaneGeometry:
         return np.dtype(np.uint8) if self.bit_depth == 8 else np.dtype("<u2")
 
     @property
+    def num_samples(self) -> int:
+        """Of all planes of all pictures."""
+        return self.num_frames * self.num_planes * self.rows * self.width
+
+    @property
     def num_bytes(self) -> int:
-        samples = self.num_frames * self.num_planes * self.rows * self.width
-        return samples * (1 if self.bit_depth == 8 else 2)
+        return self.num_samples * (1 if self.bit_depth == 8 else 2)
 
     @property
     def pix_fmt(self) -> str:

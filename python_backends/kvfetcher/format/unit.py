@@ -23,7 +23,14 @@ from kvfetcher.format.container import (
     UNIT_MAGIC,
     parse_spec,
 )
-from kvfetcher.format.pictures import MAX_FRAMES, MAX_VALUE_BYTES, NO_PICTURES, PlaneGeometry
+from kvfetcher.format.pictures import (
+    MAX_FRAMES,
+    MAX_SIDE,
+    MAX_VALUE_BYTES,
+    MIN_SIDE,
+    NO_PICTURES,
+    PlaneGeometry,
+)
 from kvfetcher.format.sections import ProfileCode, SectionKind
 from kvfetcher.spec import FORMAT_VERSION, KVSpec
 
@@ -63,6 +70,12 @@ _FIXED = struct.Struct("<8sHHIQHBBIIIIIIQIHHBBBBQHHI")
 _SECTION = struct.Struct("<HBBIQQ")
 _CRC = struct.Struct("<I")
 _NUM_FRAMES = struct.Struct("<60xI")
+_PLANES = 3
+# A tile a little larger than half a side leaves three quarters of a picture empty, and pictures may be
+# half full.
+_TILE_WASTE = 8
+_ALWAYS_SAMPLES = 1 << 20
+_FACTS = slice(24, 80)  # profile ... integer_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +176,19 @@ class Unit:
 def has_video(data: bytes | memoryview) -> bool:
     """Whether a unit says that it has pictures; of bytes that are not a unit, nobody knows."""
     return len(data) < _NUM_FRAMES.size or _NUM_FRAMES.unpack_from(data)[0] > 0
+
+
+def unit_facts(data: bytes | memoryview) -> bytes:
+    """The bytes of a unit's header that say what it holds: profile to integer digest.
+
+    The same of a unit and of what is left of it without its bitstream. Nothing is checked.
+
+    Raises:
+        FormatError: there are too few bytes.
+    """
+    if len(data) < _FIXED.size:
+        raise FormatError(f"a unit has at least {_FIXED.size} bytes, got {len(data)}")
+    return bytes(memoryview(data)[_FACTS])
 
 
 def video_sections(packets: Sequence[bytes]) -> tuple[Section, Section]:
@@ -320,6 +346,12 @@ def parse_unit(data: bytes | memoryview, *, checks_video: bool = True) -> Unit:
             f"unit restores to {value_bytes} bytes, over the limit of {MAX_VALUE_BYTES}"
         )
     geometry = _parse_geometry(num_frames, width, height, bit_depth, chroma, codec)
+    most = max_samples(spec, num_layers=num_layers, num_tokens=num_tokens)
+    if geometry.num_frames and geometry.num_samples > most:
+        raise FormatError(
+            f"unit has pictures of {geometry.num_samples} samples; {num_layers} layers of"
+            f" {num_tokens} tokens need at most {most}"
+        )
     params_at = _FIXED.size
     table_at = params_at + params_bytes
     return Unit(
@@ -337,6 +369,31 @@ def parse_unit(data: bytes | memoryview, *, checks_video: bool = True) -> Unit:
         ),
         flags=flags,
     )
+
+
+def max_samples(spec: KVSpec, *, num_layers: int, num_tokens: int) -> int:
+    """Most samples of all pictures of a unit: what its values need where they fill pictures badly.
+
+    Pictures are evenly filled, and no side is under MIN_SIDE: of two pictures, where one does not
+    do, each is at least half full. Channels lie as rows over three planes, or tokens as tiles
+    (`paper`), one run of pictures for three layers of K or V.
+    """
+    channels = num_layers * spec.elements_per_layer_token
+    lines = -(-channels // _PLANES)
+    rows = _PLANES * _padded(lines) * _padded(num_tokens)
+    runs = -(-num_layers // _PLANES) * spec.kv_factor
+    values = num_tokens * spec.num_kv_heads * spec.head_dim
+    tiles = (
+        _PLANES
+        * runs
+        * max(MIN_SIDE * MIN_SIDE, _TILE_WASTE * values + MIN_SIDE * min(MAX_SIDE, values))
+    )
+    return max(_ALWAYS_SAMPLES, rows, tiles)
+
+
+def _padded(length: int) -> int:
+    """Longest side, over all pictures beside each other, that holds so many lines or columns."""
+    return max(MIN_SIDE, 2 * length + 2 + length // (MIN_SIDE // 2))
 
 
 def _video_fields(geometry: PlaneGeometry) -> tuple[int, int, int, int, int, int]:

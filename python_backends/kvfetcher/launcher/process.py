@@ -11,12 +11,14 @@ import contextlib
 import http.client
 import logging
 import os
+import queue
 import re
 import secrets
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -33,6 +35,7 @@ from kvfetcher.config import (
     is_setting_variable,
 )
 from kvfetcher.errors import ServerError
+from kvfetcher.launcher.guardian import Guardian
 from kvfetcher.launcher.installation import Installation, find_installation
 from kvfetcher.launcher.mps import Mps, start_mps
 from kvfetcher.launcher.ports import check_ports
@@ -42,8 +45,9 @@ from kvfetcher.launcher.repository import (
     mark_changed,
     served_repository,
 )
-from kvfetcher.launcher.rundir import SHARED_MEMORY, RunDir, remove_leftovers
-from kvfetcher.launcher.stubs import Stub, find_stubs
+from kvfetcher.launcher.rundir import SHARED_MEMORY, RunDir, remove_leftovers, shared_memory_prefix
+from kvfetcher.launcher.stubs import Stub, find_stubs, is_running
+from kvfetcher.memory.vitals import begin_stopping, read_vitals
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -64,6 +68,12 @@ _STOP_GRACE_SECONDS = 5.0
 _EMPTY_SECONDS = 3.0
 _STOP_POLL_SECONDS = 0.2
 
+# A request is in no process for a moment on its way from one model to the next.
+_IDLE_POLLS = 3
+
+# tritonserver (2.51) died at about 2 of 28 first starts (SIGABRT), before any model was loaded.
+_START_ATTEMPTS = 2
+
 _CONTROL_HEADER = "kvfetcher-control"
 
 # Per model instance, growing in steps of 1 MiB by itself; a unit's planes are a few MiB.
@@ -78,16 +88,21 @@ _CHATTER = re.compile(r"I\d{4} |\+-|\| ")
 _LOADED = re.compile(rb"successfully loaded '([^']+)'")
 
 # Between fork and exec nothing of this process may run (threads), so a small program sets the
-# signal that comes when the launcher dies, and becomes the server.
+# signal that comes when the launcher dies, and becomes the server. SIGKILL, for a server with running
+# requests outlives SIGTERM (seen: over 110 s); its stubs are the guardian's.
 _EXEC = """\
 import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 if os.getppid() != int(sys.argv[1]):
     sys.exit("the launcher died")
 os.execv(sys.argv[2], sys.argv[2:])
 """
 
 _log = logging.getLogger(__name__)
+
+
+class _CrashedError(ServerError):
+    """tritonserver was killed by a signal while it started."""
 
 
 class TritonServer:
@@ -118,6 +133,8 @@ class TritonServer:
         self._run_dir: RunDir | None = None
         self._mps = Mps(is_used=False)
         self._process: subprocess.Popen[bytes] | None = None
+        self._guardian: Guardian | None = None
+        self._log_start = 0
         # Loading and unloading is for the launcher alone, not for every client of the endpoints.
         self._control_token = secrets.token_hex(16)
 
@@ -180,10 +197,21 @@ class TritonServer:
         Raises:
             ServerError: no tritonserver, no models, a port is taken, no MPS where ``server.mps`` is
                 on, a model failed to load (with the last lines of the log), or not ready within
-                ``server.ready_timeout_seconds``. Nothing is left running.
+                ``server.ready_timeout_seconds``. Nothing is left running. A tritonserver that is
+                killed by a signal while it starts is started once more.
         """
         if self._process is not None:
             raise ServerError("the server is started already")
+        for _ in range(_START_ATTEMPTS - 1):
+            try:
+                self._start_once()
+            except _CrashedError as exc:
+                _log.warning("%s\nit is started once more", exc)
+            else:
+                return
+        self._start_once()
+
+    def _start_once(self) -> None:
         installation = find_installation()
         repository = find_repository(self._model_repository)
         remove_leftovers()
@@ -198,7 +226,7 @@ class TritonServer:
             tail = self.log_tail()
             self._kill_all()
             if isinstance(exc, ServerError) and tail:
-                raise ServerError(f"{exc}\n{tail}") from exc
+                raise type(exc)(f"{exc}\n{tail}") from exc
             raise
 
     def is_started(self) -> bool:
@@ -242,6 +270,30 @@ class TritonServer:
                 stays.
         """
         mark_changed(self._served, model)
+        outcome: queue.SimpleQueue[ServerError | None] = queue.SimpleQueue()
+
+        def load() -> None:
+            try:
+                self._load(model)
+            except ServerError as exc:
+                outcome.put(exc)
+            else:
+                outcome.put(None)
+
+        # Stubs keep the connection of a tritonserver that died open: it would not be noticed.
+        threading.Thread(target=load, name="kvfetcher-reload", daemon=True).start()
+        while True:
+            try:
+                error = outcome.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                if not self.is_alive():
+                    raise ServerError(f"tritonserver ended while it loaded {model} again") from None
+            else:
+                break
+        if error is not None:
+            raise error
+
+    def _load(self, model: str) -> None:
         connection = http.client.HTTPConnection(
             _reachable(self.config.server.host),
             self.config.server.http_port,
@@ -286,15 +338,16 @@ class TritonServer:
     def stop(self) -> bool:
         """Stop cleanly, then by force; remove the run folder and the files in /dev/shm.
 
-        Running requests and the models' `finalize` get ``server.stop_timeout_seconds``. A second
-        Ctrl-C meanwhile kills at once. May be repeated.
+        New requests are refused from now on. Running ones, and what they have to save, get
+        ``server.stop_timeout_seconds``; then the models are finalised. A second Ctrl-C meanwhile
+        kills at once. May be repeated.
 
         Returns:
-            Whether all models were finalised before it ended.
+            Whether all requests and saves were finished and all models finalised.
         """
         clean = False
         try:
-            if self.is_alive():
+            if self.is_alive() and self._drain():
                 assert self._process is not None
                 self._process.send_signal(signal.SIGINT)
                 clean = self._wait_stopped()
@@ -309,6 +362,42 @@ class TritonServer:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+
+    def _drain(self) -> bool:
+        """Let running requests and saves finish; whether they all did."""
+        begin_stopping(self.run_dir)
+        deadline = time.monotonic() + self.config.server.stop_timeout_seconds
+        idle_polls, reported = 0, False
+        while self.is_alive():
+            alive = {
+                process: vitals
+                for process, vitals in read_vitals(self.run_dir).items()
+                if is_running(process)
+            }
+            running = sum(vitals.running for vitals in alive.values())
+            idle_polls = 0 if running else idle_polls + 1
+            if not alive or idle_polls >= _IDLE_POLLS:
+                return True
+            if time.monotonic() > deadline:
+                _log.warning(
+                    "requests or saves still ran after %g s (server.stop_timeout_seconds) in: %s",
+                    self.config.server.stop_timeout_seconds,
+                    ", ".join(
+                        sorted(
+                            {
+                                stub.model
+                                for stub in self.stubs()
+                                if (vitals := alive.get(stub.process_id)) and vitals.running
+                            }
+                        )
+                    ),
+                )
+                return False
+            if running and not reported:
+                _log.info("running requests and saves are finished first")
+                reported = True
+            time.sleep(_POLL_SECONDS)
+        return False
 
     def _wait_stopped(self) -> bool:
         assert self._process is not None
@@ -354,6 +443,7 @@ class TritonServer:
         environ |= self._mps.variables
         try:
             with self.log_path.open("ab") as log:
+                self._log_start = log.tell()
                 self._process = subprocess.Popen(
                     command,
                     env=installation.environment(environ),
@@ -367,6 +457,8 @@ class TritonServer:
             raise ServerError(
                 f"log file {self.log_path} cannot be written: {exc.strerror}"
             ) from exc
+        prefix = SHARED_MEMORY / shared_memory_prefix(run_dir)
+        self._guardian = Guardian(self._process.pid, str(prefix))
 
     def _flags(self, installation: Installation, repository: Path) -> list[str]:
         assert self._run_dir is not None
@@ -409,7 +501,8 @@ class TritonServer:
         while not self.is_ready():
             now = time.monotonic()
             if (status := self._process.poll()) is not None:
-                raise ServerError(
+                kind = _CrashedError if status < 0 else ServerError
+                raise kind(
                     f"tritonserver ended while starting ({status_text(status)}); its log is kept"
                     f" in {self.keep_log()}; the last lines:"
                 )
@@ -427,7 +520,8 @@ class TritonServer:
             time.sleep(_POLL_SECONDS)
 
     def _not_ready(self, models: set[str]) -> tuple[str, ...]:
-        loaded = {name.decode() for name in _LOADED.findall(self.log_path.read_bytes())}
+        log = self.log_path.read_bytes()[self._log_start :]  # not an earlier tritonserver's
+        loaded = {name.decode() for name in _LOADED.findall(log)}
         return tuple(sorted(models - loaded))
 
     def _kill_all(self) -> None:
@@ -436,6 +530,9 @@ class TritonServer:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
+        if self._guardian is not None:
+            self._guardian.dismiss()
+            self._guardian = None
         try:
             self._mps.stop()  # its clients have ended
         finally:

@@ -40,10 +40,20 @@ def is_running(process_id: int) -> bool:
     return _parent(process_id) is not None
 
 
+def is_stopped(process_id: int) -> bool:
+    """Whether a signal stopped the process; one under a debugger is not."""
+    return _fields(process_id)[0] == "T"
+
+
 def _parent(process_id: int) -> int | None:
     """Parent of a process; None where it is gone or a zombie."""
-    try:
-        fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
+    fields = _fields(process_id)
     return None if fields[0] in ("Z", "X") else int(fields[1])
+
+
+def _fields(process_id: int) -> list[str]:
+    """State, parent and so on; state X where the process is gone."""
+    try:
+        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ["X"]

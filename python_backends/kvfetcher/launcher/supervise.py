@@ -31,7 +31,8 @@ from kvfetcher.errors import ServerError
 from kvfetcher.launcher.probe import probe_pipeline
 from kvfetcher.launcher.process import status_text
 from kvfetcher.launcher.rundir import SHARED_MEMORY, shared_memory_prefix
-from kvfetcher.launcher.stubs import Stub, is_running
+from kvfetcher.launcher.stubs import Stub, is_running, is_stopped
+from kvfetcher.memory.vitals import take_suspects
 
 if TYPE_CHECKING:
     from kvfetcher.launcher.process import TritonServer
@@ -44,6 +45,9 @@ MAX_RELOADS = 3
 """Reloads of one model within the window; the next repair restarts tritonserver."""
 
 _LOOK_SECONDS = 0.2
+# A process that was stopped (SIGSTOP, a debugger's detach) must not go on after Triton gave it up,
+# which it does after 1 s: `backend.vitals` says why. It is killed before.
+_STOPPED_SECONDS = 0.5
 _FAILED_PROBES = 2
 _PROBE_TIMEOUT_SECONDS = 20.0
 # A unit takes milliseconds, a chunk to encode seconds: then nothing of the old model still works.
@@ -164,6 +168,7 @@ class _Known:
     stubs: dict[int, Stub] = field(default_factory=dict)
     retired: tuple[_Retired, ...] = ()
     lost: tuple[_Lost, ...] = ()
+    stopped_since: dict[int, float] = field(default_factory=dict)
 
 
 class Supervisor:
@@ -200,6 +205,8 @@ class Supervisor:
             ServerError: given up, or tritonserver cannot be started again.
         """
         self._tidy(time.monotonic())
+        if self._server.is_alive():
+            self._end_wrong_ones()
         sighting = self._sight()
         repair = decide(
             sighting,
@@ -228,6 +235,26 @@ class Supervisor:
         for lost in self._known.lost:
             os.close(lost.descriptor)
         self._known.lost = ()
+
+    def _end_wrong_ones(self) -> None:
+        """Kill processes that must not go on: stopped ones, and those that replied wrongly.
+
+        A stopped tritonserver is killed, too: it answers nobody, and its clients wait for it.
+        """
+        suspects = take_suspects(self._server.run_dir)
+        now = time.monotonic()
+        processes = [*self._known.stubs, self._server.process_id]
+        stopped = {process for process in processes if is_stopped(process)}
+        since = self._known.stopped_since
+        self._known.stopped_since = {process: since.get(process, now) for process in stopped}
+        for process, moment in self._known.stopped_since.items():
+            if now - moment >= _STOPPED_SECONDS:
+                _log.warning("process %d was stopped by a signal and is killed", process)
+                _kill(process)
+        for stub in self._known.stubs.values():
+            if stub.model in suspects:
+                _log.warning("%s replied to another request and is killed", stub.model)
+                _kill(stub.process_id)
 
     def _sight(self) -> Sighting:
         if not self._server.is_alive():
@@ -300,8 +327,7 @@ class Supervisor:
         known.retired = tuple(group for group in known.retired if group not in over)
         for stub in (stub for group in over for stub in group.stubs):
             if is_running(stub.process_id):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(stub.process_id, signal.SIGKILL)
+                _kill(stub.process_id)
             self._remove_plane_table(stub)
             lost = _remove_region(stub.region, now)
             known.lost += (lost,) if lost else ()
@@ -314,6 +340,11 @@ class Supervisor:
         """What a decoder that was killed leaves; the name is `gpu_coding.GpuOutput`'s."""
         prefix = shared_memory_prefix(self._server.run_dir)
         (SHARED_MEMORY / f"{prefix}planes-{stub.process_id}").unlink(missing_ok=True)
+
+
+def _kill(process_id: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process_id, signal.SIGKILL)
 
 
 def _remove_region(name: str, now: float) -> _Lost | None:

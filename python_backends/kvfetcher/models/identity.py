@@ -15,6 +15,7 @@ import hashlib
 import json
 import mmap
 import os
+import time
 from typing import TYPE_CHECKING, Any
 
 from kvfetcher.errors import EngineError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 DIGEST_FILE = ".kvfetcher-digest.json"
 _HASH_STEP = 1 << 24
+_SETTLED_SECONDS = 2.0  # file systems mark times as coarsely as that
 _MAX_SAFETENSORS_HEADER = 100_000_000  # the limit of the format's own reader
 
 # Fields of config.json that do not touch the arithmetic but differ between savers.
@@ -49,10 +51,13 @@ def weights_digest(folder: Path) -> str:
 
     Tensors are hashed by name, dtype, shape and bytes in the order of their names, so that the
     digest does not depend on how they are spread over files. 500 MB take about a second; the
-    result is kept in the folder (where that is writable) and found again by sizes and times.
+    result is kept in the folder (where that is writable) and found again while no file changed.
+    Sizes and times of modification do not tell that: `cp -p`, `tar` and `rsync -t` set them. So the
+    kernel's own marks count, too (inode, time of change), and a file changed a moment ago is
+    hashed again, because the next change may get the same time.
 
     Raises:
-        EngineError: no or damaged safetensors files.
+        EngineError: no or damaged safetensors files, or they change meanwhile.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -60,10 +65,7 @@ def weights_digest(folder: Path) -> str:
             f"model folder {folder} has no *.safetensors file; convert the model (in transformers:"
             " save_pretrained) and try again"
         )
-    state = [
-        [path.name, path.stat().st_size, path.stat().st_mtime_ns]
-        for path in (*files, folder / "config.json")
-    ]
+    state = _file_states(folder, files)
     kept = folder / DIGEST_FILE
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         data = json.loads(kept.read_text())
@@ -77,11 +79,36 @@ def weights_digest(folder: Path) -> str:
         digest.update(f"\n{name} {dtype} {shape} {end - start}\n".encode())
         for part in _file_parts(path, start, end):
             digest.update(part)
-    partial = kept.with_name(f"{DIGEST_FILE}.{os.getpid()}")
-    with contextlib.suppress(OSError):  # a read-only folder is hashed each time
-        partial.write_text(json.dumps({"files": state, "sha256": digest.hexdigest()}))
-        partial.replace(kept)
+    if _file_states(folder, files) != state:
+        raise EngineError(f"the model in {folder} changed while it was read; try again")
+    newest = max(int(times[-1]) for times in state)
+    if time.time_ns() - newest > _SETTLED_SECONDS * 1e9:
+        partial = kept.with_name(f"{DIGEST_FILE}.{os.getpid()}")
+        with contextlib.suppress(OSError):  # a read-only folder is hashed each time
+            partial.write_text(json.dumps({"files": state, "sha256": digest.hexdigest()}))
+            partial.replace(kept)
     return digest.hexdigest()
+
+
+def _file_states(folder: Path, files: list[Path]) -> list[list[str | int]]:
+    """Name, size, times and inode of each file that the digest covers."""
+    states: list[list[str | int]] = []
+    for path in (*files, folder / "config.json"):
+        try:
+            status = path.stat()
+        except OSError as exc:
+            raise EngineError(f"model file {path} cannot be read: {exc.strerror}") from exc
+        states.append(
+            [
+                path.name,
+                status.st_size,
+                status.st_mtime_ns,
+                status.st_dev,
+                status.st_ino,
+                status.st_ctime_ns,
+            ]
+        )
+    return states
 
 
 def tokenizer_digest(folder: Path) -> str:

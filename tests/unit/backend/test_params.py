@@ -65,7 +65,7 @@ def test_every_input_arrives():
         ("kv_policy", text("sometimes"), "kv_policy must be one of"),
         ("cache_salt", text("x" * 5000), "cache_salt has at most"),
         ("cache_salt", np.array([b"\xff"], dtype=object), "not UTF-8"),
-        ("stop_words", text("a", ""), "stop word"),
+        ("stop_words", text("a", "x" * 2000), "stop word"),
     ],
 )
 def test_a_bad_input_is_named_with_its_rule(name, value, rule):
@@ -85,3 +85,9 @@ def test_options_travel_between_models_unchanged():
 def test_what_is_no_options_json_is_refused(bad):
     with pytest.raises(RequestError, match="sampling"):
         GenerationOptions.from_json(bad)
+
+
+def test_an_empty_stop_word_is_none():
+    """As TensorRT-LLM's documented requests have it."""
+    asked = read(stop_words=text(""))
+    assert asked.options.params.stop_words == ()

@@ -1,8 +1,10 @@
 """Text arrives in whole characters, and no part of a stop word ever gets out."""
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from kvfetcher.engines.detokenize import Detokenizer, StopWords
 from support.engine_rig import byte_tokenizer
@@ -92,3 +94,30 @@ def test_any_split_gives_the_text_before_the_first_stop_word(text, words, step):
         assert stopped == (min(ends) - 1) // step
         assert not any(word in got for word in words)
         assert text.startswith(got)
+
+
+def sentence_tokenizer():
+    """Words with a mark for the space before them, which decoding drops at the beginning."""
+    words = ["<unk>", "▁The", "▁cat", "▁sat", "s"]
+    raw = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
+    raw.decoder = tokenizers.decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("prompt", [[1], [1, 2], [1, 2, 3] * 9])
+def test_an_answers_text_is_what_its_tokens_say_behind_the_prompt(prompt):
+    tokenizer = sentence_tokenizer()
+    answer = [2, 4, 3]
+    detokenizer = Detokenizer(tokenizer, prompt)
+    text = "".join(detokenizer.add([token]) for token in answer) + detokenizer.finish()
+    assert text == " cats sat"
+    assert tokenizer.decode(prompt) + text == tokenizer.decode([*prompt, *answer])
+
+
+def test_an_answer_completes_the_prompts_last_character():
+    whole = TOKENIZER.encode("a😀b")
+    detokenizer = Detokenizer(TOKENIZER, whole[:3])  # two of the four bytes
+    pieces = [detokenizer.add([token]) for token in whole[3:]]
+    assert "".join(pieces) == "😀b"

@@ -1,10 +1,15 @@
+import contextlib
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
 
-from kvfetcher.errors import ChecksumError, FormatError, UnsupportedVersionError
+from kvfetcher.codec.layout import RowGrid, TileGrid, Tiling
+from kvfetcher.errors import ChecksumError, FormatError, LayoutError, UnsupportedVersionError
 from kvfetcher.format.pictures import PlaneGeometry
 from kvfetcher.format.sections import ProfileCode
 from kvfetcher.format.unit import (
@@ -12,12 +17,15 @@ from kvfetcher.format.unit import (
     ZSTD,
     Section,
     Unit,
+    max_samples,
     packed_section,
     parse_unit,
     raw_section,
+    serialise,
     video_sections,
     write_unit,
 )
+from kvfetcher.launcher.probe import probe_unit
 from kvfetcher.spec import KVSpec
 from support.tamper import resealed_unit as resealed
 
@@ -201,3 +209,42 @@ def test_damaged_zstd_frame_is_a_format_error(frame):
     data = write_unit(unit((*video_sections([b"a", b"b"]), Section(16, ZSTD, 1000, frame))))
     with pytest.raises(FormatError, match="section 16"):
         parse_unit(data).section(16, num_bytes=1000)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "num_frames", "is_allowed"),
+    [
+        (192, 144, 1, True),  # the unit as it is
+        (8192, 8192, 1, False),
+        (144, 144, 4000, False),
+        (8192, 144, 1, False),
+    ],
+)
+def test_pictures_are_bounded_by_what_the_values_need(width, height, num_frames, is_allowed):
+    """Before anything is decoded: a small unit with huge pictures filled /dev/shm."""
+    unit = parse_unit(probe_unit())
+    geometry = replace(unit.geometry, width=width, height=height, num_frames=num_frames)
+    data = serialise(replace(unit, geometry=geometry))
+    if is_allowed:
+        assert parse_unit(data).geometry == geometry
+    else:
+        with pytest.raises(FormatError, match=r"samples; \d+ layers of 192 tokens need at most"):
+            parse_unit(data)
+
+
+@given(
+    st.integers(1, 40), st.integers(1, 2), st.integers(1, 8), st.integers(1, 128),
+    st.integers(1, 2048), st.integers(144, 1024), st.integers(144, 1024),
+)  # fmt: skip
+def test_no_grid_of_pictures_is_refused(layers, factor, heads, dims, tokens, width, height):
+    spec = KVSpec(layers, heads, dims, kv_factor=factor)
+    most = max_samples(spec, num_layers=layers, num_tokens=tokens)
+    channels = layers * spec.elements_per_layer_token
+    grid = RowGrid.fit(channels, tokens, max_frame_rows=height, max_frame_columns=width)
+    with contextlib.suppress(FormatError):  # over the limits of one unit
+        assert grid.geometry(8).num_samples <= most
+    with contextlib.suppress(FormatError, LayoutError):
+        tiles = TileGrid.fit(
+            layers, factor, tokens, Tiling(1, heads, dims, 1), max_width=width, max_height=height
+        )
+        assert tiles.geometry(8).num_samples <= most

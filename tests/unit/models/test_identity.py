@@ -77,7 +77,39 @@ def test_configuration_counts_but_its_savers_version_does_not(folder):
     assert weights_digest(folder) != before
 
 
+def test_a_change_that_keeps_size_and_times_changes_the_digest(folder, monkeypatch):
+    """As `cp -p`, `tar` and `rsync -t` leave files: another model's KV would be hit."""
+    monkeypatch.setattr(identity, "_SETTLED_SECONDS", 0.0)
+    before = weights_digest(folder)
+    path = folder / "model.safetensors"
+    times, data = path.stat(), bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.stat().st_mtime_ns == times.st_mtime_ns
+    assert weights_digest(folder) != before
+
+
+def test_a_file_that_was_changed_a_moment_ago_is_hashed_again(folder):
+    os.utime(folder / "model.safetensors")
+    weights_digest(folder)
+    assert not (folder / DIGEST_FILE).exists()
+
+
+def test_a_model_that_changes_while_it_is_hashed_is_refused(folder, monkeypatch):
+    real = identity._file_parts
+
+    def changing(path, start, end):
+        os.utime(path, ns=(7, 7))
+        yield from real(path, start, end)
+
+    monkeypatch.setattr(identity, "_file_parts", changing)
+    with pytest.raises(EngineError, match="changed while it was read"):
+        weights_digest(folder)
+
+
 def test_kept_digest_is_used_and_dropped_when_files_change(folder, monkeypatch):
+    monkeypatch.setattr(identity, "_SETTLED_SECONDS", 0.0)
     weights_digest(folder)
     kept = folder / DIGEST_FILE
     edit_json(kept, sha256="f" * 64)
@@ -89,6 +121,7 @@ def test_kept_digest_is_used_and_dropped_when_files_change(folder, monkeypatch):
 
 
 def test_digest_needs_no_writable_folder(folder, monkeypatch):
+    monkeypatch.setattr(identity, "_SETTLED_SECONDS", 0.0)
     expected = weights_digest(folder)
     (folder / DIGEST_FILE).unlink()
     (folder / DIGEST_FILE).mkdir()  # nothing can be put in its place
@@ -119,7 +152,7 @@ def test_folder_without_weights_or_tokenizer_is_refused(folder):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(EngineError, match=r"tokenizer\.json"):
         tokenizer_digest(folder)
-    with pytest.raises(EngineError, match="cannot be loaded"):
+    with pytest.raises(EngineError, match="save_pretrained"):
         load_model(folder, device="cpu", kv_dtype="bfloat16")
 
 

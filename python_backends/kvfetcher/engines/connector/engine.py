@@ -12,9 +12,9 @@ import logging
 import threading
 import time
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from kvfetcher.engines.admission import check_request, claim_lease
+from kvfetcher.engines.admission import check_request, claim_lease, stop_rules
 from kvfetcher.engines.base import EngineInfo, GenerateEvent, GenerateTimings, SamplingParams
 from kvfetcher.engines.text_stream import AnswerText
 from kvfetcher.errors import EngineBusyError, EngineError, LeaseError
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kvfetcher.config import Config
+    from kvfetcher.engines.admission import StopRules
     from kvfetcher.engines.base import FinishReason, GenerateRequest
     from kvfetcher.engines.connector.server import ConnectorHub, Handle
     from kvfetcher.engines.detokenize import Decodes
@@ -171,10 +172,16 @@ class ConnectedEngine:
             max_output_tokens=self._config.engine.max_output_tokens,
             max_positions=self._model.max_positions,
         )
+        rules = stop_rules(
+            self._model.tokenizer,
+            eos_ids=self._model.eos_ids,
+            stop_words=request.sampling.stop_words,
+        )
+        limits = _Limits(max_tokens, rules)
         self._enter()
         is_in_engine = True
         try:
-            async for event in self._serve(request, max_tokens, is_cancelled or _never):
+            async for event in self._serve(request, limits, is_cancelled or _never):
                 if is_in_engine and event.finish_reason:
                     # What follows is waiting for the save, which takes nobody's place.
                     is_in_engine = False
@@ -193,7 +200,7 @@ class ConnectedEngine:
         self._source.close()
 
     async def _serve(
-        self, request: GenerateRequest, max_tokens: int, is_cancelled: Callable[[], bool]
+        self, request: GenerateRequest, limits: _Limits, is_cancelled: Callable[[], bool]
     ) -> AsyncGenerator[GenerateEvent]:
         lease, lease_error = claim_lease(
             request,
@@ -206,10 +213,10 @@ class ConnectedEngine:
         handle = self._hub.announce(
             request.input_ids, cache_salt=request.cache_salt, lease=lease, save=wants_save
         )
-        answer = _Answer(request, self._model, max_tokens, handle, lease_error)
+        answer = _Answer(request, self._model, limits, handle, lease_error)
         has_ticket = False
         try:
-            async for event in self._answer(request, answer, max_tokens, is_cancelled):
+            async for event in self._answer(request, answer, limits, is_cancelled):
                 yield event
             if wants_save and (ticket := await self._ticket(handle)) is not None:
                 has_ticket = True
@@ -223,7 +230,7 @@ class ConnectedEngine:
         self,
         request: GenerateRequest,
         answer: _Answer,
-        max_tokens: int,
+        limits: _Limits,
         is_cancelled: Callable[[], bool],
     ) -> AsyncGenerator[GenerateEvent]:
         run: TokenRun | None = None
@@ -233,8 +240,8 @@ class ConnectedEngine:
             run = self._source.start(
                 request.input_ids,
                 request.sampling,
-                max_tokens=max_tokens,
-                eos_ids=self._model.eos_ids,
+                max_tokens=limits.max_tokens,
+                eos_ids=limits.rules.ids,
                 cache_salt=request.cache_salt,
             )
             async for step in _with_pauses(run, _POLL_SECONDS):
@@ -341,6 +348,13 @@ class ConnectedEngine:
                 setattr(self._counters, name, getattr(self._counters, name) + change)
 
 
+class _Limits(NamedTuple):
+    """Where one answer ends at the latest, and what ends it before."""
+
+    max_tokens: int
+    rules: StopRules
+
+
 class _Answer:
     """One answer as events."""
 
@@ -348,7 +362,7 @@ class _Answer:
         self,
         request: GenerateRequest,
         model: ServedModel,
-        max_tokens: int,
+        limits: _Limits,
         handle: Handle,
         lease_error: str,
     ) -> None:
@@ -359,9 +373,10 @@ class _Answer:
         self._lease_error = lease_error
         self._text = AnswerText(
             model.tokenizer,
-            eos_ids=model.eos_ids,
-            stop_words=request.sampling.stop_words,
-            max_tokens=max_tokens,
+            prompt=request.input_ids,
+            eos_ids=limits.rules.ids,
+            stop_words=limits.rules.words,
+            max_tokens=limits.max_tokens,
         )
         self._submitted = time.perf_counter()
         self._first_token = 0.0

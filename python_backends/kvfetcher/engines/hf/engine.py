@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvfetcher.engines.admission import check_request, claim_lease
+from kvfetcher.engines.admission import check_request, claim_lease, stop_rules
 from kvfetcher.engines.base import EngineInfo, GenerateEvent
 from kvfetcher.engines.hf.kv_cache import SequenceCache
 from kvfetcher.engines.hf.model_call import forward
@@ -193,6 +193,11 @@ class TorchEngine:
             max_output_tokens=self._config.engine.max_output_tokens,
             max_positions=self._loaded.max_positions,
         )
+        rules = stop_rules(
+            self._loaded.tokenizer,
+            eos_ids=self._loaded.eos_ids,
+            stop_words=request.sampling.stop_words,
+        )
         with self._changed:
             if self._dead or self._closing:
                 raise EngineError(self._dead or "the engine is closed")
@@ -214,7 +219,7 @@ class TorchEngine:
                     request,
                     pipe,
                     tokenizer=self._loaded.tokenizer,
-                    eos_ids=self._loaded.eos_ids,
+                    rules=rules,
                     max_tokens=max_tokens,
                     lease=lease,
                     lease_error=lease_error,

@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kvfetcher.errors import ConfigError, EngineError
 from kvfetcher.models.identity import rope_facts, rope_text, tokenizer_digest, weights_digest
+from kvfetcher.models.limits import max_positions
+from kvfetcher.models.tokenizer import check_tokenizer, end_token_ids
 from kvfetcher.spec import KVDtype, KVSpec, ModelIdentity
 
 if TYPE_CHECKING:
@@ -70,9 +72,11 @@ def load_model(folder: Path, *, device: str, kv_dtype: KVDtype) -> LoadedModel:
     chosen = choose_device(device)
     dtype = torch.float32 if chosen.type == "cpu" else torch.bfloat16
     transformers.utils.logging.disable_progress_bar()
+    weights = weights_digest(folder)
     try:
         _refuse_unsupported(AutoConfig.from_pretrained(folder, local_files_only=True))
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        check_tokenizer(tokenizer, folder)
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -82,6 +86,8 @@ def load_model(folder: Path, *, device: str, kv_dtype: KVDtype) -> LoadedModel:
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as exc:
         raise EngineError(f"model folder {folder} cannot be loaded: {exc}") from exc
+    if weights_digest(folder) != weights:
+        raise EngineError(f"the model in {folder} changed while it was loaded; start again")
     model = model.eval().to(chosen)
     config = model.config
     heads = config.num_attention_heads
@@ -93,7 +99,7 @@ def load_model(folder: Path, *, device: str, kv_dtype: KVDtype) -> LoadedModel:
     )
     rope = rope_text(config)
     identity = ModelIdentity(
-        weights=weights_digest(folder),
+        weights=weights,
         tokenizer=tokenizer_digest(folder),
         lora="",
         rope=rope,
@@ -109,9 +115,11 @@ def load_model(folder: Path, *, device: str, kv_dtype: KVDtype) -> LoadedModel:
         spec=spec,
         identity=identity,
         rope=rope_facts(model, num_layers=spec.num_layers, head_dim=spec.head_dim),
-        eos_ids=_eos_ids(model, tokenizer),
+        eos_ids=end_token_ids(
+            getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id
+        ),
         vocab_size=config.vocab_size,
-        max_positions=config.max_position_embeddings,
+        max_positions=max_positions(config),
     )
 
 
@@ -128,12 +136,3 @@ def _refuse_unsupported(config: Any) -> None:
         )
     if config.is_encoder_decoder or not hasattr(config, "num_attention_heads"):
         raise EngineError(f"model type {config.model_type!r} is not a decoder-only language model")
-
-
-def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    declared = getattr(model.generation_config, "eos_token_id", None)
-    if declared is None:
-        declared = tokenizer.eos_token_id
-    if declared is None:
-        return ()
-    return tuple(declared) if isinstance(declared, list) else (int(declared),)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from kvfetcher.engines.admission import StopRules
     from kvfetcher.engines.base import FinishReason, GenerateRequest
     from kvfetcher.engines.detokenize import Decodes
     from kvfetcher.engines.hf.kv_cache import SequenceCache
@@ -83,7 +84,7 @@ class Sequence:
         pipe: EventPipe,
         *,
         tokenizer: Decodes,
-        eos_ids: tuple[int, ...],
+        rules: StopRules,
         max_tokens: int,
         lease: Lease | None,
         lease_error: str,
@@ -100,12 +101,13 @@ class Sequence:
         self.cached_tokens = 0
         self.cache: SequenceCache | None = None
         self.finish_reason: FinishReason = ""
-        self._sampler = Sampler(request.sampling, eos_ids)
+        self._sampler = Sampler(request.sampling, rules.ids)
         self._tokenizer = tokenizer
         self._text = AnswerText(
             tokenizer,
-            eos_ids=eos_ids,
-            stop_words=request.sampling.stop_words,
+            prompt=request.input_ids,
+            eos_ids=rules.ids,
+            stop_words=rules.words,
             max_tokens=max_tokens,
         )
         self._first_event_sent = False

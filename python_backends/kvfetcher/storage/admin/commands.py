@@ -119,17 +119,21 @@ def make_parser() -> argparse.ArgumentParser:
     purge = command(
         "purge",
         _purge,
-        "Remove what belongs to a model, a tenant or a prompt, quarantined copies too. Tells what"
-        " it would remove; with --delete it does. Copies on other hosts, and in the memory of"
+        "Remove what belongs to a model, a tenant or a prompt, quarantined copies too. Without"
+        " --delete it only says what it would remove. Copies on other hosts, and in the memory of"
         " running servers, live on for store.tier_max_age_seconds.",
     )
     purge.add_argument("--model", metavar="DIGITS", help="first digits of names, as `stat` shows")
-    purge.add_argument("--tenant", metavar="SALT", help='cache_salt of the tenant; "" = of none')
+    purge.add_argument(
+        "--tenant", metavar="SALT", help='cache_salt of the tenant; "" = requests without one'
+    )
     what = purge.add_mutually_exclusive_group()
     what.add_argument("--prefix", metavar="TEXT", help="objects whose name starts with this")
-    what.add_argument("--chunk", metavar="NAME", help="a chunk and all that continue it")
+    what.add_argument("--chunk", metavar="NAME", help="a chunk and all chunks that continue it")
     what.add_argument(
-        "--tokens", metavar="FILE", help="JSON list: chunks of prompts that begin with these tokens"
+        "--tokens",
+        metavar="FILE",
+        help="JSON list of token ids: chunks of prompts that begin with them",
     )
 
     gc = command(
@@ -140,14 +144,20 @@ def make_parser() -> argparse.ArgumentParser:
         " with --delete it does.",
     )
     for sub in (purge, gc):
-        sub.add_argument("--delete", action="store_true", help="do it")
+        sub.add_argument(
+            "--delete",
+            action="store_true",
+            help="remove, instead of only saying what would be removed",
+        )
 
     check = command("verify", _verify, "Read chunks whole and check every digest.")
     check.add_argument("prefix", nargs="?", default="", help="only names that start with this")
-    check.add_argument("--quarantine", action="store_true", help="set damaged chunks aside")
+    check.add_argument(
+        "--quarantine", action="store_true", help="move damaged chunks to the quarantine"
+    )
 
     near = command(
-        "warm", _warm, "Bring objects into the copies on this host's disk (store.tier_disk_bytes)."
+        "warm", _warm, "Copy objects to this host's tier on disk (store.tier_disk_bytes)."
     )
     near.add_argument("prefix", nargs="*", default=[""], help="only names that start with these")
     return parser
