@@ -104,10 +104,10 @@ class Room:
     KIND: ClassVar[str] = "room"
     key: str
     request_id: int
-    pool_blocks: tuple[int, ...]
-    """To be copied, in order."""
+    pool_blocks: tuple[tuple[int, ...], ...]
+    """To be copied, in order, by layer group (one but for managers that have several)."""
     arena_blocks: tuple[int, ...]
-    """Where to; as many. () = nothing is saved."""
+    """Where to; as many as each group has. () = nothing is saved."""
     probe: bool = False
 
 
@@ -172,8 +172,8 @@ class Finished:
     """From position 0; 0 = nothing to save, the blocks are held for a running load alone."""
     token_ids: tuple[int, ...]
     """Generated ones, as far as they have KV."""
-    pool_blocks: tuple[int, ...]
-    """All of the request's, in order."""
+    pool_blocks: tuple[tuple[int, ...], ...]
+    """All of the request's, in order, by layer group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,17 +230,26 @@ def from_line(line: bytes) -> Message:
         data = json.loads(line)
         kind: Any = _KINDS[data.pop("kind")]
         hints = _HINTS[kind]
-        values = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
-        }
+        values = {name: _frozen(value) for name, value in data.items()}
         for name, value in values.items():
-            expected = typing.get_origin(hints[name]) or hints[name]
-            accepted = (int, float) if expected is float else (expected,)
-            if type(value) not in accepted:
-                raise TypeError(f"{name} is {type(value).__name__}")
-            if expected is tuple and not all(type(item) is int for item in value):
-                raise TypeError(f"{name} holds more than integers")
+            if not _is_a(value, hints[name]):
+                raise TypeError(f"{name} is no {hints[name]}")
         message: Message = kind(**values)
         return message
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
         raise RequestError(f"a connector line is no known message ({exc}): {line[:80]!r}") from exc
+
+
+def _frozen(value: Any) -> Any:
+    """JSON's lists as tuples, two levels deep."""
+    if not isinstance(value, list):
+        return value
+    return tuple(tuple(item) if isinstance(item, list) else item for item in value)
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint) or hint
+    if origin is tuple:
+        item = typing.get_args(hint)[0]
+        return type(value) is tuple and all(_is_a(part, item) for part in value)
+    return type(value) in ((int, float) if origin is float else (origin,))

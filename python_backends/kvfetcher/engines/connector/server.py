@@ -533,7 +533,7 @@ class ConnectorHub:
             return Room(
                 key=announce.key,
                 request_id=finished.request_id,
-                pool_blocks=finished.pool_blocks[:1],
+                pool_blocks=tuple(group[:1] for group in finished.pool_blocks),
                 arena_blocks=(),
                 probe=True,
             )
@@ -562,7 +562,10 @@ class ConnectorHub:
         return Room(
             key=announce.key,
             request_id=finished.request_id,
-            pool_blocks=finished.pool_blocks[first_block : end // settings.tokens_per_block],
+            pool_blocks=tuple(
+                group[first_block : end // settings.tokens_per_block]
+                for group in finished.pool_blocks
+            ),
             arena_blocks=handle._room.block_ids,
         )
 
