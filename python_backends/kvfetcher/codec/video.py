@@ -190,7 +190,7 @@ class VideoDecoder:
             # Errors that the decoder does notice stop it.
             "err_detect": "crccheck+bitstream+buffer+explode",
             # A hostile stream may claim 8192x8192; nothing larger than announced is allocated
-            # (FFmpeg counts the size before cropping, up to 63 more each way).
+            # (FFmpeg counts padded rows and the size before cropping: up to 63 more each way).
             "max_pixels": str(
                 (geometry.width + 63) // 64 * 64 * ((geometry.height + 63) // 64) * 64
             ),
