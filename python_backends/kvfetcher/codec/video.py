@@ -55,6 +55,15 @@ def encode_planes(
 
     Raises:
         CodecError: shape, dtype or range do not fit, or the encoder failed.
+
+    Example:
+        >>> planes = np.zeros((2, 3, 144, 160), np.uint8)  # two pictures of 160x144, 4:4:4
+        >>> packets = encode_planes(planes, bit_depth=8)
+        >>> len(packets)
+        2
+        >>> back = VideoDecoder().decode(packets, PlaneGeometry(2, 160, 144, 8))
+        >>> np.array_equal(back, planes)
+        True
     """
     geometry = checked_geometry(planes, bit_depth=bit_depth, chroma=chroma)
     packets: list[bytes] = []

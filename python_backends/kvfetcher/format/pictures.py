@@ -43,6 +43,12 @@ class PlaneGeometry:
     The planes array is ``[num_frames, num_planes, rows, width]``: for 4:4:4 three planes of
     `height` rows; for 4:2:0 one plane in NV12 order, `height` rows of luma and then ``height / 2``
     rows of U and V samples in turn, as both FFmpeg and NVDEC can give it.
+
+    Example:
+        >>> PlaneGeometry(num_frames=2, width=256, height=640, bit_depth=10).shape
+        (2, 3, 640, 256)
+        >>> PlaneGeometry(num_frames=2, width=256, height=640, bit_depth=8, chroma="4:2:0").shape
+        (2, 1, 960, 256)
     """
 
     num_frames: int
@@ -114,5 +120,10 @@ def layers_of_a_picture(spec: KVSpec) -> int:
 
 
 def even_groups(num_layers: int, layers: int) -> tuple[tuple[int, int], ...]:
-    """(first layer, number of layers) of groups of `layers`, the last one perhaps smaller."""
+    """(first layer, number of layers) of groups of `layers`, the last one perhaps smaller.
+
+    Example:
+        >>> even_groups(30, 8)
+        ((0, 8), (8, 8), (16, 8), (24, 6))
+    """
     return tuple((start, min(layers, num_layers - start)) for start in range(0, num_layers, layers))
