@@ -30,6 +30,7 @@ RUN_DIR_VARIABLE = "KVFETCHER_RUN_DIR"
 MPS_PIPE_VARIABLE = "CUDA_MPS_PIPE_DIRECTORY"
 """NVIDIA's: the folder of the Multi-Process Service's control daemon that CUDA is to use."""
 _PREFIX = "KVFETCHER_"
+_MAX_FILE_BYTES = 1 << 20
 
 PROFILES = ("exact", *LADDER, "uncalibrated", "paper", "raw")
 """Profiles that chunks can be saved with."""
@@ -918,7 +919,17 @@ def _load(
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        with path.open("rb") as file:
+            data = file.read(_MAX_FILE_BYTES + 1)
+        if len(data) > _MAX_FILE_BYTES:
+            raise ConfigError(f"configuration file {path} has more than {_MAX_FILE_BYTES} bytes")
+        return tomllib.loads(data.decode())
+    except UnicodeDecodeError as exc:
+        raise ConfigError(
+            f"configuration file {path} is not UTF-8 (byte {exc.start}); save it as UTF-8"
+        ) from exc
+    except RecursionError as exc:
+        raise ConfigError(f"configuration file {path} is nested too deeply") from exc
     except OSError as exc:
         raise ConfigError(f"configuration file {path} cannot be read: {exc.strerror}") from exc
     except tomllib.TOMLDecodeError as exc:
@@ -947,7 +958,7 @@ def _parse(name: str, text: str, hint: Any) -> Any:
 def _parse_list(name: str, text: str) -> tuple[Any, ...]:
     try:
         return tuple(json.loads(text))
-    except (ValueError, TypeError) as exc:
+    except (ValueError, TypeError, RecursionError) as exc:
         raise ConfigError(
             f"{name} must be a JSON list or values with commas, got {text!r}"
         ) from exc
