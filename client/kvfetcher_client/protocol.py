@@ -29,11 +29,11 @@ class Options(TypedDict, total=False):
     temperature: float
     """0 = always the likeliest token."""
     top_k: int
-    """Choose among so many likeliest tokens; 0 = all."""
+    """Number of likeliest tokens to choose among; 0 = all."""
     top_p: float
     """Choose among the likeliest tokens of this total probability."""
     seed: int
-    """Of the random choice, 0 to 2**64 - 1."""
+    """Seed of the random choice, 0 to 2**64 - 1."""
     stop_words: Sequence[str]
     """The answer ends before the first of these."""
     min_length: int

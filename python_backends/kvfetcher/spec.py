@@ -91,7 +91,7 @@ class HeadRange:
 
     @property
     def slice(self) -> slice:
-        """Of the heads of a canonical array of the whole model."""
+        """Slice of the heads of a canonical array of the whole model."""
         return slice(self.start, self.stop)
 
 

@@ -96,7 +96,7 @@ class PlaneGeometry:
 
     @property
     def num_samples(self) -> int:
-        """Of all planes of all pictures."""
+        """Number of samples of all planes of all pictures."""
         return self.num_frames * self.num_planes * self.rows * self.width
 
     @property
@@ -115,7 +115,7 @@ NO_PICTURES = PlaneGeometry(num_frames=0, width=MIN_SIDE, height=MIN_SIDE, bit_d
 
 
 def layers_of_a_picture(spec: KVSpec) -> int:
-    """So many layers that their channels make a 4:4:4 picture of about 640 lines."""
+    """Number of layers whose channels make a 4:4:4 picture of about 640 lines."""
     return max(1, _PICTURE_CHANNELS // spec.elements_per_layer_token)
 
 

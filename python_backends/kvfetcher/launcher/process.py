@@ -169,7 +169,7 @@ class TritonServer:
 
     @property
     def process_id(self) -> int:
-        """Of tritonserver itself; its stubs are its children."""
+        """Process id of tritonserver itself; its stubs are its children."""
         if self._process is None:
             raise ServerError("the server is not started")
         return self._process.pid

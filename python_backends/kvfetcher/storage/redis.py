@@ -108,7 +108,7 @@ class RedisStore:
                 for what carries much (`base.allowed_seconds`).
             connect_timeout_seconds: longest wait for a connection to be made.
             max_connections: connections at one time; further calls wait for one.
-            ttl_seconds: an object not read for so long goes; 0 = never.
+            ttl_seconds: an object that was not read for this time is dropped; 0 = never.
             trusted: PEM certificates to trust besides the system's.
 
         Raises:

@@ -76,7 +76,7 @@ class NvencEncoder:
         gop: int = 1,
         fast: bool = False,
     ) -> list[bytes]:
-        """As `video.encode_planes`; `fast` matters to libx265 alone."""
+        """Encode as `video.encode_planes` does; `fast` matters to libx265 alone."""
         geometry = checked_geometry(planes, bit_depth=bit_depth, chroma=chroma)
         if not self.refusal(geometry):
             with self._lock:

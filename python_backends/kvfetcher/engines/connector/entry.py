@@ -165,7 +165,7 @@ def bind(
             )
 
         def close(self) -> None:
-            """For engines in one process; TensorRT-LLM just ends its processes."""
+            """Close the connection (engines in one process; TensorRT-LLM just ends its processes)."""
             shared.leave("scheduler")
 
     class KVFetcherWorker(api.KvCacheConnectorWorker):
@@ -235,7 +235,7 @@ def bind(
             return self.core.get_finished(finished_gen_req_ids, started_loading_req_ids)
 
         def close(self) -> None:
-            """For engines in one process; TensorRT-LLM just ends its processes."""
+            """Close the connection (engines in one process; TensorRT-LLM just ends its processes)."""
             self.core.close()
             shared.leave("worker")
             if self._arena is not None:
@@ -327,7 +327,7 @@ class _SharedLink:
 
 
 def _version_text(api: Any) -> str:
-    """Of the package that `api` is a part of."""
+    """Version of the package that `api` is a part of."""
     package = api.__name__.partition(".")[0]
     version = getattr(sys.modules.get(package), "__version__", "of unknown version")
     return f"{package} {version}"

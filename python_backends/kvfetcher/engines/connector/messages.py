@@ -50,14 +50,14 @@ class Welcome:
     """Path of the arena, or of its part, that holds this rank's heads."""
     generation: str
     spec: dict[str, Any]
-    """Of the whole model (`KVSpec.to_dict`)."""
+    """Geometry of the whole model (`KVSpec.to_dict`)."""
     tokens_per_block: int
     layout: str
     """"HND", "NHD", or "" = to be probed."""
     async_load_tokens: int
-    """Loads of at least so many tokens run beside the batch; 0 = never."""
+    """Loads of at least this number of tokens run beside the batch; 0 = never."""
     save_timeout_seconds: float
-    """A rank lets a finished request's blocks go when no `Room` came for so long."""
+    """Seconds after which a rank frees a finished request's blocks if no `Room` came."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +118,12 @@ class Ready:
     KIND: ClassVar[str] = "ready"
     num_pool_blocks: int
     facts: str
-    """For people: versions, shape, dtype, device."""
+    """Versions, shape, dtype and device, for people to read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Announced:
-    """From now on the engine's request will be recognised."""
+    """The engine's request will be recognised from now on."""
 
     KIND: ClassVar[str] = "announced"
     key: str
@@ -145,7 +145,7 @@ class Matched:
     KIND: ClassVar[str] = "matched"
     key: str
     num_computed_tokens: int
-    """The engine had so many in its own memory."""
+    """Number of tokens that the engine had in its own memory."""
     num_loaded_tokens: int
     """So many are taken from the lease; 0 = the lease is not needed (no `Copied` follows)."""
     reason: str

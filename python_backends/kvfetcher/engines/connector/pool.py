@@ -45,9 +45,9 @@ class PoolPart:
 
     group: int
     layers: slice
-    """Of the model's."""
+    """Which of the model's layers."""
     kinds: slice
-    """Of K and V."""
+    """Which of K and V."""
     bits: torch.Tensor
     """[blocks, layers, kinds, heads * tokens * head_dim], int16 or uint8; strided over the blocks."""
 

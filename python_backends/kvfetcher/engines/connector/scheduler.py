@@ -53,7 +53,7 @@ class Load:
     key: str
     arena_blocks: tuple[int, ...]
     pool_blocks: tuple[tuple[int, ...], ...]
-    """By layer group; as many in each as there are arena blocks."""
+    """Pool blocks by layer group, as many in each as there are arena blocks."""
     is_async: bool
 
 
@@ -208,7 +208,7 @@ class ConnectorScheduler:
     Args:
         sender: the link to the owner.
         tokens_per_block: of engine and arena.
-        async_load_tokens: loads of at least so many tokens are asynchronous; 0 = none is.
+        async_load_tokens: smallest load, in tokens, that is asynchronous; 0 = none is.
     """
 
     def __init__(self, sender: Sender, *, tokens_per_block: int, async_load_tokens: int) -> None:
@@ -292,7 +292,7 @@ class ConnectorScheduler:
         return number, tracked.is_async
 
     def update_state_after_alloc(self, request: Any, block_ids: Sequence[int]) -> None:
-        """As `update_state_after_alloc_by_layer_group`, of one group."""
+        """Do as `update_state_after_alloc_by_layer_group`, for one layer group."""
         self.update_state_after_alloc_by_layer_group(request, (block_ids,))
 
     @_shielded(None)
@@ -463,7 +463,7 @@ class ConnectorScheduler:
         return scheduled
 
     def request_finished(self, request: Any, cache_block_ids: Sequence[int]) -> bool:
-        """As `request_finished_by_layer_group`, of one group."""
+        """Do as `request_finished_by_layer_group`, for one layer group."""
         return self.request_finished_by_layer_group(request, (cache_block_ids,))
 
     # True = the workers hold the blocks until they know better: right even after a fault here.

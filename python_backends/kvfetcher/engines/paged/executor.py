@@ -140,7 +140,7 @@ class Sink:
         raise NotImplementedError
 
     def measured(self, start: int, num_tokens: int, seconds: float) -> None:
-        """A part of a prompt, from position `start` on, took so long."""
+        """Learn how long a part of a prompt took, from position `start` on."""
 
 
 class PagedExecutor:
@@ -336,7 +336,7 @@ class PagedExecutor:
         return request if self.rules.tells_salt else _WithoutSalt(request)
 
     def _shared_blocks(self, found: int) -> int:
-        """Of `found` shared blocks so many that computing goes on at an end of a part."""
+        """Number of `found` blocks to use, so that computing goes on at the end of a part."""
         size, part = self.rules.tokens_per_block, self.rules.part_tokens
         return found * size // part * part // size
 
