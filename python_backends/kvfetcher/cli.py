@@ -258,6 +258,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     print(f"tritonserver: {installation.executable} ({installation.origin})", file=sys.stderr)
     print(f"libraries: {', '.join(map(str, installation.library_folders))}", file=sys.stderr)
     folder = _prepare_model(config)
+    _prepare_encoder(config)
     if arguments.json:
         _print_json({"tritonserver": str(installation.executable), "model": str(folder)})
 
@@ -270,6 +271,16 @@ def _prepare_model(config: Config) -> Path:
     )
     print(f"kvfetcher: model {folder.name}: {folder.path}", file=sys.stderr)
     return folder.path
+
+
+def _prepare_encoder(config: Config) -> None:
+    """Compile the encoder, so that the first start of a server does not wait for it."""
+    if config.codec.encoder == "nvenc":
+        return
+    from kvfetcher.codec.encoders import choose_encoder
+
+    chosen = choose_encoder(config.codec.encoder)
+    print(f"kvfetcher: chunks are encoded by {chosen.name}", file=sys.stderr)
 
 
 def _choose_profile(config: Config, model: Path) -> CodecConfig:

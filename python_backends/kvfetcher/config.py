@@ -354,10 +354,12 @@ class CodecConfig(_Section):
         "what decodes units: auto = nvdec if it is usable, else cpu; nvdec = it is an error if NVDEC is"
         " not usable",
     )
-    encoder: Literal["auto", "x265", "nvenc"] = _option(
+    encoder: Literal["auto", "own", "x265", "nvenc"] = _option(
         "auto",
-        "what encodes chunks: auto = the GPU's NVENC if it has one that codes without loss (H100 and H200"
-        " have none), else libx265 on all cores; nvenc = it is an error if NVENC is not usable",
+        "what encodes chunks: auto = own if numba is installed, else x265; own = this project's HEVC"
+        " encoder, on a GPU where the values lie on one, else on all CPU cores; x265 = libx265 on all CPU"
+        " cores, several times slower; nvenc = the GPU's NVENC (H100 and H200 have none); it is an error"
+        " if the encoder that is named is not usable",
     )
     calibration: str = _option(
         "",
