@@ -30,7 +30,6 @@ RUN_DIR_VARIABLE = "KVFETCHER_RUN_DIR"
 MPS_PIPE_VARIABLE = "CUDA_MPS_PIPE_DIRECTORY"
 """NVIDIA's: the folder of the Multi-Process Service's control daemon that CUDA is to use."""
 _PREFIX = "KVFETCHER_"
-_MAX_FILE_BYTES = 1 << 20
 
 PROFILES = ("exact", *LADDER, "uncalibrated", "paper", "raw")
 """Profiles that chunks can be saved with."""
@@ -354,12 +353,10 @@ class CodecConfig(_Section):
         "what decodes units: auto = nvdec if it is usable, else cpu; nvdec = it is an error if NVDEC is"
         " not usable",
     )
-    encoder: Literal["auto", "own", "x265", "nvenc"] = _option(
+    encoder: Literal["auto", "x265", "nvenc"] = _option(
         "auto",
-        "what encodes chunks: auto = own if numba is installed, else x265; own = this project's HEVC"
-        " encoder, on a GPU where the values lie on one, else on all CPU cores; x265 = libx265 on all CPU"
-        " cores, several times slower; nvenc = the GPU's NVENC (H100 and H200 have none); it is an error"
-        " if the encoder that is named is not usable",
+        "what encodes chunks: auto = the GPU's NVENC if it has one that codes without loss (H100 and H200"
+        " have none), else libx265 on all cores; nvenc = it is an error if NVENC is not usable",
     )
     calibration: str = _option(
         "",
@@ -697,6 +694,20 @@ class SaveConfig(_Section):
 
 
 @dataclass(frozen=True, slots=True)
+class TrustConfig(_Section):
+    """Who may ask what."""
+
+    NAME: typing.ClassVar[str] = "trust"
+
+    internal_models: Literal["closed", "open"] = _option(
+        "closed",
+        "whether clients may send requests to kv_fetch and tensorrt_llm themselves: closed = no, but for"
+        " policy `warm`; open = yes, for tests of one model; a lease, a block of the arena or a save of"
+        " their own making is refused either way",
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """The whole configuration; one attribute per TOML section."""
 
@@ -707,6 +718,7 @@ class Config:
     store: StoreConfig = field(default_factory=StoreConfig)
     fetch: FetchConfig = field(default_factory=FetchConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
+    trust: TrustConfig = field(default_factory=TrustConfig)
 
     def __post_init__(self) -> None:
         tokens, block = self.codec.chunk_tokens, self.engine.tokens_per_block
@@ -744,6 +756,7 @@ SECTIONS: dict[str, type[_Section]] = {
         StoreConfig,
         FetchConfig,
         SaveConfig,
+        TrustConfig,
     )
 }
 
@@ -921,17 +934,7 @@ def _load(
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_FILE_BYTES + 1)
-        if len(data) > _MAX_FILE_BYTES:
-            raise ConfigError(f"configuration file {path} has more than {_MAX_FILE_BYTES} bytes")
-        return tomllib.loads(data.decode())
-    except UnicodeDecodeError as exc:
-        raise ConfigError(
-            f"configuration file {path} is not UTF-8 (byte {exc.start}); save it as UTF-8"
-        ) from exc
-    except RecursionError as exc:
-        raise ConfigError(f"configuration file {path} is nested too deeply") from exc
+        return tomllib.loads(path.read_text())
     except OSError as exc:
         raise ConfigError(f"configuration file {path} cannot be read: {exc.strerror}") from exc
     except tomllib.TOMLDecodeError as exc:
@@ -960,7 +963,7 @@ def _parse(name: str, text: str, hint: Any) -> Any:
 def _parse_list(name: str, text: str) -> tuple[Any, ...]:
     try:
         return tuple(json.loads(text))
-    except (ValueError, TypeError, RecursionError) as exc:
+    except (ValueError, TypeError) as exc:
         raise ConfigError(
             f"{name} must be a JSON list or values with commas, got {text!r}"
         ) from exc

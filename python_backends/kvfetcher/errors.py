@@ -4,6 +4,7 @@
     ├── ConfigError               a setting is unknown, mistyped or out of range
     ├── RequestError              a request breaks a rule that its sender can mend
     │   └── RequestCancelledError the sender went away
+    ├── PermissionDeniedError     a request uses what was not given to its sender
     ├── LayoutError               an array's shape or dtype differs from its spec
     ├── FormatError               bytes are not a chunk of this format
     │   ├── ChecksumError         a digest differs
@@ -14,9 +15,7 @@
     ├── StoreError                the store failed
     │   ├── ChunkNotFoundError
     │   ├── StoreTimeoutError     no answer in time
-    │   ├── TransientStoreError   a failure that may pass: connection reset, 5xx
-    │   │   └── StoreThrottledError  it asks for fewer calls: 429, 503 SlowDown
-    │   ├── StoreFullError        it takes nothing more
+    │   ├── TransientStoreError   a failure that may pass: connection reset, 429, 5xx
     │   └── StoreUnavailableError it failed too often lately and is not asked for a while
     ├── ArenaError                the KV arena refused
     │   ├── ArenaFullError        no free blocks
@@ -62,6 +61,23 @@ class RequestCancelledError(RequestError):
     """The sender of the request went away."""
 
     triton_status: ClassVar[TritonStatus] = "CANCELLED"
+
+
+class PermissionDeniedError(KVFetcherError):
+    """A request uses memory, a lease or a model that was not given to its sender.
+
+    One text for every reason, so that a refusal tells nothing of what exists. Triton has no status
+    of that name; NOT_FOUND says as little.
+    """
+
+    triton_status: ClassVar[TritonStatus] = "NOT_FOUND"
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(
+            message
+            or "permission denied: this request needs a permit that the server issued for it, and"
+            " which still holds; send requests to the model kvfetcher"
+        )
 
 
 class LayoutError(KVFetcherError):
@@ -123,14 +139,6 @@ class TransientStoreError(StoreError):
 
     Backends raise it where asking again is worth it; any other `StoreError` is final.
     """
-
-
-class StoreThrottledError(TransientStoreError):
-    """The store answers, and asks for fewer calls: 429, 503 SlowDown."""
-
-
-class StoreFullError(StoreError):
-    """The store answers, and takes nothing more; what it holds can be read."""
 
 
 class StoreUnavailableError(StoreError):

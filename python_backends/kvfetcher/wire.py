@@ -41,9 +41,10 @@ KV_POLICIES = ("auto", "fetch", "recompute", "no_store", "warm")
 # Between the models
 PROMPT_TAG = "prompt_tag"  # STRING [1], of the text that input_ids belong to (backend/tags.py)
 INPUT_IDS = "input_ids"  # INT32 [num_tokens]
-SAMPLING = "sampling"  # STRING [1], JSON (backend/params.py)
+SAMPLING = "sampling"  # STRING [1], JSON (backend/params.py), sealed (memory/permits.py)
+PERMIT = "permit"  # STRING [1]; what preprocessing gives kv_fetch (memory/permits.py)
 STREAM_ID = "stream_id"  # STRING [1]; names a running answer (engines/streams.py)
-KV_LEASE = "kv_lease"  # STRING [1], JSON; "" = no lease
+KV_LEASE = "kv_lease"  # STRING [1], JSON; "" = no lease; to kv_save a sealed SaveTicket
 
 # Codec models
 UNIT = "unit"  # UINT8 [num_bytes], one unit (docs/format.md)
@@ -51,8 +52,8 @@ UNIT_REST = (
     "unit_rest"  # UINT8 [num_bytes], a unit whose bitstream was decoded (format/unit_rest.py)
 )
 PLANES = "planes"  # UINT8 [num_frames, num_planes, height, width * bytes_per_sample]
-PLANES_AT = "planes_at"  # STRING [1], JSON PlaneTicket (plane_ring.py); "" = planes holds them
-KV_TARGET = "kv_target"  # STRING [1], JSON BlockTarget (arena.py); "" = return the values
+PLANES_AT = "planes_at"  # STRING [1], sealed JSON PlaneTicket; "" = planes holds them
+KV_TARGET = "kv_target"  # STRING [1], sealed JSON BlockTarget; "" = return the values
 KV_VALUES = "kv_values"  # UINT8 [num_bytes], canonical [L, K, H, T, D], little-endian
 DECODE_STATUS = "decode_status"  # STRING [1], JSON: decoder, decode_ms, stamps
 KV_STATUS = "kv_status"  # STRING [1], JSON: timings and which decoder

@@ -59,6 +59,8 @@ from kvfetcher.format.container import parse_header
 from kvfetcher.format.sections import SectionKind
 from kvfetcher.format.unit import parse_unit
 from kvfetcher.memory.cuda import cuda_context
+from kvfetcher.memory.permits import Permits
+from kvfetcher.memory.split_arena import publish_arena
 from kvfetcher.spec import PACKED_VARIANT, KVSpec
 
 if TYPE_CHECKING:
@@ -273,14 +275,19 @@ class Rig:
             config, model_repository=self.folder, log_path=self.folder / "log"
         )
         self.server.start()
+        publish_arena(self.server.run_dir, self.arena)
         self.free_bytes["server"] = _free_bytes()
 
     def targets(self, num_tokens: int, count: int) -> list[str]:
         """Targets for whole chunks, one behind the other."""
         blocks = num_tokens // TOKENS_PER_BLOCK
         count = min(count, self.arena.num_blocks // blocks)
+        permits = Permits.of_run(self.server.run_dir)
         return [
-            self.arena.target(tuple(range(i * blocks, (i + 1) * blocks)), num_tokens).to_json()
+            permits.seal(
+                "write",
+                self.arena.target(tuple(range(i * blocks, (i + 1) * blocks)), num_tokens).to_json(),
+            )
             for i in range(count)
         ]
 
@@ -321,7 +328,7 @@ class Rig:
         self.call([{"units": paths, "targets": [target], "in_flight": 2, "once": True}])
         from kvfetcher.memory.arena import BlockTarget
 
-        got = self.arena.read(BlockTarget.from_json(target))
+        got = self.arena.read(BlockTarget.from_json(target.partition(" ")[2]))
         differs = got != work.values
         a, b = bits_to_float32(got, SPEC.dtype), bits_to_float32(work.values, SPEC.dtype)
         scale = np.sqrt(np.square(b).mean(axis=3, keepdims=True))

@@ -13,13 +13,15 @@ from kvfetcher.codec.profiles import encode_chunk
 from kvfetcher.codec.quant import float32_to_bits
 from kvfetcher.codec.uncalibrated import UncalibratedProfile
 from kvfetcher.format.container import parse_header
+from kvfetcher.memory.permits import Permits
 from kvfetcher.memory.plane_ring import PlaneTicket
 from kvfetcher.memory.split_arena import create_arena
 from kvfetcher.spec import HeadRange, KVSpec
 from support.calibrations import correlated_values
 from support.kv_values import special_values
+from support.trust import give_out
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("run_folder")]
 
 SPEC = KVSpec(num_layers=6, num_kv_heads=4, head_dim=64)
 TOKENS = 256
@@ -124,10 +126,11 @@ def test_values_are_the_chunks_whichever_way_the_planes_take(
     arena, restorer, units, values, ring_bytes, planes
 ):
     target = arena.target(tuple(range(7, -1, -1)), TOKENS)
+    sealed = give_out("write", arena, target)
     arena.blocks.fill_(-1)
     with Decoding(ring_bytes) as decoding:
         for unit in units:
-            status = restore(restorer, decoding.decode(unit, target.to_json()), target.to_json())
+            status = restore(restorer, decoding.decode(unit, sealed), sealed)
             assert (status["decoder"], status["planes"], status["restorer"]) == (
                 "nvdec", planes, "gpu",
             )  # fmt: skip
@@ -153,7 +156,7 @@ def restore_together(restorer, units, decoders, target):
     for index, unit in enumerate(units):
         gpu, decoding = decoders[index % len(decoders)]
         decoded = decoding.decode(unit, target)
-        assert PlaneTicket.from_json(decoded.planes_at).gpu == gpu
+        assert PlaneTicket.from_json(Permits.of_run().open("planes", decoded.planes_at)).gpu == gpu
         jobs.append(
             restorer.start(
                 decoded.rest,
@@ -178,12 +181,12 @@ def test_planes_of_every_gpu_become_the_values_that_those_of_the_first_become(
 ):
     units = units_of(float32_to_bits(correlated_values(SPEC, TOKENS), SPEC.dtype), profile)
     target = arena.target(tuple(range(7, -1, -1)), TOKENS)
-    restore_together(restorer, units, decoders[:1], target.to_json())
+    restore_together(restorer, units, decoders[:1], give_out("write", arena, target))
     expected = arena.read(target)
     for first in range(len(decoders)):  # so that each GPU decodes each unit
         arena.blocks.fill_(-1)
         in_turn = decoders[first:] + decoders[:first]
-        restore_together(restorer, units, in_turn, target.to_json())
+        restore_together(restorer, units, in_turn, give_out("write", arena, target))
         np.testing.assert_array_equal(arena.read(target), expected)
     assert not restorer.is_lost()
 
@@ -204,7 +207,7 @@ def test_planes_of_every_gpu_reach_an_arena_in_parts_on_several(
         for part in parts.parts:
             part.blocks.fill_(-1)
         in_turn = decoders[first:] + decoders[:first]
-        restore_together(restorer, units, in_turn, target.to_json())
+        restore_together(restorer, units, in_turn, give_out("write", parts, target))
         np.testing.assert_array_equal(parts.read(target), values)
     restorer.close()
     parts.close()
@@ -213,7 +216,7 @@ def test_planes_of_every_gpu_reach_an_arena_in_parts_on_several(
 def test_killed_decoders_leave_no_memory_behind(arena, restorer, units):
     import torch
 
-    target = arena.target(tuple(range(8)), TOKENS).to_json()
+    target = give_out("write", arena, arena.target(tuple(range(8)), TOKENS))
 
     def one_life():
         """A decoder that is killed with a unit restored and another one waiting."""

@@ -14,8 +14,9 @@ from kvfetcher.memory.arena import Arena
 from kvfetcher.memory.split_arena import create_arena
 from kvfetcher.spec import HeadRange, KVSpec
 from support.calibrations import correlated_values
+from support.trust import give_out
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("run_folder")]
 
 SPEC = KVSpec(num_layers=4, num_kv_heads=8, head_dim=64)
 TOKENS = 250
@@ -51,7 +52,7 @@ def test_parts_on_gpus_hold_what_one_arena_in_host_memory_holds(tmp_path, profil
             unit = chunk[entry.offset : entry.stop]
             planes, status = decoder.decode(unit)
             _, status = restorer.restore(
-                unit, planes, target_json=target.to_json(), decode_status=status
+                unit, planes, target_json=give_out("write", arena, target), decode_status=status
             )
         found.append((arena.read(target), '"restorer": "gpu"' in status))
     (on_gpus, by_gpu), (on_host, by_cpu) = found

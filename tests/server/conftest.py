@@ -13,6 +13,7 @@ import tritonclient.grpc as grpcclient
 
 from kvfetcher import wire
 from kvfetcher.memory.control import ControlClient, socket_path
+from kvfetcher.memory.permits import Permits
 from kvfetcher.models.folders import prepare_model
 from kvfetcher_client import Client
 from support.triton_server import TritonServer, server_config
@@ -88,6 +89,15 @@ class Running:
         """What `preprocessing` makes of a prompt."""
         result = self.triton.infer(wire.PREPROCESSING, [text_input(text)])
         return result.as_numpy(wire.INPUT_IDS)
+
+    @property
+    def permits(self) -> Permits:
+        """What this server's processes sign with: the tests run as its user."""
+        return Permits.of_run(self.server.run_dir)
+
+    def fetch_permit(self, ids: NDArray[np.int32]) -> str:
+        """What `preprocessing` gives `kv_fetch` with these ids."""
+        return self.permits.seal("fetch", "", ids.tobytes())
 
     def settle(self, *, timeout_seconds: float = 2 * LEASE_TTL_SECONDS + 20) -> list[Path]:
         """The store's chunk files once no request runs and nothing is left to save."""

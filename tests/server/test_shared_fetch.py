@@ -57,7 +57,7 @@ class KeyReads(threading.Thread):
         self.join(10)
 
 
-def fetch_at_once(url, ids, count, *, timeout=120.0):
+def fetch_at_once(running, ids, count, *, timeout=120.0):
     """`count` requests to `kv_fetch` over one stream; their leases and reports."""
     results, done = [], threading.Event()
 
@@ -69,15 +69,18 @@ def fetch_at_once(url, ids, count, *, timeout=120.0):
         if len(results) == count:
             done.set()
 
-    with grpcclient.InferenceServerClient(url) as client:
+    with grpcclient.InferenceServerClient(running.server.grpc_url) as client:
         client.start_stream(callback)
         for number in range(count):
             tensors = [
                 grpcclient.InferInput(wire.INPUT_IDS, list(ids.shape), "INT32"),
                 grpcclient.InferInput(wire.KV_POLICY, [1], "BYTES"),
+                grpcclient.InferInput(wire.PERMIT, [1], "BYTES"),
             ]
             tensors[0].set_data_from_numpy(ids)
             tensors[1].set_data_from_numpy(np.array([b"fetch"], dtype=object))
+            permit = running.fetch_permit(ids).encode()
+            tensors[2].set_data_from_numpy(np.array([permit], dtype=object))
             client.async_stream_infer(wire.KV_FETCH, tensors, request_id=str(number))
         assert done.wait(timeout), f"{len(results)} of {count} answered"
         client.stop_stream()
@@ -135,7 +138,7 @@ def test_200_requests_for_one_prefix_transfer_each_chunk_once(site, prompt):
         shaped(link, LinkShape(gbit_per_second=0.05, rtt_seconds=0.01)) as before,
         KeyReads(store.port) as reads,
     ):
-        answers = fetch_at_once(running.server.grpc_url, ids, REQUESTS)
+        answers = fetch_at_once(running, ids, REQUESTS)
     moved = link.stats().bytes_down - before
 
     claims = [json.loads(answer.as_numpy(wire.KV_LEASE)[0]) for answer in answers]

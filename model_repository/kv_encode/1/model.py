@@ -2,11 +2,11 @@
 
 Inputs   input_ids  INT32  [num_tokens]  the chunk's token ids
          kv_spec    STRING [1]  JSON: spec, profile, first_position, identity, chunk_key, parent_key
-         kv_target  STRING [1]  JSON BlockTarget to read the values from, or
+         kv_target  STRING [1]  JSON BlockTarget, sealed by kv_save, to read the values from, or
          kv_values  UINT8  [num_bytes]  the values, canonical [L, K, H, T, D]
 Outputs  chunk      UINT8  [num_bytes]
          kv_status  STRING [1]  JSON: encoder (gpu where the values lie on one), num_bytes, ratio, encode_ms
-Errors   INVALID_ARG values, spec or profile do not fit
+Errors   NOT_FOUND target not issued here · INVALID_ARG values, spec or profile do not fit
 """
 
 import triton_python_backend_utils as pb_utils

@@ -1,10 +1,11 @@
 """kv_fetch: token ids -> a lease on restored KV of the longest stored prefix, and the report.
 
-Inputs   input_ids INT32 [num_tokens], prompt_tag STRING [1] (of the text that preprocessing read; with
-         text_input only) and the sampling inputs of the client
+Inputs   input_ids INT32 [num_tokens], permit STRING [1] (of preprocessing; kv_policy `warm` needs
+         none), prompt_tag STRING [1] (of the text that preprocessing read; with text_input only) and
+         the sampling inputs of the client
 Outputs  input_ids, sampling (JSON), kv_lease (JSON or ""), kv_report (JSON); inside an ensemble
          signs of life before them (backend/watching.py)
-Errors   INVALID_ARG bad request. A store, chunk or decoder that fails is a miss with a reason.
+Errors   NOT_FOUND no permit · INVALID_ARG bad request. A store, chunk or decoder that fails is a miss with a reason.
 One process owns the fetcher; requests run concurrently on the stub's event loop.
 """
 
@@ -38,7 +39,9 @@ class TritonPythonModel:
         sender = request.get_response_sender()
         watch = self.fetcher.watch(request, sender)
         try:
-            asked = read_client_request(request, self.config.engine, pb_utils, run_folder=run_dir())
+            asked = read_client_request(
+                request, self.config, pb_utils, self.fetcher.permits, run_folder=run_dir()
+            )
             if not watch.in_ensemble:  # there, preprocessing has let it in
                 pulse().refuse_when_stopping()
             async with watch:
@@ -52,9 +55,10 @@ class TritonPythonModel:
         except Exception as exc:  # noqa: BLE001 - the boundary
             await end_fetch(watch, sender, exc, pb_utils)
             return
+        sampling = self.fetcher.seal(asked, fetched.lease_json)
         tensors = [
             ids_tensor(wire.INPUT_IDS, asked.input_ids, pb_utils),
-            text_tensor(wire.SAMPLING, asked.options.to_json(), pb_utils),
+            text_tensor(wire.SAMPLING, sampling, pb_utils),
             text_tensor(wire.KV_LEASE, fetched.lease_json, pb_utils),
             text_tensor(wire.KV_REPORT, fetched.report.to_json(), pb_utils),
         ]

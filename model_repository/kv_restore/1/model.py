@@ -3,13 +3,13 @@
 Inputs   unit       UINT8  [1, num_bytes]  one unit (docs/format.md), or kv_decode's unit_rest
          planes     UINT8  [1, num_frames, num_planes, height, width * bytes_per_sample]; not looked
                     at where the unit has no video
-         planes_at  STRING [1, 1]  JSON PlaneTicket of planes on a GPU; optional
+         planes_at  STRING [1, 1]  JSON PlaneTicket of planes on a GPU, sealed by kv_decode; optional
          decode_status  STRING [1, 1]  JSON of kv_decode, passed on; optional
-         kv_target  STRING [1, 1]  JSON BlockTarget; absent or "" = return the values
+         kv_target  STRING [1, 1]  JSON BlockTarget, sealed by kv_fetch; absent or "" = return the values
 Outputs  kv_values  UINT8  [1, num_bytes]  canonical [L, K, H, T, D]; empty where a target is given
          kv_status  STRING [1, 1]  JSON: layers, tokens, times, stamps, batch, which decoder
-Errors   INVALID_ARG bad unit or target · UNAVAILABLE the arena is gone, or kv_decode's reply belongs
-         to another unit
+Errors   NOT_FOUND planes or target not issued here · INVALID_ARG bad unit · UNAVAILABLE the arena is
+         gone, or kv_decode's reply belongs to another unit
 """
 
 import triton_python_backend_utils as pb_utils

@@ -1,9 +1,9 @@
 """kv_save: leased KV of computed chunks -> kv_encode -> store, off every request's path.
 
 Inputs   input_ids  INT32  [num_tokens]  all tokens from position 0
-         kv_lease   STRING [1]  JSON SaveTicket; its lease is released here, whatever happens
+         kv_lease   STRING [1]  JSON SaveTicket, sealed by tensorrt_llm; its lease is released here, whatever happens
 Outputs  kv_report  STRING [1]  JSON: chunks saved, skipped, bytes, times
-Errors   UNAVAILABLE the store failed
+Errors   NOT_FOUND not issued by tensorrt_llm. What the store refuses is in the report.
 """
 
 import triton_python_backend_utils as pb_utils

@@ -1,13 +1,13 @@
 """tensorrt_llm: token ids (and a lease on ready KV) -> text, streamed.
 
 Inputs   input_ids  INT32  [num_tokens]
-         sampling   STRING [1]  JSON (backend/params.py)
+         sampling   STRING [1]  JSON (backend/params.py), sealed by kv_fetch
          kv_lease   STRING [1]  JSON or ""
          kv_report  STRING [1]  JSON of the fetch, completed here
 Outputs  text_output STRING [1], output_ids INT32 [n], finish_reason STRING [1] ("" until the last),
          kv_report STRING [1] (JSON on the first and the last response, "" between),
          stream_id STRING [1] names the running answer (control operation "cancel")
-Errors   INVALID_ARG bad request · UNAVAILABLE queue full · CANCELLED · INTERNAL engine failed
+Errors   NOT_FOUND not issued by kv_fetch · INVALID_ARG bad request · UNAVAILABLE queue full · CANCELLED · INTERNAL engine failed
 This process owns the engine and its KV arena.
 """
 
@@ -22,6 +22,7 @@ from kvfetcher.backend.respond import is_internal, log_failure, send, send_error
 from kvfetcher.backend.vitals import watched
 from kvfetcher.config import load_config
 from kvfetcher.engines.host import EngineHost
+from kvfetcher.memory.permits import Permits
 
 
 class TritonPythonModel:
@@ -31,6 +32,8 @@ class TritonPythonModel:
         self.host = EngineHost(config)
         self.saves = SaveQueue(config, pb_utils)
         self.metrics = Metrics(pb_utils)
+        self.permits = Permits.of_run()
+        self.is_open = config.trust.internal_models == "open"
 
     @watched
     async def execute(self, requests):
@@ -40,7 +43,7 @@ class TritonPythonModel:
         sender = request.get_response_sender()
         is_begun = is_answered = False
         try:
-            generation = Generation.read(request, pb_utils)
+            generation = Generation.read(request, pb_utils, self.permits, is_open=self.is_open)
             async for response, is_last in generation.responses(self.host, sender.is_cancelled):
                 send(sender, response, pb_utils, is_last=is_last)
                 is_begun, is_answered = True, is_last

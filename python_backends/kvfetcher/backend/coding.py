@@ -17,8 +17,8 @@ from kvfetcher.backend.gpu_coding import Arenas, GpuInput, GpuOutput
 from kvfetcher.backend.tags import compare, unit_tag
 from kvfetcher.backend.warm_up import gpu_of, warm_up_units
 from kvfetcher.codec import profiles
-from kvfetcher.codec.encoders import choose_encoder
 from kvfetcher.codec.gpu import nvdec
+from kvfetcher.codec.gpu.nvenc import choose_encoder
 from kvfetcher.codec.video import VideoDecoder, encode_planes
 from kvfetcher.errors import (
     CodecError,
@@ -32,7 +32,8 @@ from kvfetcher.errors import (
 from kvfetcher.format.pictures import PlaneGeometry
 from kvfetcher.format.unit import parse_unit
 from kvfetcher.format.unit_rest import without_bitstream
-from kvfetcher.memory.arena import BlockTarget, storage_dtype
+from kvfetcher.memory.arena import storage_dtype
+from kvfetcher.memory.permits import Permits
 from kvfetcher.spec import KVSpec
 
 if TYPE_CHECKING:
@@ -45,12 +46,14 @@ if TYPE_CHECKING:
     from kvfetcher.backend.gpu_encoding import ChunkSource, GpuChunkEncoder
     from kvfetcher.config import CodecConfig, Config
     from kvfetcher.format.unit import Unit
+    from kvfetcher.memory.arena import BlockTarget
 
 DecoderChoice = Literal["auto", "cpu", "nvdec"]
 
 _log = logging.getLogger(__name__)
 
 _NO_KEY = "00" * 32
+_MAX_STATUS_CHARACTERS = 4096
 
 
 class DecodedUnit(NamedTuple):
@@ -59,7 +62,7 @@ class DecodedUnit(NamedTuple):
     planes: NDArray[np.uint8]
     """[F, P, Y, X * bytes_per_sample]; one zero where they are on a GPU."""
     planes_at: str
-    """JSON `PlaneTicket`; "" = `planes` holds them."""
+    """Sealed JSON `PlaneTicket`; "" = `planes` holds them."""
     rest: bytes | memoryview
     """The unit without its bitstream, for who restores it."""
     status: str
@@ -78,16 +81,22 @@ class UnitDecoder:
         choice: "cpu"; "nvdec" = NVDEC must be usable; "auto" = NVDEC where it is usable.
         gpu: whose NVDEC, as CUDA counts.
         ring_bytes: GPU memory for planes that stay on the GPU; 0 = none do.
+        permits: of the server run; None = `Permits.of_run`, when they are needed.
 
     Raises:
         DecoderUnavailableError: NVDEC is asked for and not usable; says what to do.
     """
 
     def __init__(
-        self, choice: DecoderChoice = "auto", *, gpu: int = 0, ring_bytes: int = 0
+        self,
+        choice: DecoderChoice = "auto",
+        *,
+        gpu: int = 0,
+        ring_bytes: int = 0,
+        permits: Permits | None = None,
     ) -> None:
         self._cpu = VideoDecoder()
-        self._gpu_output = GpuOutput(ring_bytes)
+        self._gpu_output = GpuOutput(ring_bytes, permits)
         self._nvdec: nvdec.NvdecDecoder | None = None
         self._fallback = ""
         """Why every unit goes to the CPU although the machine has an NVIDIA GPU."""
@@ -108,21 +117,22 @@ class UnitDecoder:
         """What decodes units here: "nvdec" or "cpu"."""
         return "cpu" if self._nvdec is None else "nvdec"
 
-    def decode_for(self, unit: bytes | memoryview, target_json: str) -> DecodedUnit:
+    def decode_for(self, unit: bytes | memoryview, sealed_target: str) -> DecodedUnit:
         """`decode`, but for a target on a GPU the planes stay there, where that can be.
 
         Raises:
             FormatError, CodecError: as `decode`.
+            PermissionDeniedError: the target was not given out by this server run.
             LayoutError, ArenaError: the target is not one, or its arena is gone.
         """
         started = time.monotonic()
         parsed = parse_unit(unit)
-        tag = unit_tag(unit, target_json)
+        tag = unit_tag(unit, sealed_target)
         if not parsed.geometry.num_frames:
             planes, text = self._decode(parsed, started, tag)
             return DecodedUnit(planes, "", memoryview(unit), text)
         rest = without_bitstream(parsed)
-        if self._nvdec is not None and self._gpu_output.wants(target_json):
+        if self._nvdec is not None and self._gpu_output.wants(sealed_target):
             try:
                 kept = self._gpu_output.decode(parsed, self._nvdec)
             except (CodecError, GpuError) as exc:
@@ -247,12 +257,14 @@ class UnitRestorer:
     One thread starts units and closes batches, another may `finish` batches meanwhile.
 
     Args:
+        permits: of the server run; None = `Permits.of_run`.
         run_folder: of the server; see `tags.compare`.
     """
 
-    def __init__(self, *, run_folder: Path | None = None) -> None:
+    def __init__(self, permits: Permits | None = None, *, run_folder: Path | None = None) -> None:
         self._run_folder = run_folder
-        self._arenas = Arenas()
+        self._permits = Permits.of_run() if permits is None else permits
+        self._arenas = Arenas(self._permits)
         self._gpu = GpuInput()
 
     def warm_up(self, config: Config) -> None:
@@ -292,11 +304,13 @@ class UnitRestorer:
         Args:
             data: the unit, or its `DecodedUnit.rest`; it and `planes` must stay until `finish`.
             planes: [F, P, Y, X * bytes_per_sample] uint8.
-            planes_at: JSON `PlaneTicket` of planes on a GPU, which replace `planes`; "" = none.
-            target_json: JSON `BlockTarget`; "" = the values are wanted themselves.
+            planes_at: sealed JSON `PlaneTicket` of planes on a GPU, which replace `planes`; "" = none.
+            target_json: sealed JSON `BlockTarget`; "" = the values are wanted themselves.
             decode_status: JSON of `UnitDecoder`, passed on; "" = none.
 
         Raises:
+            PermissionDeniedError: planes or target were not given out by this server run.
+            RequestError: `decode_status` is none.
             FormatError: not a unit, or its digest differs.
             MixedUpError: what `kv_decode` replied belongs to another unit or target.
             RequestError: `decode_status` is not one.
@@ -304,11 +318,12 @@ class UnitRestorer:
             ArenaError: the arena is gone.
             GpuError: planes on a GPU are gone, or it failed.
         """
+        ticket = self._permits.open("planes", planes_at) if planes_at else ""
         try:
-            job = self._start(data, planes, planes_at, target_json, decode_status)
+            job = self._start(data, planes, ticket, target_json, decode_status)
         except BaseException:
-            if planes_at:
-                self._gpu.drop(planes_at)
+            if ticket:
+                self._gpu.drop(ticket)
             raise
         job.launched = time.monotonic()
         return job
@@ -317,27 +332,29 @@ class UnitRestorer:
         self,
         data: bytes | memoryview,
         planes: NDArray[np.uint8],
-        planes_at: str,
+        ticket: str,
         target_json: str,
         decode_status: str,
     ) -> RestoreJob:
         started = time.monotonic()
+        target = self._arenas.target("write", target_json) if target_json else None
         unit = parse_unit(data, checks_video=False)
         decoded = _parse_status(decode_status)
         tag = unit_tag(data, target_json)
-        compare(decoded.pop("tag", tag), tag, model=wire.KV_DECODE, run_folder=self._run_folder)
+        # What a stranger claims to be kv_decode's must not have kv_decode replaced.
+        folder = None if target is None else self._run_folder
+        compare(decoded.pop("tag", tag), tag, model=wire.KV_DECODE, run_folder=folder)
         job = RestoreJob(unit, decoded, started, tag)
-        if not target_json:
+        if target is None:
             job.values = profiles.restore_parsed(unit, planes).tobytes()
             return job
-        target = BlockTarget.from_json(target_json)
         arena = self._arenas.of(target)
         if arena.gpu is None:
             # Before a byte is allocated: a small unit may say that it restores to 512 MiB.
             arena.check_values(target, unit.layer_start, unit.shape)
             arena.write(target, unit.layer_start, profiles.restore_parsed(unit, planes))
             return job
-        job.on_gpu = self._gpu.start(unit, planes, planes_at, arena, target)
+        job.on_gpu = self._gpu.start(unit, planes, ticket, arena, target)
         return job
 
     def close_batch(self, jobs: Sequence[RestoreJob]) -> RestoreBatch:
@@ -385,16 +402,6 @@ class UnitRestorer:
         """Detach from all arenas and planes."""
         self._gpu.close()
         self._arenas.close()
-
-
-def _parse_status(text: str) -> dict[str, Any]:
-    try:
-        status = json.loads(text) if text else {}
-        if not isinstance(status, dict) or not isinstance(status.get("stamps", {}), dict):
-            raise TypeError("it is no object")
-    except (ValueError, TypeError, RecursionError) as exc:
-        raise RequestError(f"input {wire.DECODE_STATUS!r} is not kv_decode's: {exc}") from exc
-    return status
 
 
 def _restore_status(job: RestoreJob, synced: float, batch: int) -> str:
@@ -446,19 +453,40 @@ class ChunkJob:
         return json.dumps(status)
 
 
-class ChunkEncoder:
-    """Encodes chunks with the configured profile, on the CPU or on the GPU where they lie.
+def _parse_status(text: str) -> dict[str, Any]:
+    """What `UnitDecoder` reported, or {}.
 
     Raises:
-        EncoderUnavailableError: `codec.encoder` names an encoder that is not usable.
+        RequestError: it is not such JSON.
+    """
+    if not text:
+        return {}
+    try:
+        status = json.loads(text) if len(text) <= _MAX_STATUS_CHARACTERS else None
+    except (ValueError, RecursionError):
+        status = None
+    if not isinstance(status, dict) or not isinstance(status.get("stamps", {}), dict):
+        raise RequestError(
+            f"input {wire.DECODE_STATUS!r} must be what kv_decode gave: a JSON object of at most"
+            f" {_MAX_STATUS_CHARACTERS} characters"
+        )
+    return status
+
+
+class ChunkEncoder:
+    """Encodes chunks with the configured profile.
+
+    Args:
+        config: section `codec`.
+        permits: of the server run; None = `Permits.of_run`.
     """
 
-    def __init__(self, config: CodecConfig) -> None:
+    def __init__(self, config: CodecConfig, permits: Permits | None = None) -> None:
         self._profile = profiles.make_profile(config)
         self._choice = config.encoder
         self._encoder = choose_encoder(config.encoder)
-        self.num_cores = len(os.sched_getaffinity(0))
-        self._arenas = Arenas()
+        self._num_threads = len(os.sched_getaffinity(0))
+        self._arenas = Arenas(Permits.of_run() if permits is None else permits)
         self._on_gpu: dict[int, GpuChunkEncoder | None] = {}
 
     def read(
@@ -470,14 +498,16 @@ class ChunkEncoder:
             token_ids: [T] the chunk's tokens.
             spec_json: {"spec": KVSpec fields, "first_position": 0, "identity_digest": hex,
                 "chunk_key": hex, "parent_key": hex}; all but "spec" may be left out.
-            target_json: BlockTarget to read the values from; "" = `values` holds them.
+            target_json: sealed BlockTarget to read the values from; "" = `values` holds them.
             values: canonical [L, K, H, T, D], little-endian.
 
         Raises:
+            PermissionDeniedError: the target was not given out by this server run for reading.
             RequestError: the JSON or the size of `values` does not fit.
             LayoutError: the target is none.
         """
         started = time.monotonic()
+        target = self._arenas.target("read", target_json) if target_json else None
         asked = _parse_spec(spec_json)
         spec: KVSpec = asked["spec"]
         return ChunkJob(
@@ -487,7 +517,7 @@ class ChunkEncoder:
             identity=bytes.fromhex(asked["identity_digest"]),
             chunk_key=bytes.fromhex(asked["chunk_key"]),
             parent_key=bytes.fromhex(asked["parent_key"]),
-            target=BlockTarget.from_json(target_json) if target_json else None,
+            target=target,
             values=None if target_json else _as_values(values, spec, len(token_ids)),
             started=started,
         )
@@ -500,33 +530,16 @@ class ChunkEncoder:
         return self.encode_job(job)
 
     def encode_job(self, job: ChunkJob) -> tuple[bytes, str]:
-        """`values_of` and `encode_values` with all cores; raises what they give."""
-        return self.encode_values(job, self.values_of(job), num_threads=self.num_cores)
-
-    def values_of(self, job: ChunkJob) -> NDArray[Any]:
-        """A chunk's values [L, K, H, T, D], read from its target if it has one.
+        """One chunk object and the status JSON, by the CPU.
 
         Raises:
             LayoutError, ArenaError: the target does not fit or is gone.
+            CodecError, FormatError: as `profiles.encode_chunk`.
         """
+        values = job.values
         if job.target is not None:
-            return self._arenas.of(job.target).read(job.target)
-        assert job.values is not None
-        return job.values
-
-    def encode_values(
-        self, job: ChunkJob, values: NDArray[Any], *, num_threads: int
-    ) -> tuple[bytes, str]:
-        """One chunk object and the status JSON, by the CPU. Thread-safe.
-
-        Args:
-            job: whose chunk it is.
-            values: from `values_of`.
-            num_threads: units encoded at one time.
-
-        Raises:
-            LayoutError, CodecError, FormatError: as `profiles.encode_chunk`.
-        """
+            values = self._arenas.of(job.target).read(job.target)
+        assert values is not None
         chunk = profiles.encode_chunk(
             values,
             spec=job.spec,
@@ -536,7 +549,7 @@ class ChunkEncoder:
             parent_key=job.parent_key,
             first_position=job.first_position,
             token_ids=job.token_ids,
-            num_threads=num_threads,
+            num_threads=self._num_threads,
             encoder=self._encoder.encode,
         )
         return chunk, job.status(self._encoder.name, chunk)

@@ -15,6 +15,7 @@ import numpy as np
 from kvfetcher import wire
 from kvfetcher.backend.leases import EngineLeases
 from kvfetcher.backend.metrics import FETCH_SERIES, Metrics, count_unit, store_observer
+from kvfetcher.backend.params import seal_options
 from kvfetcher.backend.tags import compare, unit_tag
 from kvfetcher.backend.tensors import bytes_tensor, text_tensor
 from kvfetcher.backend.watching import ClientWatch, Watches
@@ -30,9 +31,11 @@ from kvfetcher.fetch.fetcher import Fetched, Fetcher, UnitStatus
 from kvfetcher.fetch.planning.decode_times import H100_NVDEC, cpu_table, load_table
 from kvfetcher.format.unit import has_video
 from kvfetcher.memory.control import run_dir
+from kvfetcher.memory.permits import Permits
 from kvfetcher.storage import TieredStore, open_store
 
 if TYPE_CHECKING:
+    from kvfetcher.backend.params import ClientRequest
     from kvfetcher.config import Config
     from kvfetcher.fetch.fetcher import FetchLoad
     from kvfetcher.fetch.planning.decode_times import DecodeTable
@@ -61,6 +64,7 @@ class FetchService:
         self._config = config
         self._pb_utils = pb_utils
         self._leases = EngineLeases(config)
+        self.permits = Permits.of_run()
         self._metrics = Metrics(pb_utils)
         self._metrics.start(FETCH_SERIES)
         self._watches = Watches()
@@ -106,6 +110,12 @@ class FetchService:
             num_decoders=parallel_decoders(self._config),
         )
 
+    def seal(self, asked: ClientRequest, lease: str) -> str:
+        """What `tensorrt_llm` is to do after the fetch, with a permit where the request has one."""
+        if not asked.is_internal and not lease:
+            return asked.options.to_json()
+        return seal_options(asked.options, self.permits, input_ids=asked.input_ids, lease=lease)
+
     def watch(self, request: Any, sender: Any) -> ClientWatch:
         """A watch on the request's client.
 
@@ -117,6 +127,7 @@ class FetchService:
             sender,
             self._pb_utils,
             was_cancelled=self._leases.was_cancelled,
+            permits=self.permits,
             in_ensemble=text is not None,
         )
 
@@ -153,7 +164,9 @@ class FetchService:
 
     async def _run_unit(self, unit: bytes, target: BlockTarget) -> UnitStatus:
         pb_utils = self._pb_utils
-        model, inputs = unit_request(unit, target.to_json(), pb_utils)
+        named = replace(target, tenant=self.permits.tenant(target.tenant))
+        sealed = self.permits.seal("write", named.to_json(), expires_at=target.expires_at)
+        model, inputs = unit_request(unit, sealed, pb_utils)
         response = await pb_utils.InferenceRequest(
             model_name=model,
             requested_output_names=[wire.KV_STATUS],
@@ -163,7 +176,7 @@ class FetchService:
             raise _unit_error(model, response.error().message())
         status = pb_utils.get_output_tensor_by_name(response, wire.KV_STATUS).as_numpy()
         facts = json.loads(status.reshape(-1)[0])
-        expected = unit_tag(unit, target.to_json())
+        expected = unit_tag(unit, sealed)
         try:
             compare(facts.get("tag", ""), expected, model=wire.KV_RESTORE, run_folder=run_dir())
         except MixedUpError as exc:
@@ -177,11 +190,11 @@ class FetchService:
         self._leases.close()
 
 
-def unit_request(unit: bytes, target_json: str, pb_utils: Any) -> tuple[str, list[Any]]:
-    """The model that turns a unit into KV values of a JSON `BlockTarget`, and its inputs."""
+def unit_request(unit: bytes, sealed_target: str, pb_utils: Any) -> tuple[str, list[Any]]:
+    """The model that turns a unit into KV values of a sealed `BlockTarget`, and its inputs."""
     inputs = [
         bytes_tensor(wire.UNIT, unit, pb_utils, batched=True),
-        text_tensor(wire.KV_TARGET, target_json, pb_utils, batched=True),
+        text_tensor(wire.KV_TARGET, sealed_target, pb_utils, batched=True),
     ]
     if has_video(unit):
         return wire.KV_PIPELINE, inputs

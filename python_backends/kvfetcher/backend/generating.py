@@ -14,8 +14,8 @@ import numpy as np
 from kvfetcher import wire
 from kvfetcher.backend.leases import EngineLeases
 from kvfetcher.backend.metrics import GENERATE_SERIES, Metrics
-from kvfetcher.backend.params import GenerationOptions
-from kvfetcher.backend.saving import ticket_to_json
+from kvfetcher.backend.params import GenerationOptions, open_options
+from kvfetcher.backend.saving import seal_ticket
 from kvfetcher.backend.tags import compare
 from kvfetcher.backend.tensors import ids_tensor, read_ids, read_text, text_tensor
 from kvfetcher.engines.base import GenerateEvent, GenerateRequest
@@ -23,6 +23,7 @@ from kvfetcher.errors import RequestError
 from kvfetcher.fetch.report import tell_computed
 from kvfetcher.memory.control import run_dir
 from kvfetcher.memory.leases import LeaseClaim
+from kvfetcher.memory.permits import Permits
 from kvfetcher.memory.vitals import mark_suspect
 
 if TYPE_CHECKING:
@@ -60,26 +61,38 @@ class Generation:
     _first_token_seconds: float | None = None
 
     @classmethod
-    def read(cls, request: Any, pb_utils: Any) -> Generation:
+    def read(
+        cls, request: Any, pb_utils: Any, permits: Permits, *, is_open: bool = False
+    ) -> Generation:
         """Read and check a Triton request.
 
+        Args:
+            request: of Triton.
+            pb_utils: the module `triton_python_backend_utils`.
+            permits: of the server run.
+            is_open: see `params.open_options`.
+
         Raises:
+            PermissionDeniedError: it was not issued by `kv_fetch`.
             RequestError, LeaseError: an input is not what it should be.
             MixedUpError: what `kv_fetch` sent belongs to another request.
         """
+        input_ids = read_ids(request, wire.INPUT_IDS, pb_utils)
+        sampling = read_text(request, wire.SAMPLING, pb_utils, default="")
+        lease = read_text(request, wire.KV_LEASE, pb_utils, default="")
+        options = open_options(sampling, permits, input_ids=input_ids, lease=lease, is_open=is_open)
         report = read_text(request, wire.KV_REPORT, pb_utils, default="")
         try:
             facts = json.loads(report) if report else {}
-        except ValueError as exc:
+        except (ValueError, RecursionError) as exc:
             raise RequestError(f"input {wire.KV_REPORT!r} is not JSON: {exc}") from exc
-        sampling = read_text(request, wire.SAMPLING, pb_utils, default="")
-        lease = read_text(request, wire.KV_LEASE, pb_utils, default="")
-        options = GenerationOptions.from_json(sampling)
+        if not isinstance(facts, dict):
+            raise RequestError(f"input {wire.KV_REPORT!r} must be a JSON object")
         if options.request_id:
             compare(options.request_id, request.request_id(), model=wire.KV_FETCH, run_folder=None)
             facts["request_id"] = options.request_id
         return cls(
-            input_ids=read_ids(request, wire.INPUT_IDS, pb_utils),
+            input_ids=input_ids,
             options=options,
             claim=LeaseClaim.from_json(lease),
             report=facts,
@@ -188,6 +201,7 @@ class SaveQueue:
     def __init__(self, config: Config, pb_utils: Any) -> None:
         self._max_pending = config.save.max_pending
         self._leases = EngineLeases(config)
+        self._permits = Permits.of_run()
         self._pb_utils = pb_utils
         self._metrics = Metrics(pb_utils)
         self._metrics.start(GENERATE_SERIES)
@@ -211,12 +225,14 @@ class SaveQueue:
 
     async def _call(self, ticket: SaveTicket) -> None:
         pb_utils = self._pb_utils
+        ids = np.asarray(ticket.token_ids, np.int32)
+        sealed = seal_ticket(ticket, ids, self._permits)
         response = await pb_utils.InferenceRequest(
             model_name=wire.KV_SAVE,
             requested_output_names=[wire.KV_REPORT],
             inputs=[
-                ids_tensor(wire.INPUT_IDS, np.asarray(ticket.token_ids, np.int32), pb_utils),
-                text_tensor(wire.KV_LEASE, ticket_to_json(ticket), pb_utils),
+                ids_tensor(wire.INPUT_IDS, ids, pb_utils),
+                text_tensor(wire.KV_LEASE, sealed, pb_utils),
             ],
         ).async_exec()
         if response.has_error():

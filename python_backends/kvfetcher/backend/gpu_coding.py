@@ -23,8 +23,9 @@ from kvfetcher.errors import GpuError, KVFetcherError, LayoutError
 from kvfetcher.memory.arena import BlockTarget, read_arena_header
 from kvfetcher.memory.control import run_dir
 from kvfetcher.memory.cuda import cuda_context
+from kvfetcher.memory.permits import Permits
 from kvfetcher.memory.plane_ring import PlaneReader, PlaneRing, PlaneTicket
-from kvfetcher.memory.split_arena import attach_arena
+from kvfetcher.memory.split_arena import attach_arena, find_arena
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,9 +47,10 @@ _WAIT_SECONDS = 2.0
 # request may wait longer (fetch.deadline_seconds); a reader that comes later is refused, and its
 # unit fails.
 _EXPIRY_SECONDS = 60.0
-# Pause between two tries of a GPU that had no memory for planes.
+# A GPU without memory for planes is asked again so often.
 _RETRY_SECONDS = 30.0
 _MAX_KNOWN_TARGETS = 256
+_MAX_KNOWN_ARENAS = 16
 
 _log = logging.getLogger(__name__)
 
@@ -56,35 +58,51 @@ _log = logging.getLogger(__name__)
 class Arenas:
     """Attached arenas; an engine restart makes a new one, and the old one is let go."""
 
-    def __init__(self) -> None:
+    def __init__(self, permits: Permits) -> None:
+        self._permits = permits
         self._attached: dict[tuple[str, ...], Arena] = {}
+        self._paths: dict[str, tuple[str, ...]] = {}
+
+    def target(self, right: Literal["read", "write"], sealed: str) -> BlockTarget:
+        """The target of a sealed text, checked before anything is opened.
+
+        Raises:
+            PermissionDeniedError: no process of this server run gave it out for this.
+            LayoutError: it is not a target.
+        """
+        return BlockTarget.from_json(self._permits.open(right, sealed))
 
     def of(self, target: BlockTarget) -> Arena:
         """The arena that a target names.
 
         Raises:
-            ArenaError: it or a part of it is gone, or of another generation.
+            ArenaError: it or a part of it is gone.
         """
-        arena = self._attached.get(target.paths)
-        if arena is None or arena.generation != target.generation:
-            fresh = attach_arena(target.paths, generation=target.generation)
-            if arena is not None:
-                arena.close()
-            self._attached[target.paths] = arena = fresh
-        return arena
+        generation = target.generation
+        paths = self._paths.get(generation)
+        if paths is not None:
+            return self._attached[paths]
+        paths = find_arena(self._permits.folder, generation)
+        fresh = attach_arena(paths, generation=generation)
+        if (old := self._attached.get(paths)) is not None:
+            old.close()
+            self._paths = {g: p for g, p in self._paths.items() if p != paths}
+        self._attached[paths], self._paths[generation] = fresh, paths
+        return fresh
 
     def close(self) -> None:
         """Detach from all."""
         for arena in self._attached.values():
             arena.close()
         self._attached.clear()
+        self._paths.clear()
 
 
 class KeptPlanes(NamedTuple):
     """Where one unit's planes are."""
 
     planes_at: str
-    """JSON `PlaneTicket`; "" = in `planes`."""
+    """Sealed JSON `PlaneTicket`; "" = in `planes`."""
     planes: Integers | None = None
     """[F, P, Y, X] in host memory."""
     why: str = ""
@@ -98,10 +116,12 @@ class GpuOutput:
 
     Args:
         ring_bytes: GPU memory for them; 0 = none stays.
+        permits: of the server run; None = `Permits.of_run`, when the first target comes.
     """
 
-    def __init__(self, ring_bytes: int) -> None:
+    def __init__(self, ring_bytes: int, permits: Permits | None = None) -> None:
         self._ring_bytes = ring_bytes
+        self._permits = permits
         self._ring: PlaneRing | None = None
         self._no_ring = ""
         """Why there is none, since `_tried_at`."""
@@ -110,19 +130,23 @@ class GpuOutput:
         self._has_warned = False
         self._gpus: OrderedDict[str, bool] = OrderedDict()
 
-    def wants(self, target_json: str) -> bool:
+    def wants(self, sealed_target: str) -> bool:
         """Whether the target lies on a GPU.
 
         Raises:
+            PermissionDeniedError: no process of this server run gave the target out for writing.
             LayoutError, ArenaError: the target is not one, or its arena is gone.
         """
-        if not (target_json and self._ring_bytes):
+        if not (sealed_target and self._ring_bytes):
             return False
-        known = self._gpus.get(target_json)  # the units of a chunk come one after the other
+        target = BlockTarget.from_json(self._open_permits().open("write", sealed_target))
+        known = self._gpus.get(target.generation)
         if known is None:
-            header = read_arena_header(BlockTarget.from_json(target_json).paths[0])
-            known = self._gpus[target_json] = header.gpu is not None
-            if len(self._gpus) > _MAX_KNOWN_TARGETS:
+            header = read_arena_header(
+                find_arena(self._open_permits().folder, target.generation)[0]
+            )
+            known = self._gpus[target.generation] = header.gpu is not None
+            if len(self._gpus) > _MAX_KNOWN_ARENAS:
                 self._gpus.popitem(last=False)
         return known
 
@@ -153,7 +177,13 @@ class GpuOutput:
             if ring is not None and ticket is not None:
                 ring.cancel(ticket)
             raise
-        return KeptPlanes(ticket.to_json(), reserved_at=reserved_at)
+        sealed = self._open_permits().seal("planes", ticket.to_json())
+        return KeptPlanes(sealed, reserved_at=reserved_at)
+
+    def _open_permits(self) -> Permits:
+        if self._permits is None:
+            self._permits = Permits.of_run()
+        return self._permits
 
     def _reserve(self, ring: PlaneRing, geometry: PlaneGeometry) -> tuple[PlaneTicket | None, str]:
         """Room for planes, or None and why there is none."""
@@ -224,7 +254,7 @@ class GpuBatch(NamedTuple):
     pending: list[tuple[int, list[int], Any]]
     """GPU, which of `jobs`, their `PendingBatch`."""
     errors: dict[int, KVFetcherError]
-    """Errors of the jobs that failed, by number."""
+    """Of jobs that are known to have failed."""
 
 
 class GpuInput:

@@ -10,7 +10,7 @@ from kvfetcher import wire
 from kvfetcher.backend.tags import compare, prompt_tag
 from kvfetcher.backend.tensors import read_ids, read_scalar, read_text, read_texts
 from kvfetcher.engines.base import SamplingParams
-from kvfetcher.errors import RequestError
+from kvfetcher.errors import PermissionDeniedError, RequestError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from kvfetcher.config import EngineConfig
+    from kvfetcher.config import Config
+    from kvfetcher.memory.permits import Permits
 
 _MAX_SALT_CHARACTERS = 1024
 _NUMBERS = (
@@ -66,8 +67,55 @@ class GenerationOptions:
             params = data.get("params", {})
             params["stop_words"] = tuple(params.get("stop_words", ()))
             return cls(**{**data, "params": SamplingParams(**params)})
-        except (ValueError, TypeError, AttributeError) as exc:
+        except (ValueError, TypeError, AttributeError, RecursionError) as exc:
             raise RequestError(f"input {wire.SAMPLING!r} is not sampling JSON: {exc}") from exc
+
+
+def seal_options(
+    options: GenerationOptions,
+    permits: Permits,
+    *,
+    input_ids: NDArray[np.int32] | None = None,
+    lease: str = "",
+) -> str:
+    """What `tensorrt_llm` takes: the options with a permit for these token ids and this lease."""
+    ids = b"" if input_ids is None else input_ids.tobytes()
+    return permits.seal("generate", options.to_json(), ids, lease.encode())
+
+
+def open_options(
+    sealed: str,
+    permits: Permits,
+    *,
+    input_ids: NDArray[np.int32],
+    lease: str,
+    is_open: bool = False,
+) -> GenerationOptions:
+    """Inverse of `seal_options`, once each.
+
+    Args:
+        sealed: input `sampling`.
+        permits: of the server run.
+        input_ids: as they came with it.
+        lease: as it came with it.
+        is_open: `trust.internal_models` is "open": options without a permit are taken, too, but never
+            a lease, a sign of life or a save, which speak for somebody else.
+
+    Raises:
+        PermissionDeniedError: `kv_fetch` of this server run did not give them out, or they were used.
+        RequestError: they are not options.
+    """
+    if is_open and not lease and sealed[:1] in ("", "{"):
+        options = GenerationOptions.from_json(sealed)
+        if options.fetch_id or options.save:
+            raise PermissionDeniedError
+        return options
+    try:
+        lease_bytes = lease.encode()
+    except UnicodeEncodeError:
+        raise PermissionDeniedError from None
+    text = permits.open("generate", sealed, input_ids.tobytes(), lease_bytes, once=True)
+    return GenerationOptions.from_json(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,32 +125,49 @@ class ClientRequest:
     input_ids: NDArray[np.int32]
     kv_policy: str
     options: GenerationOptions
+    is_internal: bool
+    """Whether it came through `preprocessing` of this server run."""
 
 
 def read_client_request(
-    request: Any, config: EngineConfig, pb_utils: Any, *, run_folder: Path | None = None
+    request: Any,
+    config: Config,
+    pb_utils: Any,
+    permits: Permits,
+    *,
+    run_folder: Path | None = None,
 ) -> ClientRequest:
     """Read and check every input of the client.
 
     Args:
         request: of `kv_fetch`.
-        config: limits.
+        config: limits, and who may ask.
         pb_utils: the module `triton_python_backend_utils`.
+        permits: of the server run.
         run_folder: of the server; see `tags.compare`.
 
     Raises:
+        PermissionDeniedError: it did not come through `preprocessing`, which only a request that warms
+            need not, unless `trust.internal_models` is "open".
         MixedUpError: the token ids are another text's.
         RequestError: an input breaks its rule; the message names the input, the rule, the value.
     """
+    input_ids = read_ids(request, wire.INPUT_IDS, pb_utils)
+    permit = read_text(request, wire.PERMIT, pb_utils, default="")
+    policy = read_text(request, wire.KV_POLICY, pb_utils, default="auto")
+    if permit:
+        permits.open("fetch", permit, input_ids.tobytes(), once=True)
+    elif policy != "warm" and config.trust.internal_models == "closed":
+        raise PermissionDeniedError
     text = read_texts(request, wire.TEXT_INPUT, pb_utils)
     if text is not None:  # of the ensemble: what tokenised it may have answered another request
         compare(
             read_text(request, wire.PROMPT_TAG, pb_utils, default=""),
             prompt_tag("".join(text)),
             model=wire.PREPROCESSING,
-            run_folder=run_folder,
+            # What a stranger sends must not have preprocessing replaced.
+            run_folder=run_folder if permit else None,
         )
-    policy = read_text(request, wire.KV_POLICY, pb_utils, default="auto")
     if policy not in wire.KV_POLICIES:
         raise RequestError(f"kv_policy must be one of {wire.KV_POLICIES}, got {policy!r}")
     salt = read_text(request, wire.CACHE_SALT, pb_utils, default="")
@@ -116,14 +181,15 @@ def read_client_request(
         stop_words=tuple(filter(None, read_texts(request, wire.STOP_WORDS, pb_utils) or ())),
         **{name: value for name, value in given.items() if value is not None},
     )
-    if params.max_tokens > config.max_output_tokens:
+    if params.max_tokens > config.engine.max_output_tokens:
         raise RequestError(
-            f"max_tokens must be 1 to {config.max_output_tokens} (engine.max_output_tokens), got"
+            f"max_tokens must be 1 to {config.engine.max_output_tokens} (engine.max_output_tokens), got"
             f" {params.max_tokens}"
         )
     return ClientRequest(
-        input_ids=read_ids(request, wire.INPUT_IDS, pb_utils),
+        input_ids=input_ids,
         kv_policy=policy,
+        is_internal=bool(permit),
         options=GenerationOptions(
             params=params,
             stream=bool(read_scalar(request, wire.STREAM, pb_utils)),

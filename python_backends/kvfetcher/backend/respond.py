@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _SETTLE_SECONDS = 0.2
+_MAX_MESSAGE = 4000
 
 
 def triton_error(exc: BaseException, pb_utils: Any) -> Any:
@@ -25,12 +26,22 @@ def triton_error(exc: BaseException, pb_utils: Any) -> Any:
     if isinstance(exc, KVFetcherError):
         code = getattr(pb_utils.TritonError, exc.triton_status)
         # Triton's gRPC streams tell errors as bare text: the status travels in it, for clients.
-        return pb_utils.TritonError(f"{exc.triton_status}: {exc}", code)
+        return pb_utils.TritonError(f"{exc.triton_status}: {_sendable(str(exc))}", code)
     _log.error("unexpected %s", type(exc).__name__, exc_info=exc)
     return pb_utils.TritonError(
         f"INTERNAL: {type(exc).__name__}; the server log has the traceback",
         pb_utils.TritonError.INTERNAL,
     )
+
+
+def _sendable(message: str) -> str:
+    r"""A message that Triton can carry, whatever a request put into it.
+
+    A lone surrogate (``"\\ud800"`` in a request's JSON) is no UTF-8: the stub would raise at it, and
+    the request would never be answered.
+    """
+    text = message.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]} ..."
 
 
 def is_internal(exc: BaseException) -> bool:

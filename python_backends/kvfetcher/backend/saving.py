@@ -15,6 +15,7 @@ from kvfetcher.format.container import parse_header
 from kvfetcher.memory.arena import BlockTarget
 from kvfetcher.memory.control import run_dir
 from kvfetcher.memory.leases import SaveTicket
+from kvfetcher.memory.permits import Permits
 from kvfetcher.save import Saver, SaveReport
 from kvfetcher.storage import open_store
 
@@ -27,20 +28,22 @@ if TYPE_CHECKING:
     from kvfetcher.format.keys import ChunkKey
 
 
-def ticket_to_json(ticket: SaveTicket) -> str:
-    """The ticket without its token ids, which travel as a tensor."""
+def seal_ticket(ticket: SaveTicket, token_ids: NDArray[np.int32], permits: Permits) -> str:
+    """What `kv_save` takes: the ticket without its token ids, which travel as a tensor, sealed."""
     data = ticket.to_dict()
     del data["token_ids"]
-    return json.dumps(data, separators=(",", ":"))
+    return permits.seal("save", json.dumps(data, separators=(",", ":")), token_ids.tobytes())
 
 
-def ticket_from_json(text: str, token_ids: NDArray[np.int32]) -> SaveTicket:
-    """Inverse of `ticket_to_json`.
+def open_ticket(sealed: str, token_ids: NDArray[np.int32], permits: Permits) -> SaveTicket:
+    """Inverse of `seal_ticket`, once each.
 
     Raises:
+        PermissionDeniedError: `tensorrt_llm` of this server run did not give it out, or it was used.
         RequestError: not such JSON.
         LayoutError: a target is none.
     """
+    text = permits.open("save", sealed, token_ids.tobytes(), once=True)
     try:
         data = json.loads(text)
         targets = tuple(BlockTarget.from_dict(target) for target in data.pop("targets"))
@@ -55,6 +58,7 @@ class SaveService:
     def __init__(self, config: Config, pb_utils: Any) -> None:
         self._pb_utils = pb_utils
         self._leases = EngineLeases(config)
+        self._permits = Permits.of_run()
         self._metrics = Metrics(pb_utils)
         observe = store_observer(self._metrics, "kvfetcher_save_store")
         self._saver = Saver(
@@ -66,12 +70,13 @@ class SaveService:
 
     async def save(self, input_ids: NDArray[np.int32], ticket_json: str) -> SaveReport:
         """See `Saver.save`."""
-        return await self._saver.save(ticket_from_json(ticket_json, input_ids))
+        return await self._saver.save(open_ticket(ticket_json, input_ids, self._permits))
 
     async def _encode_chunk(
         self, tokens: NDArray[np.int32], key: ChunkKey, facts: FetchFacts, target: BlockTarget
     ) -> bytes:
         pb_utils = self._pb_utils
+        sealed = self._permits.seal("read", target.to_json())
         spec = {
             "spec": facts.spec.to_dict(),
             "first_position": key.index * facts.chunk_tokens,
@@ -85,7 +90,7 @@ class SaveService:
             inputs=[
                 ids_tensor(wire.INPUT_IDS, tokens, pb_utils),
                 text_tensor(wire.KV_SPEC, json.dumps(spec), pb_utils),
-                text_tensor(wire.KV_TARGET, target.to_json(), pb_utils),
+                text_tensor(wire.KV_TARGET, sealed, pb_utils),
             ],
         ).async_exec()
         if response.has_error():

@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from kvfetcher import wire
-from kvfetcher.backend.params import GenerationOptions
+from kvfetcher.backend.params import GenerationOptions, seal_options
 from kvfetcher.backend.respond import send, send_error, settle_ensemble
 from kvfetcher.backend.tensors import ids_tensor, text_tensor
 from kvfetcher.errors import KVFetcherError, RequestCancelledError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+    from kvfetcher.memory.permits import Permits
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ class ClientWatch:
         sender: the request's response sender.
         pb_utils: the module `triton_python_backend_utils`.
         was_cancelled: asks the engine process about a fetch's id.
+        permits: of the server run; the next step takes no sign without one.
         in_ensemble: there is a next step; a model that is used alone is marked itself.
     """
 
@@ -64,6 +67,7 @@ class ClientWatch:
         pb_utils: Any,
         *,
         was_cancelled: Callable[[str], Awaitable[bool]],
+        permits: Permits,
         in_ensemble: bool,
     ) -> None:
         self.in_ensemble = in_ensemble
@@ -73,6 +77,7 @@ class ClientWatch:
         self._sender = sender
         self._pb_utils = pb_utils
         self._was_cancelled = was_cancelled
+        self._permits = permits
         self._fetch_id = secrets.token_hex(8)
         self._is_gone = False
         self._task: asyncio.Task[None] | None = None
@@ -113,7 +118,7 @@ class ClientWatch:
         return pb_utils.InferenceResponse(
             output_tensors=[
                 ids_tensor(wire.INPUT_IDS, np.zeros(0, np.int32), pb_utils),
-                text_tensor(wire.SAMPLING, options.to_json(), pb_utils),
+                text_tensor(wire.SAMPLING, seal_options(options, self._permits), pb_utils),
                 text_tensor(wire.KV_LEASE, "", pb_utils),
                 text_tensor(wire.KV_REPORT, "", pb_utils),
             ]

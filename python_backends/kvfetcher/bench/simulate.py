@@ -116,7 +116,7 @@ class SimLink:
         """The last transfer's end."""
 
     async def transfer(self, num_bytes: int) -> None:
-        """Return when `num_bytes` have come."""
+        """Return when so many bytes have come."""
         if not self._num_asked:
             self._asked_at = self._loop.time()
         self._num_asked += 1
@@ -210,7 +210,7 @@ class UnitWork:
     """What a unit really asks of decoders and restorer."""
 
     load: float
-    """`picture_load` of one picture."""
+    """Of one picture, `picture_load`."""
     num_pictures: int
     """0 = not video, needs no decoder."""
     restore_seconds: float
@@ -237,7 +237,7 @@ class _Decoders:
         """`busy_seconds` when a unit last came."""
 
     def busy_seconds(self) -> float:
-        """Time for which all decoders together worked until now."""
+        """Of all decoders together, until now."""
         now = self._loop.time()
         self._busy_seconds += (now - self._at) * self._num_busy
         self._at = now
@@ -293,7 +293,7 @@ class _Leases:
 
     async def lease(self, num_tokens: int, ttl_seconds: float) -> tuple[str, BlockTarget]:
         blocks = tuple(range(-(-num_tokens // _TOKENS_PER_BLOCK)))
-        return str(next(self._numbers)), BlockTarget(("arena",), "1", blocks, num_tokens)
+        return str(next(self._numbers)), BlockTarget("1", blocks, num_tokens)
 
     async def seal(self, *_: Any, **__: Any) -> None: ...
 
@@ -312,9 +312,9 @@ class SimPrompt:
     suffix_tokens: int
     prefill: PrefillModel
     header: ChunkHeader
-    """Header of each of its chunks."""
+    """Of each of its chunks."""
     works: dict[int, UnitWork]
-    """Work of each unit, by the offset of its first byte."""
+    """Of the units, by their first byte."""
 
 
 @dataclass(slots=True)
@@ -422,7 +422,7 @@ class SimFetcher(Fetcher):
         cast("_Work", self._work).rewalk = rewalk
 
     async def serve(self, prompts: Sequence[SimPrompt], *, at: float, policy: str) -> list[Outcome]:
-        """Fetch for prompts that come together, `at` seconds after the trace's start."""
+        """Fetch for prompts that come together, `at` so many seconds of the trace."""
         # However long the ones before took, the link is the same for all policies.
         await asyncio.sleep(max(_GAP_SECONDS, at - self._loop.time() + self._sim_link.trace_starts))
         self._sim_link.trace_starts = self._loop.time() - at

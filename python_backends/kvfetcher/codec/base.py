@@ -45,7 +45,7 @@ class UnitSource:
     layer_start: int
     first_position: int
     encoder: PlaneEncoder | None = None
-    """Encoder of its pictures; None = the default."""
+    """Of its pictures; None = libx265."""
 
     @property
     def num_layers(self) -> int:

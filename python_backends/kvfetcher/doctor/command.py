@@ -82,6 +82,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help=f"TOML file; default ${CONFIG_VARIABLE}")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--store", action="store_true", help="check the store alone")
+    parser.add_argument(
+        "--trust", action="store_true", help="only play the attacks between two tenants"
+    )
     parser.add_argument("--quick", action="store_true", help="do not measure decode times")
     parser.add_argument(
         "--engine", choices=engines, help="the engine to check; default: engine.kind"
@@ -96,6 +99,9 @@ def _checks(config: Config, arguments: argparse.Namespace) -> Iterator[Check]:
     if arguments.store:
         yield store
         return
+    if arguments.trust:
+        yield _trust()
+        return
     packages = host.check_packages(config, has_gpu=Path("/proc/driver/nvidia").exists())
     yield packages
     yield from _host_checks(config)
@@ -105,8 +111,15 @@ def _checks(config: Config, arguments: argparse.Namespace) -> Iterator[Check]:
         detail = f"not checked without {', '.join(missing)}"
         yield Check("video", "fail", detail, packages.remedy)
         return
+    yield _trust()
     yield from _video_checks(config, quick=arguments.quick)
     yield from check_engine(config, arguments.engine or config.engine.kind)
+
+
+def _trust() -> Check:
+    from kvfetcher.doctor.trust import check_trust
+
+    return guarded("trust", check_trust)
 
 
 def _host_checks(config: Config) -> Iterator[Check]:
@@ -141,9 +154,9 @@ def _check_calibration(config: Config) -> Check:
 
 
 def _video_checks(config: Config, *, quick: bool) -> Iterator[Check]:
-    from kvfetcher.codec.encoders import choose_encoder
     from kvfetcher.codec.gpu.instances import decode_instances
     from kvfetcher.codec.gpu.nvdec import ask_caps, count_engines, loads_library
+    from kvfetcher.codec.gpu.nvenc import choose_encoder
     from kvfetcher.codec.video import VideoDecoder
     from kvfetcher.doctor import video
 

@@ -35,9 +35,9 @@ class Timing:
     """How fast one decoder worked."""
 
     latency_seconds: float
-    """Median time of one picture that is asked for alone."""
+    """Of one picture asked for alone; median."""
     picture_seconds: float
-    """Time of one picture among many in a row."""
+    """Of one picture of many in a row."""
 
 
 class DecoderProcesses:

@@ -14,7 +14,7 @@ from kvfetcher.memory.arena import Arena
 from kvfetcher.memory.control import ControlServer, socket_path
 from kvfetcher.memory.cuda import cuda_context
 from kvfetcher.memory.leases import LeaseTable
-from kvfetcher.memory.split_arena import create_arena
+from kvfetcher.memory.split_arena import create_arena, publish_arena, withdraw_arenas
 from kvfetcher.models.folders import prepare_model
 from kvfetcher.spec import heads_of_rank
 
@@ -65,6 +65,9 @@ class EngineHost:
             )
             stack.callback(self.arena.close)
             stack.callback(self.arena.unlink)
+            withdraw_arenas(socket.parent)
+            published = publish_arena(socket.parent, self.arena)
+            stack.callback(published.unlink, missing_ok=True)
             gpus = {part.gpu for part in self.arena.parts}
             if config.engine.kind != "tensorrt_llm":  # its workers are processes that it watches
                 gpus |= {_gpu_of(device) for device in opening.devices}
@@ -117,7 +120,7 @@ def open_arena(
     Raises:
         ConfigError: it is wanted on a GPU and the model runs on the CPU, it holds no block, or the
             heads cannot be dealt out to the ranks.
-        ArenaError: there is not enough memory.
+        ArenaError: there is not so much memory.
     """
     gpus = [_gpu_of(device) for device in devices]
     has_gpus = None not in gpus

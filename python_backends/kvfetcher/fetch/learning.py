@@ -36,7 +36,7 @@ class StageLearning:
 
     @property
     def factors(self) -> Factors:
-        """The factors learnt so far."""
+        """As learnt so far."""
         latency = self._latency.factor
         return Factors(latency, latency * self._busy.factor, self._restore.factor)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from kvfetcher.errors import ArenaError, ArenaFullError, EngineError
@@ -49,7 +49,7 @@ class FetchOrder:
 
     tenant: str
     input_ids: NDArray[np.int32]
-    """Token ids of the prompt; the prefix is their beginning."""
+    """Of the prompt; the prefix is their beginning."""
     facts: FetchFacts
     prompt: Prompt | None
     """What would be computed instead; None = fetch whatever it takes."""
@@ -141,7 +141,8 @@ class FetchWork:
             while True:
                 until = self._clock() + _LEASE_SHARE * self._config.lease_ttl_seconds
                 try:
-                    return _Leased(*await self._lease_or_release(num_tokens), until)
+                    lease_id, target = await self._lease_or_release(num_tokens)
+                    return _Leased(lease_id, replace(target, tenant=order.tenant), until)
                 except ArenaFullError as exc:
                     fetch.waits_for = ("arena_full", str(exc))
                     if self._clock() + _ARENA_RETRY_SECONDS >= fetch.deadline(0):

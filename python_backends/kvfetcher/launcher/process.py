@@ -38,7 +38,7 @@ from kvfetcher.errors import ServerError
 from kvfetcher.launcher.guardian import Guardian
 from kvfetcher.launcher.installation import Installation, find_installation
 from kvfetcher.launcher.mps import Mps, start_mps
-from kvfetcher.launcher.ports import bind_address, check_ports
+from kvfetcher.launcher.ports import check_ports
 from kvfetcher.launcher.repository import (
     find_repository,
     is_decoupled,
@@ -75,6 +75,9 @@ _IDLE_POLLS = 3
 _START_ATTEMPTS = 2
 
 _CONTROL_HEADER = "kvfetcher-control"
+# What Triton offers to every client by default, and no client needs: loading models, mapping a file of
+# /dev/shm by its name (the arena's, too), writing log and trace files where the client says.
+_RESTRICTED = "model-repository,shared-memory,logging,trace"
 
 # Per model instance, growing in steps of 1 MiB by itself; a unit's planes are a few MiB.
 _STUB_SHARED_BYTES = 4 << 20
@@ -135,7 +138,7 @@ class TritonServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._guardian: Guardian | None = None
         self._log_start = 0
-        # Loading and unloading is for the launcher alone, not for every client of the endpoints.
+        # These are for the launcher alone, not for every client of the endpoints (`_RESTRICTED`).
         self._control_token = secrets.token_hex(16)
 
     @property
@@ -169,7 +172,7 @@ class TritonServer:
 
     @property
     def process_id(self) -> int:
-        """Process id of tritonserver itself; its stubs are its children."""
+        """Of tritonserver itself; its stubs are its children."""
         if self._process is None:
             raise ServerError("the server is not started")
         return self._process.pid
@@ -463,7 +466,6 @@ class TritonServer:
     def _flags(self, installation: Installation, repository: Path) -> list[str]:
         assert self._run_dir is not None
         server = self.config.server
-        host = bind_address(server.host)
         python = {
             "shm-region-prefix-name": f"{self._run_dir.shared_memory_prefix}py",
             "shm-default-byte-size": _STUB_SHARED_BYTES,
@@ -472,7 +474,7 @@ class TritonServer:
         units = self.config.fetch.units_in_flight(decode_instances(self.config))
         if units > _BACKEND_THREADS:
             python["thread-pool-size"] = units
-        control = f"model-repository:{_CONTROL_HEADER}={self._control_token}"
+        control = f"{_RESTRICTED}:{_CONTROL_HEADER}={self._control_token}"
         return [
             f"--model-repository={repository}",
             # So that `reload` works.
@@ -484,11 +486,11 @@ class TritonServer:
             *(f"--backend-config=python,{key}={value}" for key, value in python.items()),
             # Every config.pbtxt here is complete. Asking the models would start each stub twice.
             "--disable-auto-complete-config",
-            f"--http-address={host}",
+            f"--http-address={server.host}",
             f"--http-port={server.http_port}",
-            f"--grpc-address={host}",
+            f"--grpc-address={server.host}",
             f"--grpc-port={server.grpc_port}",
-            f"--metrics-address={host}",
+            f"--metrics-address={server.host}",
             f"--metrics-port={server.metrics_port}",
             f"--exit-timeout-secs={int(server.stop_timeout_seconds)}",
             f"--log-verbose={server.log_verbose}",
@@ -571,11 +573,12 @@ def _check_shared_memory(config: Config) -> None:
 
 def _reachable(host: str) -> str:
     """Where a server bound to `host` answers on this machine."""
-    return {"0.0.0.0": "127.0.0.1"}.get(host, host)
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
 def _url(host: str, port: int) -> str:
-    return f"{_reachable(host)}:{port}"
+    host = _reachable(host)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def status_text(status: int) -> str:

@@ -69,9 +69,9 @@ class Repair:
     kind: Literal["reload", "restart", "give_up"]
     reason: str
     models: tuple[str, ...] = ()
-    """Models to load again, for "reload"."""
+    """For "reload"."""
     delay_seconds: float = 0.0
-    """Seconds to wait before the repair."""
+    """To wait before it."""
 
 
 @dataclass(frozen=True, slots=True)

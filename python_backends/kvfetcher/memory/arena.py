@@ -41,7 +41,12 @@ ARENA_VERSION = 2
 HEADER_BYTES = 4096
 MAX_BLOCKS = 1 << 24
 
-_KEPT_TARGETS = 256
+_TARGET_KEYS = frozenset({"arena", "block_ids", "num_tokens", "lease_id", "tenant", "expires_at"})
+# A million tokens in blocks of 16.
+_MAX_TARGET_CHARACTERS = 1 << 20
+# What is kept of parsed targets is bounded in bytes: number by size. A chunk's has some hundred.
+_KEPT_TARGETS = 128
+_KEPT_CHARACTERS = 16 << 10
 _MAGIC = b"KVFARENA"
 _PREFIX = struct.Struct("<8sII")
 
@@ -55,15 +60,21 @@ def storage_dtype(spec: KVSpec) -> np.dtype[Any]:
 class BlockTarget:
     """Where `num_tokens` tokens lie: in `block_ids`, in order, the last block perhaps partly filled.
 
-    ``paths`` are those of the arena's files, one for each of its parts in the order of their heads
-    (usually one), and ``generation`` is its random name, so that a target kept over an engine's
-    restart is refused instead of read.
+    ``generation`` is the arena's id, made at random by each engine start: every process finds the
+    arena's files by it in the run folder (`split_arena.find_arena`). A request so never names a file,
+    and a target kept over an engine's restart is refused instead of read. Between models a target
+    travels sealed (`permits`).
     """
 
-    paths: tuple[str, ...]
     generation: str
     block_ids: tuple[int, ...]
     num_tokens: int
+    lease_id: str = ""
+    """Of the lease that the blocks belong to; "" = of none."""
+    tenant: str = ""
+    """Whose KV lies there (`permits.Permits.tenant`); "" = not known."""
+    expires_at: float = 0.0
+    """When the lease ends unless it is renewed, seconds of the monotonic clock; 0 = not known."""
 
     def __post_init__(self) -> None:
         ids = self.block_ids
@@ -76,11 +87,10 @@ class BlockTarget:
                 f"BlockTarget needs at least one token and one block, got {self.num_tokens!r}"
                 f" tokens in {len(ids)} blocks"
             )
-        paths = self.paths
-        if not isinstance(paths, tuple) or not paths or not all(isinstance(p, str) for p in paths):
-            raise LayoutError(f"BlockTarget.paths must be a tuple of strings, got {paths!r}")
-        if not isinstance(self.generation, str):
-            raise LayoutError(f"BlockTarget.generation must be a string, got {self.generation!r}")
+        if not all(isinstance(t, str) for t in (self.generation, self.lease_id, self.tenant)):
+            raise LayoutError("BlockTarget.generation, lease_id and tenant must be strings")
+        if type(self.expires_at) is not float:
+            raise LayoutError(f"BlockTarget.expires_at must be a float, got {self.expires_at!r}")
 
     def span(self, first_token: int, num_tokens: int, *, tokens_per_block: int) -> BlockTarget:
         """The part that holds tokens [first_token, first_token + num_tokens).
@@ -102,12 +112,14 @@ class BlockTarget:
         return replace(self, block_ids=self.block_ids[first:last], num_tokens=num_tokens)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable; `arena` is a path, or of an arena in parts the list of its paths."""
+        """JSON-serialisable; `arena` is the generation."""
         return {
-            "arena": self.paths[0] if len(self.paths) == 1 else list(self.paths),
-            "generation": self.generation,
+            "arena": self.generation,
             "block_ids": list(self.block_ids),
             "num_tokens": self.num_tokens,
+            "lease_id": self.lease_id,
+            "tenant": self.tenant,
+            "expires_at": self.expires_at,
         }
 
     def to_json(self) -> str:
@@ -116,32 +128,39 @@ class BlockTarget:
     @classmethod
     def from_dict(cls, data: Any) -> BlockTarget:
         """Parse; LayoutError where keys are missing, unknown, or of the wrong type."""
-        keys = {"arena", "generation", "block_ids", "num_tokens"}
-        if not isinstance(data, dict) or set(data) != keys:
+        if not isinstance(data, dict) or set(data) != _TARGET_KEYS:
             got = sorted(data) if isinstance(data, dict) else type(data).__name__
-            raise LayoutError(f"a block target has the keys {sorted(keys)}, got {got}")
-        ids, arena = data["block_ids"], data["arena"]
+            raise LayoutError(f"a block target has the keys {sorted(_TARGET_KEYS)}, got {got}")
+        ids = data["block_ids"]
         return cls(
-            paths=tuple(arena) if isinstance(arena, list) else (arena,),
-            generation=data["generation"],
+            generation=data["arena"],
             block_ids=tuple(ids) if isinstance(ids, list) else ids,
             num_tokens=data["num_tokens"],
+            lease_id=data["lease_id"],
+            tenant=data["tenant"],
+            expires_at=data["expires_at"],
         )
 
     @classmethod
     def from_json(cls, text: str) -> BlockTarget:
-        """Parse; LayoutError where the text is not a block target."""
-        return _parse_target(text)
+        """Parse; LayoutError where the text is not a block target, or longer than one may be."""
+        if len(text) > _MAX_TARGET_CHARACTERS:
+            raise LayoutError(
+                f"a block target has at most {_MAX_TARGET_CHARACTERS} characters, got {len(text)}"
+            )
+        return _known_target(text) if len(text) <= _KEPT_CHARACTERS else _parse_target(text)
 
 
-@functools.lru_cache(maxsize=_KEPT_TARGETS)
 def _parse_target(text: str) -> BlockTarget:
-    """Kept, for all units of a chunk have the same target."""
     try:
         data = json.loads(text)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise LayoutError(f"a block target must be JSON, got {text[:80]!r}") from exc
     return BlockTarget.from_dict(data)
+
+
+_known_target = functools.lru_cache(maxsize=_KEPT_TARGETS)(_parse_target)
+"""Kept, for all units of a chunk have the same target; about 16 MB at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +168,7 @@ class ArenaHeader:
     """What the file says of an arena, whoever holds its blocks."""
 
     spec: KVSpec
-    """Geometry of the whole model."""
+    """Of the whole model."""
     heads: HeadRange
     """That the blocks hold."""
     tokens_per_block: int
@@ -182,7 +201,7 @@ class GpuMemory:
     """Where an arena's blocks lie on a GPU."""
 
     index: int
-    """Number of the GPU, as CUDA counts."""
+    """Of the GPU, as CUDA counts."""
     handle: str
     """CUDA IPC handle of the memory, hex."""
     owner: int
@@ -217,7 +236,7 @@ class Arena:
 
     @property
     def spec(self) -> KVSpec:
-        """Geometry of the whole model; `heads` says which part of it lies here."""
+        """Of the whole model; `heads` says what of it lies here."""
         return self.header.spec
 
     @property
@@ -231,7 +250,7 @@ class Arena:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Paths of the parts' files."""
+        """Of the parts' files."""
         return tuple(str(part.path) for part in self.parts)
 
     @property
@@ -348,7 +367,7 @@ class Arena:
 
     def target(self, block_ids: tuple[int, ...], num_tokens: int) -> BlockTarget:
         """A target in this arena; checked like one that came from elsewhere."""
-        target = BlockTarget(self.paths, self.generation, block_ids, num_tokens)
+        target = BlockTarget(self.generation, block_ids, num_tokens)
         self._check(target)
         return target
 

@@ -18,7 +18,7 @@ import os
 import socket
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -245,7 +245,11 @@ class ControlServer:
         raise RequestError(f"control operation {op!r} is unknown")
 
     def _grant(self, lease: Lease) -> dict[str, Any]:
-        target = self._arena.target(lease.block_ids, lease.num_tokens)
+        target = replace(
+            self._arena.target(lease.block_ids, lease.num_tokens),
+            lease_id=lease.id,
+            expires_at=float(lease.expires_at),
+        )
         return {"lease_id": lease.id, "target": target.to_dict()}
 
 
@@ -316,7 +320,7 @@ class ControlClient:
             lease_id: an open one.
             num_tokens: filled tokens; the blocks behind go back.
             digest: of these tokens.
-            num_holders: number of holders that will claim it.
+            num_holders: so many will claim it.
             tail_is_live: somebody may still write behind `num_tokens`.
 
         Raises:

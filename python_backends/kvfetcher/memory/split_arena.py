@@ -12,6 +12,8 @@ copies and page-locks the bytes of its own heads only.
 from __future__ import annotations
 
 import contextlib
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kvfetcher.spec import KVSpec
+
+_GENERATION = re.compile(r"[0-9a-f]{32}\Z")
 
 
 class SplitArena(Arena):
@@ -131,7 +135,7 @@ def create_arena(
 
     Raises:
         ConfigError: `num_bytes` holds no block, or too many.
-        ArenaError: there is not enough memory, or a file cannot be made. Nothing is left then.
+        ArenaError: there is not so much memory, or a file cannot be made. Nothing is left then.
     """
     # Of host memory, each file's header is part of it; `plan_arena` knows of one.
     headers = HEADER_BYTES * sum(gpu is None for gpu in places.values())
@@ -160,7 +164,7 @@ def attach_arena(paths: Sequence[str], *, generation: str) -> Arena:
     """Map an arena that another process created, all parts of it.
 
     Args:
-        paths: of its files, as in `BlockTarget.paths`.
+        paths: of its files, one for each part in the order of their heads (`find_arena`).
         generation: that it must be of.
 
     Raises:
@@ -190,6 +194,53 @@ def attach_part(path: str, *, generation: str) -> Arena:
     from kvfetcher.memory.gpu_arena import GpuArena  # torch comes with it
 
     return GpuArena.open(Path(path), header)
+
+
+def publish_arena(folder: Path, arena: Arena) -> Path:
+    """Let the processes of this run folder find the arena by its generation.
+
+    Returns:
+        The file that says where it is; the owner removes it with the arena.
+
+    Raises:
+        ArenaError: the file cannot be made.
+    """
+    path = folder / _published(arena.generation)
+    partial = path.with_suffix(".partial")
+    try:
+        partial.write_text(json.dumps(arena.paths))
+        partial.replace(path)
+    except OSError as exc:
+        raise ArenaError(f"{path} cannot be written: {exc.strerror}") from exc
+    return path
+
+
+def find_arena(folder: Path, generation: str) -> tuple[str, ...]:
+    """Paths of the parts of a published arena.
+
+    Raises:
+        ArenaError: no arena of that generation is published; the engine was restarted, or ended.
+    """
+    try:
+        if not _GENERATION.match(generation):
+            raise ValueError("no generation")
+        paths = json.loads((folder / _published(generation)).read_text())
+        return tuple(str(path) for path in paths)
+    except (OSError, ValueError) as exc:
+        raise ArenaError(
+            "the arena of this block target is gone; the engine was restarted, ask it for a new"
+            " lease"
+        ) from exc
+
+
+def withdraw_arenas(folder: Path) -> None:
+    """Forget the arenas of engines that died, before a new one publishes its own."""
+    for path in folder.glob(_published("*")):
+        path.unlink(missing_ok=True)
+
+
+def _published(generation: str) -> str:
+    return f"arena-{generation}.json"
 
 
 def _joined(parts: list[Arena]) -> Arena:

@@ -67,7 +67,7 @@ def read_vitals(run_folder: Path) -> dict[int, Vitals]:
 
 
 def begin_stopping(run_folder: Path) -> None:
-    """Refuse new requests from now on."""
+    """From now on new requests are refused."""
     (run_folder / _STOPPING).touch(mode=0o600)
 
 

@@ -1,12 +1,14 @@
 """The codec models' work without a server: encode, decode with fallback, restore into an arena."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 
 from kvfetcher.backend import coding
 from kvfetcher.backend.coding import ChunkEncoder, UnitDecoder, UnitRestorer
+from kvfetcher.backend.gpu_coding import GpuOutput
 from kvfetcher.codec.gpu import nvdec
 from kvfetcher.config import CodecConfig
 from kvfetcher.errors import (
@@ -16,6 +18,7 @@ from kvfetcher.errors import (
     DecoderUnavailableError,
     FormatError,
     LayoutError,
+    PermissionDeniedError,
     RequestError,
 )
 from kvfetcher.format.container import parse_header
@@ -23,8 +26,10 @@ from kvfetcher.format.pictures import PlaneGeometry
 from kvfetcher.format.sections import SectionKind
 from kvfetcher.format.unit import parse_unit
 from kvfetcher.memory.arena import Arena
+from kvfetcher.memory.permits import Permits
 from kvfetcher.spec import KVSpec
 from support.tamper import resealed_unit
+from support.trust import give_out
 
 SPEC = KVSpec(num_layers=4, num_kv_heads=1, head_dim=16)
 TOKENS = np.arange(32, dtype=np.int32)
@@ -75,12 +80,15 @@ def test_values_come_back_from_a_chunk_unit_by_unit():
 def test_an_arena_is_source_and_target(arena):
     source, target = arena.target((2, 0), 32), arena.target((1, 3), 32)
     arena.write(source, 0, VALUES)
-    chunk, _ = encode(target=source.to_json(), values=b"")
+    chunk, _ = encode(target=give_out("read", arena, source), values=b"")
     decoder, restorer = UnitDecoder("cpu"), UnitRestorer()
     for unit in units(chunk):
         planes, status = decoder.decode(unit)
         values, _ = restorer.restore(
-            unit, planes, target_json=target.to_json(), decode_status=status
+            unit,
+            planes,
+            target_json=give_out("write", arena, target),
+            decode_status=status,
         )
         assert values == b""
     np.testing.assert_array_equal(arena.read(target), VALUES)
@@ -88,9 +96,7 @@ def test_an_arena_is_source_and_target(arena):
 
 
 def test_a_target_of_an_engine_that_was_restarted_is_refused(arena, tmp_path):
-    old = arena.target((0, 1), 32).to_json()
-    with pytest.raises(LayoutError, match="must be JSON"):
-        encode(target="not a target")
+    old = give_out("read", arena, arena.target((0, 1), 32))
     again = Arena.create(tmp_path / "arena", spec=SPEC, tokens_per_block=16, num_bytes=1 << 16)
     with pytest.raises(ArenaError, match="restarted"):
         encode(target=old)
@@ -111,7 +117,7 @@ def test_a_unit_that_does_not_fit_its_target_is_refused_before_it_is_restored(
         raise AssertionError("restored")
 
     monkeypatch.setattr(coding.profiles, "restore_parsed", restore)
-    target = arena.target((0, 1), 32).to_json()
+    target = give_out("write", arena, arena.target((0, 1), 32))
     restorer = UnitRestorer()
     with pytest.raises(LayoutError):
         restorer.restore(
@@ -213,3 +219,63 @@ def test_capabilities_refuse_by_size_and_say_the_range(size, engines, refused):
     geometry = PlaneGeometry(num_frames=1, width=size[0], height=size[1], bit_depth=8)
     answer = caps.refusal(geometry)
     assert (refused in answer) if refused else answer == ""
+
+
+def opened(monkeypatch):
+    """Paths that were opened from now on."""
+    paths = []
+
+    def note(event, args):
+        if event == "open" and "arena" in str(args[0]):
+            paths.append(args[0])
+
+    monkeypatch.setattr(coding, "parse_unit", lambda *_, **__: pytest.fail("parsed"))
+    sys.addaudithook(note)
+    return paths
+
+
+def test_what_was_not_given_out_is_refused_before_anything_is_opened(arena, monkeypatch):
+    """No target of a client's own making, of another right, changed, over, or of another run."""
+    (unit, *_) = units(encode()[0])
+    target = arena.target((0, 1), 32)
+    text = target.to_json()
+    read = give_out("read", arena, target)
+    permit, _, _ = read.partition(" ")
+    foreign = Permits(bytes(32)).seal("write", text)
+    over = Permits.of_run().seal("write", text, expires_at=1.0)
+    moved = arena.target((2, 3), 32).to_json()
+    planes = np.zeros((1, 1, 1, 1), np.uint8)
+    paths = opened(monkeypatch)
+    restorer = UnitRestorer()
+    texts = set()
+    for bad in (
+        text, "x", " " + text, "\ud800", read, foreign, over, f"{permit} {moved}",
+        f"{'f' * 14}.{'0' * 32}.{'0' * 64} {text}",
+    ):  # fmt: skip
+        with pytest.raises(PermissionDeniedError) as refused:
+            restorer.restore(unit, planes, target_json=bad, decode_status="")
+        texts.add(str(refused.value))
+        with pytest.raises(PermissionDeniedError) as refused:
+            restorer.restore(unit, planes, planes_at=bad, target_json="", decode_status="")
+        texts.add(str(refused.value))
+        with pytest.raises(PermissionDeniedError) as refused:
+            GpuOutput(1 << 20).wants(bad)
+        if bad is read:
+            continue
+        with pytest.raises(PermissionDeniedError):
+            encode(target=bad)
+    with pytest.raises(PermissionDeniedError):
+        encode(target=give_out("write", arena, target))
+    restorer.close()
+    assert len(texts) == 1, "one text, so that a refusal tells nothing"
+    assert [p for p in paths if "arena-" not in str(p)] == []
+
+
+@pytest.mark.parametrize("status", ["{", "[]", '{"stamps": 1}', '{"a":"' + "x" * 5000 + '"}'])
+def test_a_decode_status_that_is_none_is_refused(status):
+    (unit, *_) = units(encode()[0])
+    planes, _ = UnitDecoder("cpu").decode(unit)
+    restorer = UnitRestorer()
+    with pytest.raises(RequestError, match="decode_status"):
+        restorer.restore(unit, planes, target_json="", decode_status=status)
+    restorer.close()

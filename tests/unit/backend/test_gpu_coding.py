@@ -21,10 +21,12 @@ from kvfetcher.launcher.probe import probe_unit
 from kvfetcher.memory.arena import BlockTarget
 from kvfetcher.memory.cuda import IPC_HANDLE_BYTES
 from kvfetcher.memory.gpu_arena import GpuArena
+from kvfetcher.memory.permits import Permits
 from kvfetcher.memory.plane_ring import PlaneReader, PlaneTicket
 from kvfetcher.memory.split_arena import create_arena
 from kvfetcher.spec import HeadRange, KVSpec
 from support.host_as_gpu import gpus_in_host_memory, nvdec_on_host
+from support.trust import give_out
 
 SPEC = KVSpec(num_layers=4, num_kv_heads=3, head_dim=16)
 TOKENS = 30
@@ -81,7 +83,7 @@ def restore(restorer, unit, arena, *, planes_at=""):
         unit,
         planes,
         planes_at=planes_at,
-        target_json=target.to_json(),
+        target_json=give_out("write", arena, target),
         decode_status=decode_status,
     )
     assert values == b""
@@ -162,7 +164,8 @@ def with_gpu_restorer(restorer, monkeypatch, *, error=None):
 
 def ticket_on(gpu):
     handle = "00" * IPC_HANDLE_BYTES
-    return PlaneTicket("/t", gpu, handle, handle, 1, 0, 1, 0, num_bytes=1, shift=0).to_json()
+    ticket = PlaneTicket("/t", gpu, handle, handle, 1, 0, 1, 0, num_bytes=1, shift=0)
+    return Permits.of_run().seal("planes", ticket.to_json())
 
 
 def test_the_gpu_that_has_the_planes_restores_for_all_parts(arena_of, restorer, units, monkeypatch):
@@ -197,18 +200,15 @@ def test_unit_with_another_digest_reaches_no_part_and_gives_its_planes_back(
 
 
 @pytest.mark.parametrize("places", [ON_CPU, ON_GPUS], ids=["host", "gpus"])
-def test_target_without_all_parts_is_refused(arena_of, restorer, units, places):
+def test_target_without_all_parts_is_refused(arena_of, restorer, units, places, run_folder):
     arena = arena_of(places)
     planes, status = UnitDecoder("cpu").decode(units[0])
-    whole = json.loads(arena.target((3, 1), TOKENS).to_json())
-    for paths in (whole["arena"][0], whole["arena"][1:], whole["arena"][::-1]):
+    sealed = give_out("write", arena, arena.target((3, 1), TOKENS))
+    (published,) = run_folder.glob("arena-*.json")
+    for paths in (arena.paths[:1], arena.paths[1:], arena.paths[::-1]):
+        published.write_text(json.dumps(paths))
         with pytest.raises(ArenaError, match="a part is missing"):
-            restorer.restore(
-                units[0],
-                planes,
-                target_json=json.dumps(whole | {"arena": paths}),
-                decode_status=status,
-            )
+            restorer.restore(units[0], planes, target_json=sealed, decode_status=status)
 
 
 def test_unit_of_a_part_alone_does_not_fit_the_whole(arena_of, restorer, units):
@@ -230,7 +230,7 @@ def test_chunk_saved_from_parts_is_that_of_the_values(arena_of, places):
             target_json=target,
             values=values,
         )[0]
-        for target, values in ((source.to_json(), b""), ("", VALUES.tobytes()))
+        for target, values in ((give_out("read", arena, source), b""), ("", VALUES.tobytes()))
     ]
     encoder.close()
     assert chunks[0] == chunks[1]
@@ -238,7 +238,8 @@ def test_chunk_saved_from_parts_is_that_of_the_values(arena_of, places):
 
 @pytest.mark.parametrize(("places", "expected"), [(ON_CPU, False), (ON_GPUS, True)])
 def test_planes_stay_on_a_gpu_for_parts_on_gpus(arena_of, places, expected):
-    target = arena_of(places).target((0,), 5).to_json()
+    arena = arena_of(places)
+    target = give_out("write", arena, arena.target((0,), 5))
     assert gpu_coding.GpuOutput(1 << 20).wants(target) is expected
 
 
@@ -272,7 +273,7 @@ def decoder(monkeypatch, probe):
 
 
 def target_of(arena):
-    return arena.target(tuple(range(12)), 192).to_json()
+    return give_out("write", arena, arena.target(tuple(range(12)), 192))
 
 
 def tickets_of(decoder):
@@ -284,7 +285,10 @@ def test_planes_stay_on_the_gpu_while_the_ring_has_room(decoder, probe_arena, pr
     for _ in range(2):
         kept = decoder.decode_for(probe_unit(), target_of(probe_arena))
         assert (kept.planes.size, json.loads(kept.status)["planes"]) == (1, "gpu")
-        assert PlaneTicket.from_json(kept.planes_at).num_bytes == probe.geometry.num_bytes
+        assert (
+            PlaneTicket.from_json(Permits.of_run().open("planes", kept.planes_at)).num_bytes
+            == probe.geometry.num_bytes
+        )
     full = decoder.decode_for(probe_unit(), target_of(probe_arena))
     np.testing.assert_array_equal(full.planes, expected)
     facts = json.loads(full.status)
@@ -455,7 +459,8 @@ def test_a_lost_context_on_the_gpu_of_the_planes_is_told(
     gpus = {0: decoder.gpu, 1: SimpleNamespace(is_lost=lambda: True)}
     monkeypatch.setattr(gpu_coding, "cuda_context", gpus.__getitem__)
     decoded, target = kept
-    elsewhere = decoded._replace(planes_at=decoded.planes_at.replace('"gpu":0', '"gpu":1'))
+    ticket = Permits.of_run().open("planes", decoded.planes_at).replace('"gpu":0', '"gpu":1')
+    elsewhere = decoded._replace(planes_at=Permits.of_run().seal("planes", ticket))
     with pytest.raises(GpuError):
         restore_kept(restorer, (elsewhere, target))
     assert restorer.is_lost()
@@ -497,7 +502,7 @@ def test_what_a_gpu_refuses_is_restored_by_the_cpu(
     assert log[-2:] == ["launched", "synchronize"]
     assert tickets_of(decoder) == 0
     assert not restorer.is_lost()
-    target = BlockTarget.from_json(target_of(probe_arena))
+    target = BlockTarget.from_json(Permits.of_run().open("write", target_of(probe_arena)))
     np.testing.assert_array_equal(
         probe_arena.read(target).view(np.uint8), restore_parsed(probe, planes)
     )

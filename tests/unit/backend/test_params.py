@@ -3,16 +3,26 @@
 import numpy as np
 import pytest
 
-from kvfetcher.backend.params import GenerationOptions, read_client_request
-from kvfetcher.config import EngineConfig
+from kvfetcher.backend.params import (
+    GenerationOptions,
+    open_options,
+    read_client_request,
+    seal_options,
+)
+from kvfetcher.config import Config, TrustConfig
 from kvfetcher.engines.base import SamplingParams
-from kvfetcher.errors import RequestError
+from kvfetcher.errors import PermissionDeniedError, RequestError
+from kvfetcher.memory.permits import Permits
 from support import pb_utils
 
+PERMITS = Permits(bytes(32))
+IDS = np.arange(5, dtype=np.int32)
 
-def read(**tensors):
-    request = pb_utils.Request({"input_ids": np.arange(5, dtype=np.int32), **tensors})
-    return read_client_request(request, EngineConfig(), pb_utils)
+
+def read(config=Config(), /, **tensors):  # noqa: B008 - frozen
+    tensors.setdefault("permit", text(PERMITS.seal("fetch", "", IDS.tobytes())))
+    request = pb_utils.Request({"input_ids": IDS, **tensors})
+    return read_client_request(request, config, pb_utils, PERMITS)
 
 
 def one(value, dtype):
@@ -91,3 +101,55 @@ def test_an_empty_stop_word_is_none():
     """As TensorRT-LLM's documented requests have it."""
     asked = read(stop_words=text(""))
     assert asked.options.params.stop_words == ()
+
+
+def test_only_what_came_through_preprocessing_is_fetched_for():
+    """But warming, which gives nothing out; and everything where the models are open."""
+    for permit in (
+        text(""),
+        text("x"),
+        text(PERMITS.seal("fetch", "", b"other ids")),
+        text(PERMITS.seal("generate", "", IDS.tobytes())),
+        text(Permits(b"1" * 32).seal("fetch", "", IDS.tobytes())),
+    ):
+        with pytest.raises(PermissionDeniedError):
+            read(permit=permit)
+    once = text(PERMITS.seal("fetch", "", IDS.tobytes()))
+    assert read(permit=once).is_internal
+    with pytest.raises(PermissionDeniedError):
+        read(permit=once)
+    assert not read(permit=text(""), kv_policy=text("warm")).is_internal
+    is_open = Config(trust=TrustConfig(internal_models="open"))
+    assert not read(is_open, permit=text("")).is_internal
+
+
+def test_what_is_generated_is_what_kv_fetch_sealed():
+    options = GenerationOptions(save=True, cache_salt="a")
+    lease = '{"lease_id":"x"}'
+    sealed = seal_options(options, PERMITS, input_ids=IDS, lease=lease)
+    for change in (
+        {"input_ids": IDS + 1},
+        {"lease": ""},
+        {"lease": "\ud800"},
+        {"sealed": sealed.replace('"cache_salt":"a"', '"cache_salt":"b"')},
+        {"sealed": options.to_json()},
+        {"sealed": ""},
+    ):
+        given = {"sealed": sealed, "input_ids": IDS, "lease": lease} | change
+        with pytest.raises(PermissionDeniedError):
+            open_options(given.pop("sealed"), PERMITS, **given)
+    assert open_options(sealed, PERMITS, input_ids=IDS, lease=lease) == options
+    with pytest.raises(PermissionDeniedError):  # once
+        open_options(sealed, PERMITS, input_ids=IDS, lease=lease)
+
+
+def test_open_models_take_no_lease_sign_or_save_of_a_clients_making():
+    plain = GenerationOptions()
+    asked = {"input_ids": IDS, "lease": "", "is_open": True}
+    assert open_options(plain.to_json(), PERMITS, **asked) == plain
+    assert open_options("", PERMITS, **asked) == plain
+    for options in (GenerationOptions(save=True), GenerationOptions(fetch_id="f")):
+        with pytest.raises(PermissionDeniedError):
+            open_options(options.to_json(), PERMITS, **asked)
+    with pytest.raises(PermissionDeniedError):
+        open_options(plain.to_json(), PERMITS, **asked | {"lease": "{}"})

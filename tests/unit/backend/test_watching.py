@@ -9,7 +9,10 @@ import pytest
 from kvfetcher.backend import watching
 from kvfetcher.backend.watching import ClientWatch, Watches, end_fetch
 from kvfetcher.errors import EngineError, RequestCancelledError, StoreError
+from kvfetcher.memory.permits import Permits
 from support import pb_utils
+
+PERMITS = Permits(bytes(32))
 
 
 class Sender:
@@ -34,7 +37,12 @@ def quick(monkeypatch):
 
 def make(sender, was_cancelled, *, in_ensemble=True):
     return ClientWatch(
-        Watches(), sender, pb_utils, was_cancelled=was_cancelled, in_ensemble=in_ensemble
+        Watches(),
+        sender,
+        pb_utils,
+        was_cancelled=was_cancelled,
+        permits=PERMITS,
+        in_ensemble=in_ensemble,
     )
 
 
@@ -63,7 +71,8 @@ async def test_signs_of_life_are_sent_until_the_next_step_saw_the_mark():
     response, flags = sender.sent[0]
     assert flags == 0
     assert len(response["input_ids"]) == 0
-    assert json.loads(response["sampling"][0])["fetch_id"] == asked[0]
+    sign = PERMITS.open("generate", response["sampling"][0].decode(), b"", b"")
+    assert json.loads(sign)["fetch_id"] == asked[0]
     assert watch.has_signed
 
 

@@ -43,7 +43,7 @@ def test_a_whole_run_here_checks_everything_and_keeps_the_table(
     facts = json.loads(captured.out)
     found = {check["name"]: check["status"] for check in facts["checks"]}
     assert list(found) == [
-        "packages", "tritonserver", "shared memory", "ports", "model", "calibration", "store",
+        "packages", "tritonserver", "shared memory", "ports", "model", "calibration", "store", "trust",
         "driver", "MPS", "CPU decoder", "encoder", *(["NVDEC"] if "NVDEC" in found else []),
         *(name for name in found if name.endswith(" golden")), "decode times",
     ]  # fmt: skip

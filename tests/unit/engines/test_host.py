@@ -78,7 +78,7 @@ def test_failed_start_leaves_nothing(tmp_path, model_folder):
         EngineHost(
             config_of(model_folder), run_folder=tmp_path / "run", arena_folder=tmp_path / "none"
         )
-    with pytest.raises(EngineError, match="cannot be bound"):
+    with pytest.raises(ArenaError, match="cannot be written"):
         EngineHost(
             config_of(model_folder), run_folder=tmp_path / "none", arena_folder=tmp_path / "shm"
         )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kvfetcher.errors import ArenaError, ConfigError, LayoutError
+from kvfetcher.memory import arena as arena_module
 from kvfetcher.memory.arena import HEADER_BYTES, Arena, BlockTarget
 from kvfetcher.spec import KVSpec
 
@@ -178,14 +179,23 @@ def test_closed_arena_is_refused_and_unlink_removes_the_file(arena):
 
 
 def test_target_json_round_trips():
-    for paths in (("/a",), ("/a.0", "/a.1")):
-        target = BlockTarget(paths, "g", (3, 1), 40)
-        assert BlockTarget.from_json(target.to_json()) == target
+    target = BlockTarget("g", (3, 1), 40, "lease", "tenant", 1.5)
+    assert BlockTarget.from_json(target.to_json()) == target
 
 
-def test_target_in_one_file_is_written_as_ever():
-    text = BlockTarget(("/a",), "g", (3, 1), 40).to_json()
-    assert text == '{"arena":"/a","generation":"g","block_ids":[3,1],"num_tokens":40}'
+def test_targets_that_are_kept_are_bounded_in_bytes():
+    """Any number of any size took 1.5 GB, kept."""
+    arena_module._known_target.cache_clear()
+    for first in range(200):
+        ids = tuple(range(first, first + 20_000))
+        text = BlockTarget("g", ids, 20_000).to_json()
+        assert BlockTarget.from_json(text).block_ids == ids
+    assert arena_module._known_target.cache_info().currsize == 0
+    for first in range(200):
+        BlockTarget.from_json(BlockTarget("g", (first,), 1).to_json())
+    assert arena_module._known_target.cache_info().currsize == 128
+    with pytest.raises(LayoutError, match="at most 1048576 characters"):
+        BlockTarget.from_json("[" * (1 << 20) + "]")
 
 
 @pytest.mark.parametrize(
@@ -199,27 +209,27 @@ def test_target_in_one_file_is_written_as_ever():
         {"num_tokens": 0},
         {"num_tokens": "4"},
         {"arena": 1},
-        {"arena": []},
-        {"arena": ["/a", 1]},
-        {"generation": 1},
+        {"lease_id": 1},
+        {"tenant": None},
+        {"expires_at": "soon"},
         {"extra": 1},
     ],
 )
 def test_target_json_is_validated(change):
-    data = {"arena": "/a", "generation": "g", "block_ids": [0], "num_tokens": 1} | change
+    data = BlockTarget("g", (0,), 1).to_dict() | change
     with pytest.raises(LayoutError):
         BlockTarget.from_json(json.dumps(data))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000])
 def test_target_text_that_is_no_object_is_refused(text):
     with pytest.raises(LayoutError):
         BlockTarget.from_json(text)
 
 
 def test_span_is_the_part_of_a_target():
-    target = BlockTarget(("/a",), "g", (7, 3, 5), 10)
-    assert target.span(4, 6, tokens_per_block=4) == BlockTarget(("/a",), "g", (3, 5), 6)
+    target = BlockTarget("g", (7, 3, 5), 10, "lease")
+    assert target.span(4, 6, tokens_per_block=4) == BlockTarget("g", (3, 5), 6, "lease")
     with pytest.raises(LayoutError, match="does not begin a block"):
         target.span(3, 2, tokens_per_block=4)
     with pytest.raises(LayoutError, match="not within"):

@@ -84,7 +84,7 @@ def test_parts_put_together_are_the_bytes_of_one_arena(geometry, data):
         together = np.concatenate([part.blocks for part in split.parts], axis=3)
         np.testing.assert_array_equal(together, one.blocks)
         target = split.target(ids, tokens)
-        other = attach_arena(target.paths, generation=target.generation)
+        other = attach_arena(split.paths, generation=target.generation)
         np.testing.assert_array_equal(other.read(target), one.read(one.target(ids, tokens)))
         np.testing.assert_array_equal(other.read(target, first, count), written)
         for arena in (one, split, other):

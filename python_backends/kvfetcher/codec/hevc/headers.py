@@ -47,7 +47,7 @@ class StreamFormat:
     """All that parameter sets say."""
 
     width: int
-    """Width of a picture, in luma samples."""
+    """Of a picture, in luma samples."""
     height: int
     bit_depth: int
     chroma: Chroma
