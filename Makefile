@@ -39,7 +39,7 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/hadolint Dockerfile
-	$(VENV)/bin/shellcheck .ci/run python_backends/deploy/install.sh
+	$(VENV)/bin/shellcheck .ci/run python_backends/deploy/install.sh findings/*.sh
 
 setup: $(STAMP)
 

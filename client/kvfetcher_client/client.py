@@ -43,6 +43,12 @@ _CHANNEL_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_mes
 class Client:
     """Blocking client. Thread-safe; requests of several threads run at once.
 
+    Example:
+        >>> with Client("127.0.0.1:8001") as client:
+        ...     answer = client.generate("Why is the sky blue?", max_tokens=64)
+        >>> answer.text, answer.finish_reason, answer.report.hit_tokens
+        ('It scatters blue light.', 'stop', 8)
+
     Args:
         url: ``host:port`` of the server's gRPC endpoint.
         timeout_seconds: longest wait for a whole answer.
@@ -111,6 +117,11 @@ class Client:
         """Ask, and get the answer piece by piece. Closing the generator cancels the request.
 
         Arguments and errors as for `generate`. The request is sent at the first step.
+
+        Example:
+            >>> with Client("127.0.0.1:8001") as client:
+            ...     [delta.text for delta in client.stream("Why is the sky blue?")]
+            ['It scatters', ' blue light.']
         """
         request = build_request(prompt, options, model=self._model)
         return self._stream(request)
@@ -163,6 +174,15 @@ class Client:
 
 class AsyncClient:
     """Client for asyncio; belongs to the event loop in which it was made.
+
+    Example:
+        >>> async def ask() -> str:
+        ...     async with AsyncClient("127.0.0.1:8001") as client:
+        ...         answer = await client.generate("Why is the sky blue?", max_tokens=64)
+        ...     return answer.text
+        >>> import asyncio
+        >>> asyncio.run(ask())
+        'It scatters blue light.'
 
     Arguments as for `Client`.
     """

@@ -62,7 +62,12 @@ _STATUS = re.compile(rf"\b({'|'.join(_BY_STATUS)}): ")
 
 
 def from_message(url: str, message: str) -> KVFetcherError:
-    """The exception that says what an error told in a stream means to the caller."""
+    """The exception that says what an error told in a stream means to the caller.
+
+    Example:
+        >>> from_message("127.0.0.1:8001", "INVALID_ARG: max_tokens must be >= 1")
+        RequestError('127.0.0.1:8001: max_tokens must be >= 1')
+    """
     if found := _STATUS.search(message):
         return _BY_STATUS[found.group(1)](f"{url}: {message[found.end() :]}")
     # Triton's own refusals name no status; of these, a caller can bring about one.

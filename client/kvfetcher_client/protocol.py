@@ -29,11 +29,11 @@ class Options(TypedDict, total=False):
     temperature: float
     """0 = always the likeliest token."""
     top_k: int
-    """Choose among so many likeliest tokens; 0 = all."""
+    """Number of likeliest tokens to choose among; 0 = all."""
     top_p: float
     """Choose among the likeliest tokens of this total probability."""
     seed: int
-    """Of the random choice, 0 to 2**64 - 1."""
+    """Seed of the random choice, 0 to 2**64 - 1."""
     stop_words: Sequence[str]
     """The answer ends before the first of these."""
     min_length: int
@@ -87,6 +87,11 @@ class KVReport:
 
         Raises:
             ResponseError: not a report.
+
+        Example:
+            >>> report = KVReport.from_json('{"prompt_tokens": 700, "hit_tokens": 512, "reason": ""}')
+            >>> report.hit_tokens
+            512
         """
         try:
             raw = json.loads(text)
@@ -147,6 +152,11 @@ def build_request(
 
     Raises:
         RequestError: an option is unknown, or its value does not fit its tensor.
+
+    Example:
+        >>> request = build_request("Why is the sky blue?", {"max_tokens": 64})
+        >>> [tensor.name for tensor in request.inputs]
+        ['text_input', 'stream', 'max_tokens']
     """
     # The report has it, so that an answer to another request is noticed.
     request = service_pb2.ModelInferRequest(model_name=model, id=secrets.token_hex(8))
@@ -252,7 +262,16 @@ def is_last(response: service_pb2.ModelStreamInferResponse) -> bool:
 
 
 class Assembler:
-    """Joins the pieces of one answer. Times are passed in."""
+    """Joins the pieces of one answer. Times are passed in.
+
+    Example:
+        >>> answer = Assembler()
+        >>> answer.add(Delta("Hello", (5,), "", None), seconds=0.2)
+        >>> answer.add(Delta(" you", (7,), "stop", None), seconds=0.3)
+        >>> whole = answer.finish(seconds=0.3)
+        >>> whole.text, whole.output_ids, whole.time_to_first_token_seconds
+        ('Hello you', (5, 7), 0.2)
+    """
 
     def __init__(self) -> None:
         self._texts: list[str] = []

@@ -15,10 +15,10 @@ import os
 import platform
 import shlex
 import signal
+import stat
 import sys
 from dataclasses import asdict, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from kvfetcher import __version__, wire
 from kvfetcher.config import CONFIG_VARIABLE, explain_config, load_config
@@ -27,6 +27,7 @@ from kvfetcher.progress import StatusLine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     from kvfetcher.config import CodecConfig, Config
 
@@ -257,6 +258,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     print(f"tritonserver: {installation.executable} ({installation.origin})", file=sys.stderr)
     print(f"libraries: {', '.join(map(str, installation.library_folders))}", file=sys.stderr)
     folder = _prepare_model(config)
+    _prepare_encoder(config)
     if arguments.json:
         _print_json({"tritonserver": str(installation.executable), "model": str(folder)})
 
@@ -269,6 +271,16 @@ def _prepare_model(config: Config) -> Path:
     )
     print(f"kvfetcher: model {folder.name}: {folder.path}", file=sys.stderr)
     return folder.path
+
+
+def _prepare_encoder(config: Config) -> None:
+    """Compile the encoder, so that the first start of a server does not wait for it."""
+    if config.codec.encoder == "nvenc":
+        return
+    from kvfetcher.codec.encoders import choose_encoder
+
+    chosen = choose_encoder(config.codec.encoder)
+    print(f"kvfetcher: chunks are encoded by {chosen.name}", file=sys.stderr)
 
 
 def _choose_profile(config: Config, model: Path) -> CodecConfig:
@@ -306,16 +318,36 @@ def _run_elsewhere(arguments: argparse.Namespace) -> int:
     return int(run(arguments.rest))
 
 
+def _read_chunk(name: str) -> bytes:
+    """A chunk object from a regular file, or from stdin; never more than the largest chunk.
+
+    Raises:
+        StoreError: it cannot be read, or is no regular file.
+        FormatError: it does not begin with a chunk's header.
+    """
+    from kvfetcher.format.container import PREFIX_BYTES, header_size, parse_header
+
+    try:
+        if name == "-":
+            file: IO[bytes] = sys.stdin.buffer
+        else:
+            # Not waiting for the other end of a FIFO.
+            file = os.fdopen(os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+        with file:
+            if name != "-" and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise StoreError(f"{name} is no regular file; pipe it to `kvfetcher inspect -`")
+            data = file.read(PREFIX_BYTES)
+            data += file.read(header_size(data) - len(data))
+            # One byte more: what follows the chunk is an error.
+            return data + file.read(parse_header(data).object_bytes - len(data) + 1)
+    except OSError as exc:
+        raise StoreError(f"{name} cannot be read: {exc.strerror}") from exc
+
+
 def _inspect(arguments: argparse.Namespace) -> None:
     from kvfetcher.codec.profiles import describe_chunk
 
-    try:
-        data = (
-            sys.stdin.buffer.read() if arguments.file == "-" else Path(arguments.file).read_bytes()
-        )
-    except OSError as exc:
-        raise StoreError(f"{arguments.file} cannot be read: {exc.strerror}") from exc
-    facts = describe_chunk(data)
+    facts = describe_chunk(_read_chunk(arguments.file))
     if arguments.json:
         _print_json(facts)
         return

@@ -30,6 +30,7 @@ RUN_DIR_VARIABLE = "KVFETCHER_RUN_DIR"
 MPS_PIPE_VARIABLE = "CUDA_MPS_PIPE_DIRECTORY"
 """NVIDIA's: the folder of the Multi-Process Service's control daemon that CUDA is to use."""
 _PREFIX = "KVFETCHER_"
+_MAX_FILE_BYTES = 1 << 20
 
 PROFILES = ("exact", *LADDER, "uncalibrated", "paper", "raw")
 """Profiles that chunks can be saved with."""
@@ -353,10 +354,12 @@ class CodecConfig(_Section):
         "what decodes units: auto = nvdec if it is usable, else cpu; nvdec = it is an error if NVDEC is"
         " not usable",
     )
-    encoder: Literal["auto", "x265", "nvenc"] = _option(
+    encoder: Literal["auto", "own", "x265", "nvenc"] = _option(
         "auto",
-        "what encodes chunks: auto = the GPU's NVENC if it has one that codes without loss (H100 and H200"
-        " have none), else libx265 on all cores; nvenc = it is an error if NVENC is not usable",
+        "what encodes chunks: auto = own if numba is installed, else x265; own = this project's HEVC"
+        " encoder, on a GPU where the values lie on one, else on all CPU cores; x265 = libx265 on all CPU"
+        " cores, several times slower; nvenc = the GPU's NVENC (H100 and H200 have none); it is an error"
+        " if the encoder that is named is not usable",
     )
     calibration: str = _option(
         "",
@@ -934,7 +937,17 @@ def _load(
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        with path.open("rb") as file:
+            data = file.read(_MAX_FILE_BYTES + 1)
+        if len(data) > _MAX_FILE_BYTES:
+            raise ConfigError(f"configuration file {path} has more than {_MAX_FILE_BYTES} bytes")
+        return tomllib.loads(data.decode())
+    except UnicodeDecodeError as exc:
+        raise ConfigError(
+            f"configuration file {path} is not UTF-8 (byte {exc.start}); save it as UTF-8"
+        ) from exc
+    except RecursionError as exc:
+        raise ConfigError(f"configuration file {path} is nested too deeply") from exc
     except OSError as exc:
         raise ConfigError(f"configuration file {path} cannot be read: {exc.strerror}") from exc
     except tomllib.TOMLDecodeError as exc:
@@ -963,7 +976,7 @@ def _parse(name: str, text: str, hint: Any) -> Any:
 def _parse_list(name: str, text: str) -> tuple[Any, ...]:
     try:
         return tuple(json.loads(text))
-    except (ValueError, TypeError) as exc:
+    except (ValueError, TypeError, RecursionError) as exc:
         raise ConfigError(
             f"{name} must be a JSON list or values with commas, got {text!r}"
         ) from exc

@@ -15,7 +15,9 @@
     ├── StoreError                the store failed
     │   ├── ChunkNotFoundError
     │   ├── StoreTimeoutError     no answer in time
-    │   ├── TransientStoreError   a failure that may pass: connection reset, 429, 5xx
+    │   ├── TransientStoreError   a failure that may pass: connection reset, 5xx
+    │   │   └── StoreThrottledError  it asks for fewer calls: 429, 503 SlowDown
+    │   ├── StoreFullError        it takes nothing more
     │   └── StoreUnavailableError it failed too often lately and is not asked for a while
     ├── ArenaError                the KV arena refused
     │   ├── ArenaFullError        no free blocks
@@ -139,6 +141,14 @@ class TransientStoreError(StoreError):
 
     Backends raise it where asking again is worth it; any other `StoreError` is final.
     """
+
+
+class StoreThrottledError(TransientStoreError):
+    """The store answers, and asks for fewer calls: 429, 503 SlowDown."""
+
+
+class StoreFullError(StoreError):
+    """The store answers, and takes nothing more; what it holds can be read."""
 
 
 class StoreUnavailableError(StoreError):

@@ -21,7 +21,7 @@ class PrefillModel:
     """Time to compute tokens, by their position."""
 
     base_seconds: float
-    """Of one token at position 0; above 0."""
+    """Seconds for one token at position 0; above 0."""
     slope_seconds: float
     """More per token and position; at least 0."""
     num_slices: int = 0
@@ -48,7 +48,7 @@ class PrefillEstimator:
         self._slices: deque[tuple[float, float, float]] = deque(maxlen=_MAX_SLICES)
 
     def observe(self, start: int, num_tokens: int, seconds: float) -> None:
-        """A slice of `num_tokens` from position `start` on took so long."""
+        """Learn how long a slice of `num_tokens` took, from position `start` on."""
         if num_tokens > 0 and seconds > 0:
             middle = start + (num_tokens - 1) / 2
             self._slices.append((middle, seconds / num_tokens, float(num_tokens)))

@@ -47,7 +47,7 @@ class SaveReport:
     store_ms: float = 0.0
     error: str = ""
     lease_id: str = ""
-    """Of the ticket, for who asked to compare."""
+    """Lease of the ticket, for the caller to compare."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))

@@ -32,6 +32,10 @@ class KVSpec:
     """Geometry of one token's KV values.
 
     ``elements_per_token`` counts values over all layers, K and V, heads and dims.
+
+    Example:
+        >>> KVSpec(num_layers=30, num_kv_heads=3, head_dim=64).bytes_per_token
+        23040
     """
 
     num_layers: int
@@ -87,7 +91,7 @@ class HeadRange:
 
     @property
     def slice(self) -> slice:
-        """Of the heads of a canonical array of the whole model."""
+        """Slice of the heads of a canonical array of the whole model."""
         return slice(self.start, self.stop)
 
 
@@ -96,6 +100,12 @@ def heads_of_rank(num_kv_heads: int, *, rank: int, num_ranks: int) -> HeadRange:
 
     Raises:
         ConfigError: the heads cannot be dealt out evenly.
+
+    Example:
+        >>> heads_of_rank(8, rank=1, num_ranks=4)
+        HeadRange(start=2, stop=4)
+        >>> heads_of_rank(2, rank=1, num_ranks=4)
+        HeadRange(start=0, stop=1)
     """
     if not 0 <= rank < num_ranks:
         raise ConfigError(f"rank {rank} is not one of {num_ranks}")

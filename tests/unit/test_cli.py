@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -229,3 +230,21 @@ def test_generate_as_json(capsys, url):
             "reason": "not_stored",
         },
     }
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "sparse", "folder"])
+def test_inspect_reads_regular_files_and_no_more_than_a_chunk(tmp_path, capsys, kind):
+    path = tmp_path / "x"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path = Path("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+    assert main(["inspect", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("kvfetcher: ")
+    assert "Traceback" not in error

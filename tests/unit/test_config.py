@@ -209,3 +209,23 @@ def test_the_page_on_the_configuration_is_up_to_date():
     spec.loader.exec_module(build)
     page = path.with_name("configuration.md").read_text()
     assert page == build.configuration_page(), "run `python docs/build.py`"
+
+
+@pytest.mark.parametrize(
+    ("data", "rule"),
+    [
+        (b'[store]\npath = "\xff"\n', "not UTF-8 \\(byte 16\\)"),
+        (b"[store]\nx = " + b"[" * 100_000, "nested too deeply|not TOML"),
+        (b"#" * (2 << 20), "more than 1048576 bytes"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_named(tmp_path, data, rule):
+    path = tmp_path / "config.toml"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=rule):
+        load_config(path, environ={})
+
+
+def test_a_list_nested_too_deeply_is_named():
+    with pytest.raises(ConfigError, match="must be a JSON list"):
+        load_config(environ={"KVFETCHER_CODEC_FRAME_SIZES": "[" * 100_000})

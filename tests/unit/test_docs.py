@@ -175,6 +175,25 @@ def test_pictures_name_what_they_show_and_know_dark_mode():
         assert "<title>" in text or "rate and quality" in text
 
 
+def test_every_finding_has_its_form():
+    scripts = sorted((ROOT / "findings").glob("*.sh"))
+    page = (ROOT / "findings" / "README.md").read_text()
+    assert re.findall(r"^\| `(.*?\.sh)`", page, re.MULTILINE) == [path.name for path in scripts]
+    for path in scripts:
+        text = path.read_text()
+        head = text.partition("set -euo pipefail")[0]
+        assert all(word in head for word in ("# Expected: ", "# Observed: ", "# Here: ")), path.name
+        (used,) = re.findall(
+            r"^# Here: .*?(kvfetcher/[\w/]+\.py|every unit)", head, re.MULTILINE
+        ) or [""]
+        assert used == "every unit" or (ROOT / "python_backends" / used).is_file(), path.name
+        assert "import kvfetcher" not in text
+        assert "from kvfetcher" not in text
+        packages = re.findall(r" install (.*)$", text, re.MULTILINE)
+        assert packages
+        assert all("==" in name for line in packages for name in line.split())
+
+
 @pytest.fixture(scope="module")
 def report():
     return module(ROOT / "tests/benchmarks/report.py")

@@ -17,8 +17,8 @@ from kvfetcher.backend.gpu_coding import Arenas, GpuInput, GpuOutput
 from kvfetcher.backend.tags import compare, unit_tag
 from kvfetcher.backend.warm_up import gpu_of, warm_up_units
 from kvfetcher.codec import profiles
+from kvfetcher.codec.encoders import choose_encoder
 from kvfetcher.codec.gpu import nvdec
-from kvfetcher.codec.gpu.nvenc import choose_encoder
 from kvfetcher.codec.video import VideoDecoder, encode_planes
 from kvfetcher.errors import (
     CodecError,
@@ -474,18 +474,21 @@ def _parse_status(text: str) -> dict[str, Any]:
 
 
 class ChunkEncoder:
-    """Encodes chunks with the configured profile.
+    """Encodes chunks with the configured profile, on the CPU or on the GPU where they lie.
 
     Args:
         config: section `codec`.
         permits: of the server run; None = `Permits.of_run`.
+
+    Raises:
+        EncoderUnavailableError: `codec.encoder` names an encoder that is not usable.
     """
 
     def __init__(self, config: CodecConfig, permits: Permits | None = None) -> None:
         self._profile = profiles.make_profile(config)
         self._choice = config.encoder
         self._encoder = choose_encoder(config.encoder)
-        self._num_threads = len(os.sched_getaffinity(0))
+        self.num_cores = len(os.sched_getaffinity(0))
         self._arenas = Arenas(Permits.of_run() if permits is None else permits)
         self._on_gpu: dict[int, GpuChunkEncoder | None] = {}
 
@@ -530,16 +533,33 @@ class ChunkEncoder:
         return self.encode_job(job)
 
     def encode_job(self, job: ChunkJob) -> tuple[bytes, str]:
-        """One chunk object and the status JSON, by the CPU.
+        """`values_of` and `encode_values` with all cores; raises what they give."""
+        return self.encode_values(job, self.values_of(job), num_threads=self.num_cores)
+
+    def values_of(self, job: ChunkJob) -> NDArray[Any]:
+        """A chunk's values [L, K, H, T, D], read from its target if it has one.
 
         Raises:
             LayoutError, ArenaError: the target does not fit or is gone.
-            CodecError, FormatError: as `profiles.encode_chunk`.
         """
-        values = job.values
         if job.target is not None:
-            values = self._arenas.of(job.target).read(job.target)
-        assert values is not None
+            return self._arenas.of(job.target).read(job.target)
+        assert job.values is not None
+        return job.values
+
+    def encode_values(
+        self, job: ChunkJob, values: NDArray[Any], *, num_threads: int
+    ) -> tuple[bytes, str]:
+        """One chunk object and the status JSON, by the CPU. Thread-safe.
+
+        Args:
+            job: whose chunk it is.
+            values: from `values_of`.
+            num_threads: units encoded at one time.
+
+        Raises:
+            LayoutError, CodecError, FormatError: as `profiles.encode_chunk`.
+        """
         chunk = profiles.encode_chunk(
             values,
             spec=job.spec,
@@ -549,7 +569,7 @@ class ChunkEncoder:
             parent_key=job.parent_key,
             first_position=job.first_position,
             token_ids=job.token_ids,
-            num_threads=self._num_threads,
+            num_threads=num_threads,
             encoder=self._encoder.encode,
         )
         return chunk, job.status(self._encoder.name, chunk)

@@ -2,7 +2,8 @@
 
 Triton gives a model's process its next request when `execute` returns, and chunks on a GPU are to be
 coded together: so `execute` puts requests into a queue, and a thread of its own answers them, through
-response senders. Chunks for the CPU it encodes one after the other, each with all cores.
+response senders. Chunks for the CPU it gives to as many threads as there are cores: the encoder runs
+without the GIL, and a chunk may be one unit, which one thread encodes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import itertools
 import logging
 import queue
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvfetcher import wire
@@ -21,6 +23,8 @@ from kvfetcher.errors import GpuError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from concurrent.futures import Future
+
+    from numpy.typing import NDArray
 
     from kvfetcher.backend.coding import ChunkEncoder, ChunkJob
     from kvfetcher.backend.gpu_encoding import ChunkSource, GpuChunkEncoder
@@ -40,7 +44,7 @@ class EncodeRequests:
     """One response per request of `kv_encode`.
 
     Args:
-        encoder: of chunks; used by this object's thread alone.
+        encoder: of chunks; used by this object's threads alone.
         pb_utils: the module `triton_python_backend_utils`.
         after: called by that thread when nothing waits any more.
     """
@@ -54,6 +58,12 @@ class EncodeRequests:
         self._queue: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._put_back: list[_Request | None] = []
         self._sending = threading.Lock()
+        cores = encoder.num_cores
+        # One more waits with its values read, so that no core waits for a copy.
+        self._cpu = ThreadPoolExecutor(cores, thread_name_prefix="kvfetcher-chunk")
+        self._places = threading.BoundedSemaphore(cores + 1)
+        self._num_on_cpu = 0
+        self._counting = threading.Lock()
         self._thread = threading.Thread(target=self._answer_all, name="encode", daemon=True)
         self._thread.start()
 
@@ -77,6 +87,7 @@ class EncodeRequests:
         """Answer what waits, then end the thread."""
         self._queue.put(None)
         self._thread.join()
+        self._cpu.shutdown()
 
     def _answer_all(self) -> None:
         while (request := self._next()) is not None:
@@ -102,12 +113,32 @@ class EncodeRequests:
             self._encode_on_gpu(request, *on_gpu)
 
     def _encode_on_cpu(self, request: _Request) -> None:
+        """Read a chunk's values, and leave the rest to a thread; waits while enough are in hand."""
+        self._places.acquire()
         try:
-            result = self._encoder.encode_job(request.job)
+            values = self._encoder.values_of(request.job)
         except Exception as exc:  # noqa: BLE001
+            self._places.release()
             self._refuse(request.sender, exc)
             return
-        self._send(request.sender, *result)
+        with self._counting:
+            self._num_on_cpu += 1
+        self._cpu.submit(self._encode_values, request, values)
+
+    def _encode_values(self, request: _Request, values: NDArray[Any]) -> None:
+        # Cores that no other chunk needs help with this one's units.
+        chunks = self._num_on_cpu + self._queue.qsize()
+        threads = max(1, self._encoder.num_cores // chunks)
+        try:
+            result = self._encoder.encode_values(request.job, values, num_threads=threads)
+        except Exception as exc:  # noqa: BLE001
+            self._refuse(request.sender, exc)
+        else:
+            self._send(request.sender, *result)
+        finally:
+            with self._counting:
+                self._num_on_cpu -= 1
+            self._places.release()
 
     def _encode_on_gpu(
         self, request: _Request, encoder: GpuChunkEncoder, source: ChunkSource

@@ -47,7 +47,7 @@ _WAIT_SECONDS = 2.0
 # request may wait longer (fetch.deadline_seconds); a reader that comes later is refused, and its
 # unit fails.
 _EXPIRY_SECONDS = 60.0
-# A GPU without memory for planes is asked again so often.
+# Pause between two tries of a GPU that had no memory for planes.
 _RETRY_SECONDS = 30.0
 _MAX_KNOWN_TARGETS = 256
 _MAX_KNOWN_ARENAS = 16
@@ -254,7 +254,7 @@ class GpuBatch(NamedTuple):
     pending: list[tuple[int, list[int], Any]]
     """GPU, which of `jobs`, their `PendingBatch`."""
     errors: dict[int, KVFetcherError]
-    """Of jobs that are known to have failed."""
+    """Errors of the jobs that failed, by number."""
 
 
 class GpuInput:

@@ -50,7 +50,7 @@ class EngineLeases:
         return self._facts
 
     async def throughput(self) -> EngineThroughput:
-        """As of a moment ago: many requests at once ask the engine once."""
+        """The engine's speed a moment ago: many requests at once ask the engine only once."""
         if self._asking is None or (
             self._asking.done() and time.monotonic() - self._asked_at > _PACE_SECONDS
         ):

@@ -24,12 +24,12 @@ _log = logging.getLogger(__name__)
 
 
 def prompt_tag(text: str) -> str:
-    """Of a prompt's text."""
+    """The tag of a prompt's text."""
     return _tag(text.encode())
 
 
 def unit_tag(unit: bytes | memoryview, target_json: str) -> str:
-    """Of a unit (or `unit_rest` of it) that is to be restored into a target.
+    """The tag of a unit (or its `unit_rest`) that is to be restored into a target.
 
     Raises:
         FormatError: too short for a unit.

@@ -72,16 +72,16 @@ class PictureSize:
 
     name: str
     layers: int
-    """Of a unit."""
+    """Number of layers of a unit."""
     bits_per_element: float
-    """Of a unit, all side data included."""
+    """Bits per element of a unit, all side data included."""
     video_bits_per_sample: float
     samples_per_element: float
     """Below 1: components that are nearly always zero are not in the picture."""
 
     @property
     def variant(self) -> str:
-        """Its name in a chunk's table: the largest picture that holds so many layers."""
+        """Its name in a chunk's table: the largest picture that holds its layers."""
         if self.name in COPIES:
             return COPIES[self.name]
         lines = self.layers * _LAYER_CHANNELS * self.samples_per_element / _SAMPLES_PER_PIXEL
@@ -159,7 +159,7 @@ REQUESTS = (
     Request(SHAPES[1], 8192),
 )
 RTT_SECONDS = 1e-3
-"""Of the simulated link; what the fetcher expects is `FetchConfig`'s."""
+"""Round trip of the simulated link; what the fetcher expects is in `FetchConfig`."""
 
 PLANNED = (
     *("nominal", "previous", "gated"),
@@ -301,7 +301,7 @@ def run_trace(
     Args:
         trace: of the link.
         requests: one after the other.
-        num_together: so many come at one time.
+        num_together: number of prompts that come at one time.
     """
     library = Library(H100_NVDEC, PICTURE_SIZES)
     policies = [*(fixed_name(name) for name in library.names), *PLANNED]
@@ -517,7 +517,7 @@ def run(
     Args:
         traces: of the link; at least one of family ``jitter``.
         requests: one after the other on each trace.
-        num_together: so many come at one time.
+        num_together: number of prompts that come at one time.
         num_jobs: processes that share the traces.
         say: gets a line per trace.
     """

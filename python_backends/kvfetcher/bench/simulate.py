@@ -116,7 +116,7 @@ class SimLink:
         """The last transfer's end."""
 
     async def transfer(self, num_bytes: int) -> None:
-        """Return when so many bytes have come."""
+        """Return when `num_bytes` have come."""
         if not self._num_asked:
             self._asked_at = self._loop.time()
         self._num_asked += 1
@@ -210,7 +210,7 @@ class UnitWork:
     """What a unit really asks of decoders and restorer."""
 
     load: float
-    """Of one picture, `picture_load`."""
+    """`picture_load` of one picture."""
     num_pictures: int
     """0 = not video, needs no decoder."""
     restore_seconds: float
@@ -237,7 +237,7 @@ class _Decoders:
         """`busy_seconds` when a unit last came."""
 
     def busy_seconds(self) -> float:
-        """Of all decoders together, until now."""
+        """Time for which all decoders together worked until now."""
         now = self._loop.time()
         self._busy_seconds += (now - self._at) * self._num_busy
         self._at = now
@@ -312,9 +312,9 @@ class SimPrompt:
     suffix_tokens: int
     prefill: PrefillModel
     header: ChunkHeader
-    """Of each of its chunks."""
+    """Header of each of its chunks."""
     works: dict[int, UnitWork]
-    """Of the units, by their first byte."""
+    """Work of each unit, by the offset of its first byte."""
 
 
 @dataclass(slots=True)
@@ -422,7 +422,7 @@ class SimFetcher(Fetcher):
         cast("_Work", self._work).rewalk = rewalk
 
     async def serve(self, prompts: Sequence[SimPrompt], *, at: float, policy: str) -> list[Outcome]:
-        """Fetch for prompts that come together, `at` so many seconds of the trace."""
+        """Fetch for prompts that come together, `at` seconds after the trace's start."""
         # However long the ones before took, the link is the same for all policies.
         await asyncio.sleep(max(_GAP_SECONDS, at - self._loop.time() + self._sim_link.trace_starts))
         self._sim_link.trace_starts = self._loop.time() - at

@@ -32,7 +32,7 @@ class Trace:
         return self.pieces[index][1], max(self.ends[index] - phase, 1e-9)
 
     def seconds_for(self, num_bytes: float, *, start: float) -> float:
-        """To carry so many bytes from `start` on, with nothing else on the link."""
+        """Seconds to carry `num_bytes` from `start` on, with nothing else on the link."""
         now = start
         while True:
             rate, seconds = self.at(now)

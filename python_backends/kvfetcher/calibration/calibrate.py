@@ -76,7 +76,7 @@ class CalibrateSettings:
     """Tokens at the start of a sequence that are kept exact. Of 8 held-out texts one needs 2 (KL
     4e-4 instead of 1e-2); a third and fourth change nothing (SmolLM2-135M, `balanced`)."""
     floor: float = 0.25
-    """Components with a deviation below so many steps are not coded."""
+    """Components whose deviation is below this number of steps are not coded."""
     num_step_documents: int = 5
     """Texts that the steps are chosen on; the KL of single texts differs by 20 % and more."""
     collect: CollectSettings = field(default_factory=CollectSettings)
@@ -299,7 +299,7 @@ def solve(
         rope: the rotation that was undone in them.
         model: hex SHA-256 of the weights.
         steps: of each profile of the ladder.
-        floor: components with sigma below so many steps are not coded.
+        floor: components whose sigma is below this number of steps are not coded.
         sink_tokens: tokens at the start of a sequence that are kept exact.
         source: how the statistics were made; kept in the artifact.
     """

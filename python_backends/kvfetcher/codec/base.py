@@ -45,7 +45,7 @@ class UnitSource:
     layer_start: int
     first_position: int
     encoder: PlaneEncoder | None = None
-    """Of its pictures; None = libx265."""
+    """Encoder of its pictures; None = the default."""
 
     @property
     def num_layers(self) -> int:

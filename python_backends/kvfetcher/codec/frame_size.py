@@ -82,7 +82,7 @@ def layers_of_a_unit(spec: KVSpec, num_tokens: int, variant: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class EvenUnits:
-    """Of a profile whose units may hold any number of layers."""
+    """Picture sizes of a profile whose units may hold any number of layers."""
 
     unit_layers: int = 0
     """Layers of one unit; 0 = as many as fill the variant's picture."""
@@ -104,7 +104,7 @@ class EvenUnits:
 
 
 def row_grid(num_rows: int, num_tokens: int, variant: str) -> RowGrid:
-    """The fewest pictures of a variant's size that hold so many rows and tokens."""
+    """The smallest number of pictures of a variant's size that hold the rows and tokens."""
     size = FrameSize(_ONLY_SIZE_COLUMNS, MAX_SIDE)
     if variant != ONLY_VARIANT:
         size = parse_frame_size(variant)

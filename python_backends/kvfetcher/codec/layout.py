@@ -150,7 +150,7 @@ class Tiling:
 
     @property
     def name(self) -> str:
-        """For example ``h1x8_d32x4``."""
+        """A short name, for example ``h1x8_d32x4``."""
         return f"h{self.head_rows}x{self.head_columns}_d{self.dim_rows}x{self.dim_columns}"
 
     @classmethod

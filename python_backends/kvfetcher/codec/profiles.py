@@ -149,6 +149,29 @@ def encode_chunk(
         LayoutError: shape or dtype of `values` differ from `spec` and `token_ids`.
         CodecError: the encoder failed, or the profile cannot hold these values.
         FormatError: the chunk would break a limit of the format.
+
+    Example:
+        >>> from kvfetcher.codec.video import VideoDecoder
+        >>> from kvfetcher.config import CodecConfig
+        >>> from kvfetcher.format.container import parse_header
+        >>> from kvfetcher.spec import KVSpec
+        >>> spec = KVSpec(num_layers=2, num_kv_heads=1, head_dim=64)
+        >>> values = np.full((2, 2, 1, 32, 64), 0x3F80, np.uint16)  # 32 tokens of ones in bfloat16
+        >>> chunk = encode_chunk(
+        ...     values,
+        ...     spec=spec,
+        ...     profile=make_profile(CodecConfig(profile="exact")),
+        ...     identity=bytes(32),
+        ...     chunk_key=bytes(32),
+        ...     token_ids=range(32),
+        ...     first_position=0,
+        ...     num_threads=1,
+        ... )
+        >>> entry = parse_header(chunk).units[0]
+        >>> unit = chunk[entry.offset : entry.stop]
+        >>> restored = restore_unit(unit, decode_unit(unit, VideoDecoder()))
+        >>> np.array_equal(restored.values, values[: entry.num_layers])
+        True
     """
     expected = (
         spec.num_layers,
@@ -173,7 +196,7 @@ def encode_chunk(
         variant, start, layers = job
         part = np.ascontiguousarray(values[start : start + layers])
         source = UnitSource(part, spec, start, first_position, encoder)
-        return UnitData(start, layers, variant, profile.encode(source, variant))
+        return UnitData(start, layers, variant, _encode_unit(profile, source, variant))
 
     if num_threads == 1:
         units = [encode(job) for job in jobs]
@@ -190,6 +213,17 @@ def encode_chunk(
         first_position=first_position,
         token_ids=token_ids,
     )
+
+
+def _encode_unit(profile: Profile, source: UnitSource, variant: str) -> bytes:
+    """One unit; a bit-exact one without redundancy in its values is stored raw, which is smaller.
+
+    Uniform bit patterns would take 1.16 times their own size at `exact`.
+    """
+    data = profile.encode(source, variant)
+    if not profile.identity.startswith("exact/") or len(data) <= source.values.nbytes:
+        return data
+    return min(data, RawProfile().encode(source, variant), key=len)
 
 
 def encode_unnamed(

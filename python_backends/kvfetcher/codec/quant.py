@@ -24,7 +24,12 @@ MAX_MAGNITUDE = 2.0**100
 
 
 def bits_to_float32(values: Integers, dtype: KVDtype) -> NDArray[np.float32]:
-    """Exact float32 values of bit patterns; NaN and infinities included."""
+    """Exact float32 values of bit patterns; NaN and infinities included.
+
+    Example:
+        >>> bits_to_float32(np.array([0x3F80, 0xC000], np.uint16), "bfloat16")
+        array([ 1., -2.], dtype=float32)
+    """
     if dtype == "bfloat16":
         return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
     if dtype == "float16":
@@ -37,6 +42,10 @@ def float32_to_bits(values: NDArray[np.float32], dtype: KVDtype) -> Integers:
 
     Beyond the largest finite value of `dtype` the result is that value (float16, float8) or the
     infinity (bfloat16); NaN stays NaN.
+
+    Example:
+        >>> [hex(bits) for bits in float32_to_bits(np.array([1.0, -2.0], np.float32), "bfloat16")]
+        ['0x3f80', '0xc000']
     """
     if dtype == "bfloat16":
         bits = np.ascontiguousarray(values).view(np.uint32)
@@ -72,6 +81,13 @@ def quantise(values: NDArray[np.float32], *, bits: int) -> Quantised:
 
     Raises:
         CodecError: a value is NaN, infinite or beyond MAX_MAGNITUDE.
+
+    Example:
+        >>> coded = quantise(np.array([[0.0], [1.0], [3.0]], np.float32), bits=8)
+        >>> coded.codes.ravel()
+        array([  0,  85, 255], dtype=uint8)
+        >>> dequantise(coded.codes, coded.minima, coded.scales).ravel()
+        array([0., 1., 3.], dtype=float32)
     """
     minima, maxima = values.min(axis=-2, keepdims=True), values.max(axis=-2, keepdims=True)
     # NaN fails both comparisons.

@@ -55,6 +55,15 @@ def encode_planes(
 
     Raises:
         CodecError: shape, dtype or range do not fit, or the encoder failed.
+
+    Example:
+        >>> planes = np.zeros((2, 3, 144, 160), np.uint8)  # two pictures of 160x144, 4:4:4
+        >>> packets = encode_planes(planes, bit_depth=8)
+        >>> len(packets)
+        2
+        >>> back = VideoDecoder().decode(packets, PlaneGeometry(2, 160, 144, 8))
+        >>> np.array_equal(back, planes)
+        True
     """
     geometry = checked_geometry(planes, bit_depth=bit_depth, chroma=chroma)
     packets: list[bytes] = []
@@ -190,7 +199,7 @@ class VideoDecoder:
             # Errors that the decoder does notice stop it.
             "err_detect": "crccheck+bitstream+buffer+explode",
             # A hostile stream may claim 8192x8192; nothing larger than announced is allocated
-            # (FFmpeg counts the size before cropping, up to 63 more each way).
+            # (FFmpeg counts padded rows and the size before cropping: up to 63 more each way).
             "max_pixels": str(
                 (geometry.width + 63) // 64 * 64 * ((geometry.height + 63) // 64) * 64
             ),

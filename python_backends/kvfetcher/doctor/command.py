@@ -154,9 +154,9 @@ def _check_calibration(config: Config) -> Check:
 
 
 def _video_checks(config: Config, *, quick: bool) -> Iterator[Check]:
+    from kvfetcher.codec.encoders import choose_encoder
     from kvfetcher.codec.gpu.instances import decode_instances
     from kvfetcher.codec.gpu.nvdec import ask_caps, count_engines, loads_library
-    from kvfetcher.codec.gpu.nvenc import choose_encoder
     from kvfetcher.codec.video import VideoDecoder
     from kvfetcher.doctor import video
 

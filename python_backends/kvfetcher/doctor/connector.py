@@ -208,7 +208,7 @@ async def _compare(host: EngineHost) -> Compared:
 class _Answer(NamedTuple):
     ids: tuple[int, ...]
     kv: Any
-    """Of the first chunk, where it was saved; None otherwise."""
+    """KV of the first chunk if it was saved, else None."""
     computed_tokens: int
     loaded_tokens: int
     reason: str

@@ -35,9 +35,9 @@ class Timing:
     """How fast one decoder worked."""
 
     latency_seconds: float
-    """Of one picture asked for alone; median."""
+    """Median time of one picture that is asked for alone."""
     picture_seconds: float
-    """Of one picture of many in a row."""
+    """Time of one picture among many in a row."""
 
 
 class DecoderProcesses:

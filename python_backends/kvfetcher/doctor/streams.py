@@ -33,7 +33,7 @@ class Stream:
     packets: tuple[bytes, ...]
     """One access unit per picture."""
     sha256: str
-    """Of the planes' bytes, `planes_sha256`."""
+    """`planes_sha256` of the planes' bytes."""
 
 
 def planes_sha256(planes: Integers) -> str:

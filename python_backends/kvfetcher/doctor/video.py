@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from kvfetcher.codec.base import Decoder
+    from kvfetcher.codec.encoders import ChosenEncoder
     from kvfetcher.codec.gpu.nvdec import DecoderCaps
-    from kvfetcher.codec.gpu.nvenc import ChosenEncoder
     from kvfetcher.doctor.check import Status
     from kvfetcher.doctor.parallel_decode import DecoderKind, DecoderProcesses
 
@@ -91,8 +91,16 @@ def check_encoder(choose: Callable[[], ChosenEncoder], *, num_cores: int) -> Che
         return Check("encoder", "fail", str(exc), 'set codec.encoder = "auto"')
     if chosen.name == "nvenc":
         return Check("encoder", "ok", "NVENC, proven on pictures of 8 and 10 bits")
-    why = f": {chosen.reason}" if chosen.reason else ""
-    return Check("encoder", "ok", f"libx265 on {num_cores} cores{why}")
+    if chosen.name == "own":
+        return Check("encoder", "ok", f"the own HEVC encoder on {num_cores} cores")
+    if chosen.reason:
+        return Check(
+            "encoder",
+            "warn",
+            f"libx265 on {num_cores} cores: {chosen.reason}",
+            "none needed: saving is several times slower",
+        )
+    return Check("encoder", "ok", f"libx265 on {num_cores} cores")
 
 
 def check_cpu_golden(decoder: Decoder) -> Check:

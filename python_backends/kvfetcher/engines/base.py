@@ -38,7 +38,7 @@ class SamplingParams:
     temperature: float = 0.0
     """0 = always the likeliest token; else logits are divided by it."""
     top_k: int = 0
-    """Sample among so many likeliest tokens; 0 = all, 1 = greedy."""
+    """Number of likeliest tokens to sample among; 0 = all, 1 = greedy."""
     top_p: float = 1.0
     """Sample among the fewest tokens whose probabilities reach this sum, in (0, 1]."""
     seed: int | None = None
@@ -93,7 +93,7 @@ class GenerateTimings:
     """Where the time went. Times in milliseconds, rate in tokens per second."""
 
     queue_ms: float
-    """From submission until the request began to run."""
+    """Time from submission until the request began to run."""
     load_ms: float
     """Copying leased KV into the cache."""
     prefill_ms: float
@@ -106,7 +106,7 @@ class GenerateTimings:
     """Computed tokens over the time spent computing them (other requests' turns excluded)."""
     generated_tokens: int = 0
     total_ms: float = 0.0
-    """From submission until this event."""
+    """Time from submission until this event."""
     lease_error: str = ""
     """Why a lease was not used and everything was computed instead; "" = it was, or none came."""
     metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -152,7 +152,7 @@ class EngineInfo:
     max_prompt_tokens: int
     max_output_tokens: int
     prefill_tokens_per_second: float
-    """At position 0, learnt while running; `stats` has the cost by position."""
+    """Prefill speed at position 0, learnt while running; `stats` has the cost by position."""
     rope: RopeFacts
 
     def to_dict(self) -> dict[str, Any]:

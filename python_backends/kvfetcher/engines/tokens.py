@@ -57,7 +57,7 @@ class TokenSource(Protocol):
         ...
 
     def note_first_token(self, start: int, num_tokens: int, seconds: float) -> None:
-        """A request that ran alone took so long to its first token, computing tokens from `start` on.
+        """Learn the time to first token of a request that ran alone, computing from `start` on.
 
         For sources that cannot measure by themselves; others do nothing.
         """
@@ -77,7 +77,7 @@ class TokenSource(Protocol):
         Args:
             prompt: token ids.
             sampling: how tokens are chosen; stop words are not looked at here.
-            max_tokens: at most so many.
+            max_tokens: largest number of tokens.
             eos_ids: generation ends with one of these.
             cache_salt: requests of different salts share no KV on the device.
 

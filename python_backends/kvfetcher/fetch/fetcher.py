@@ -70,10 +70,10 @@ _log = logging.getLogger(__name__)
 
 # How often a waiting request looks whether its client is still there.
 _POLL_SECONDS = 0.1
-# A fetch may end so much later than its deadline, for decoders to finish and blocks to be sealed.
+# Share of its time by which a fetch may miss its deadline: decoders end, and blocks are sealed.
 _GRACE = 0.15
 _MIN_GRACE_SECONDS = 0.5
-# A look-up may cost so much of the time that computing would take, where the gate decides.
+# Share of the computing time that a look-up may take, where the gate decides.
 _LOOKUP_SHARE = 0.25
 _MIN_LOOKUP_SECONDS = 0.2
 # With fewer transfers, or older ones, the link's estimate is a guess: a first chunk may be fetched to
@@ -101,7 +101,7 @@ class FetchLoad:
     num_waiting: int
     inflight_bytes: int
     bytes_per_second: float
-    """Of the link, as estimated."""
+    """Estimated rate of the link."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +114,10 @@ class _Request:
     facts: FetchFacts
     throughput: EngineThroughput
     keys: list[ChunkKey]
-    """Of the whole chunks that may come from the store."""
+    """Keys of the whole chunks that may come from the store."""
     started: float
     deadline: float
-    """By the configuration; the gate may set an earlier one."""
+    """Deadline by the configuration; the gate may set an earlier one."""
     is_cancelled: Callable[[], bool]
     report: FetchReport
 
@@ -491,7 +491,7 @@ class Fetcher:
     def _costs(
         self, chunks: Sequence[StoredChunk], link: LinkEstimate, machine: Machine
     ) -> list[ChunkCost]:
-        """Of the chunks in the variants that would be fetched now."""
+        """Costs of the chunks in the variants that would be fetched now."""
         if not chunks:
             return []
         walk = self._stages.walk(
@@ -511,7 +511,7 @@ class Fetcher:
             request: whose.
             key: of the prefix.
             order: how to fetch it; None = only join.
-            worth_seconds: after so long, computing the prefix would have been as fast.
+            worth_seconds: time after which computing the prefix would have been as fast.
 
         Returns:
             Whether that settled it, and the lease.

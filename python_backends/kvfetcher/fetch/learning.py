@@ -36,7 +36,7 @@ class StageLearning:
 
     @property
     def factors(self) -> Factors:
-        """As learnt so far."""
+        """The factors learnt so far."""
         latency = self._latency.factor
         return Factors(latency, latency * self._busy.factor, self._restore.factor)
 

@@ -69,9 +69,9 @@ class _Group:
     options: list[UnitOption]
     entries: list[UnitEntry]
     share: float
-    """Of the chunk's layers, 0 to 1."""
+    """Share of the chunk's layers, 0 to 1."""
     has_slot: bool = False
-    """Among the reads under way."""
+    """Whether it has one of the slots for reads."""
     has_arrived: bool = False
     undone: Backlog = field(default_factory=Backlog)
     """What of its units is not decoded and restored."""
@@ -263,7 +263,7 @@ class ChunkRun:
             self._cancel_from(wanted)
 
     def _remaining_seconds(self) -> list[float]:
-        """From now until each chunk that is not ready is restored."""
+        """Seconds from now until each chunk that is not ready is restored."""
         link = self._stages.link()
         mine = self._outstanding()
         return finish_times(

@@ -72,7 +72,7 @@ class SharedFetch:
         """Whether some request's report has what the fetch did: it is counted once."""
 
     def deadline(self, num_ready: int) -> float:
-        """When the fetch must end that has so many chunks ready.
+        """When the fetch must end if it has `num_ready` chunks ready.
 
         One lease goes to all, once, and nothing can be taken out of it before. So what is ready is
         shared when the first waiter can wait no longer, even if others could: who came first would

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kvfetcher.fetch.reads import SharedReads
     from kvfetcher.format.container import ChunkHeader
 
-# A read should last about so long: long enough that its round trip does not matter, short enough
+# Length of a read that is aimed at: long enough that its round trip does not matter, short enough
 # that decoding the first bytes does not wait for the last.
 _READ_SECONDS = 0.02
 _READ_ROUND_TRIPS = 2.0
@@ -103,7 +103,7 @@ class Stages:
         self.copy_slots = PrioritySlots(max_inflight_units)
         """For units that need no decoder: behind those that wait for one they would do nothing."""
         self.run_numbers = count()
-        """Of the runs, in the order in which they began."""
+        """Numbers of the runs, in the order in which they began."""
         self.clock = clock
         self.requested = Backlog()
         """Reads under way, and units that are read or at a decoder; kept by the runs."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # One failure may be a decoder's that was lost at that moment.
 _FAILURES = 2
-# A decoder that is replaced, or a build that is mended, gets another try after so long.
+# Pause until another try: the decoder may have been replaced, or the build mended.
 _PASS_OVER_SECONDS = 600.0
 # The oldest goes first: a host on which nothing decodes would remember all that it is asked for.
 _MAX_REMEMBERED = 4096

@@ -49,7 +49,7 @@ class FetchOrder:
 
     tenant: str
     input_ids: NDArray[np.int32]
-    """Of the prompt; the prefix is their beginning."""
+    """Token ids of the prompt; the prefix is their beginning."""
     facts: FetchFacts
     prompt: Prompt | None
     """What would be computed instead; None = fetch whatever it takes."""

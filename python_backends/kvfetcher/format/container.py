@@ -29,7 +29,7 @@ MAX_PROFILE_BYTES = 1024
 MAX_POSITION = 1 << 40
 
 PREFIX_BYTES = 24
-"""So many bytes of an object tell how long its header is (`header_size`)."""
+"""Number of bytes of an object that tell how long its header is (`header_size`)."""
 
 HEADER_READ_BYTES = 8 << 10
 """A good first range: the header of a 256-token chunk with up to about 80 units. Longer headers

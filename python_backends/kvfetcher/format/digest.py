@@ -31,6 +31,12 @@ def integer_digest(values: Integers) -> int:
 
     Args:
         values: any shape; C-contiguous ones are not copied.
+
+    Example:
+        >>> hex(integer_digest(np.arange(6, dtype=np.uint8)))
+        '0x328717f2ec0f0fda'
+        >>> hex(integer_digest(np.array([0, 1, 2, 3, 5, 4], np.uint8)))
+        '0x28614bbbd46280cf'
     """
     data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
     num_bytes = data.size

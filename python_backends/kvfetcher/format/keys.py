@@ -98,6 +98,10 @@ def tenant_digits(cache_salt: str) -> str:
 
     Raises:
         RequestError: `cache_salt` is not valid Unicode text.
+
+    Example:
+        >>> tenant_digits("alice")
+        '4a0e45f4cf986375'
     """
     return hashlib.sha256(_TENANT_LABEL + _salt_bytes(cache_salt)).hexdigest()[:_SCOPE_DIGITS]
 
@@ -120,13 +124,25 @@ def object_name(scope: str, key: bytes) -> str:
 
     Raises:
         ConfigError: `key` is not 32 bytes.
+
+    Example:
+        >>> object_name("0011223344556677/8899aabbccddeeff", bytes(32))
+        '0011223344556677/8899aabbccddeeff/000/0000000000000000000000000000000000000000000000000000000000000000'
     """
     text = _checked("chunk key", key).hex()
     return f"{scope}/{text[:_FOLDER_DIGITS]}/{text}"
 
 
 def parse_object_name(name: str) -> NameParts | None:
-    """What the name of a chunk object tells; None where it is not the name of one."""
+    """What the name of a chunk object tells; None where it is not the name of one.
+
+    Example:
+        >>> name = object_name("0011223344556677/8899aabbccddeeff", bytes(32))
+        >>> parse_object_name(name).tenant
+        '8899aabbccddeeff'
+        >>> parse_object_name("something/else") is None
+        True
+    """
     match = _NAME.fullmatch(name)
     if match is None:
         return None
@@ -175,6 +191,15 @@ def chunk_keys(
     Raises:
         ConfigError: `chunk_tokens` < 1, or the digest is not 32 bytes.
         RequestError: a token id is out of range, or the salt is not Unicode text.
+
+    Example:
+        >>> keys = chunk_keys(range(600), 256, bytes(32))
+        >>> [key.index for key in keys], keys[1].parent == keys[0].key
+        ([0, 1], True)
+        >>> keys[0].key == chunk_keys(range(300), 256, bytes(32))[0].key
+        True
+        >>> keys[0].key == chunk_keys(range(600), 256, bytes(32), "another salt")[0].key
+        False
     """
     if chunk_tokens < 1:
         raise ConfigError(f"chunk_tokens must be >= 1, got {chunk_tokens}")

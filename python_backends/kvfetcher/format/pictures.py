@@ -43,6 +43,12 @@ class PlaneGeometry:
     The planes array is ``[num_frames, num_planes, rows, width]``: for 4:4:4 three planes of
     `height` rows; for 4:2:0 one plane in NV12 order, `height` rows of luma and then ``height / 2``
     rows of U and V samples in turn, as both FFmpeg and NVDEC can give it.
+
+    Example:
+        >>> PlaneGeometry(num_frames=2, width=256, height=640, bit_depth=10).shape
+        (2, 3, 640, 256)
+        >>> PlaneGeometry(num_frames=2, width=256, height=640, bit_depth=8, chroma="4:2:0").shape
+        (2, 1, 960, 256)
     """
 
     num_frames: int
@@ -90,7 +96,7 @@ class PlaneGeometry:
 
     @property
     def num_samples(self) -> int:
-        """Of all planes of all pictures."""
+        """Number of samples of all planes of all pictures."""
         return self.num_frames * self.num_planes * self.rows * self.width
 
     @property
@@ -109,10 +115,15 @@ NO_PICTURES = PlaneGeometry(num_frames=0, width=MIN_SIDE, height=MIN_SIDE, bit_d
 
 
 def layers_of_a_picture(spec: KVSpec) -> int:
-    """So many layers that their channels make a 4:4:4 picture of about 640 lines."""
+    """Number of layers whose channels make a 4:4:4 picture of about 640 lines."""
     return max(1, _PICTURE_CHANNELS // spec.elements_per_layer_token)
 
 
 def even_groups(num_layers: int, layers: int) -> tuple[tuple[int, int], ...]:
-    """(first layer, number of layers) of groups of `layers`, the last one perhaps smaller."""
+    """(first layer, number of layers) of groups of `layers`, the last one perhaps smaller.
+
+    Example:
+        >>> even_groups(30, 8)
+        ((0, 8), (8, 8), (16, 8), (24, 6))
+    """
     return tuple((start, min(layers, num_layers - start)) for start in range(0, num_layers, layers))

@@ -95,7 +95,7 @@ class Unit:
 
     profile: int
     spec: KVSpec
-    """Of the whole model; the unit holds `num_layers` of its layers."""
+    """Geometry of the whole model; the unit holds `num_layers` of its layers."""
     layer_start: int
     num_layers: int
     num_tokens: int
@@ -392,7 +392,7 @@ def max_samples(spec: KVSpec, *, num_layers: int, num_tokens: int) -> int:
 
 
 def _padded(length: int) -> int:
-    """Longest side, over all pictures beside each other, that holds so many lines or columns."""
+    """Longest side, over all pictures beside each other, that holds some lines or columns."""
     return max(MIN_SIDE, 2 * length + 2 + length // (MIN_SIDE // 2))
 
 

@@ -30,13 +30,33 @@ def check_ports(config: ServerConfig) -> None:
         if twin is not None:
             raise ServerError(f"server.{name} and server.{twin} are both {port}; make them differ")
         try:
-            _bind(config.host, port)
+            _bind(bind_address(config.host), port)
         except OSError as exc:
             raise ServerError(
                 f"port {port} of {config.host} (server.{name}) cannot be bound: {exc.strerror}"
                 f"{_holder_text(port)}; stop that process, or choose another port (--{name[:-5]}"
                 f"-port, or KVFETCHER_SERVER_{name.upper()})"
             ) from exc
+
+
+def bind_address(host: str) -> str:
+    """The IPv4 address that tritonserver is to bind to.
+
+    tritonserver (2.51) takes a name for 255.255.255.255 at its HTTP endpoint, and an IPv6 address
+    for none at all.
+
+    Raises:
+        ServerError: the host has no IPv4 address, or is no host.
+    """
+    try:
+        found = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as exc:
+        raise ServerError(
+            f"server.host = {host!r} is no IPv4 address of this machine, nor a name of one"
+            f" ({exc.strerror if isinstance(exc, OSError) else exc}); tritonserver binds to IPv4 only:"
+            " give 127.0.0.1, 0.0.0.0 for all, or another one"
+        ) from exc
+    return str(found[0][4][0])
 
 
 def port_holder(port: int) -> tuple[int, str] | None:

@@ -38,7 +38,7 @@ from kvfetcher.errors import ServerError
 from kvfetcher.launcher.guardian import Guardian
 from kvfetcher.launcher.installation import Installation, find_installation
 from kvfetcher.launcher.mps import Mps, start_mps
-from kvfetcher.launcher.ports import check_ports
+from kvfetcher.launcher.ports import bind_address, check_ports
 from kvfetcher.launcher.repository import (
     find_repository,
     is_decoupled,
@@ -172,7 +172,7 @@ class TritonServer:
 
     @property
     def process_id(self) -> int:
-        """Of tritonserver itself; its stubs are its children."""
+        """Process id of tritonserver itself; its stubs are its children."""
         if self._process is None:
             raise ServerError("the server is not started")
         return self._process.pid
@@ -466,6 +466,7 @@ class TritonServer:
     def _flags(self, installation: Installation, repository: Path) -> list[str]:
         assert self._run_dir is not None
         server = self.config.server
+        host = bind_address(server.host)
         python = {
             "shm-region-prefix-name": f"{self._run_dir.shared_memory_prefix}py",
             "shm-default-byte-size": _STUB_SHARED_BYTES,
@@ -486,11 +487,11 @@ class TritonServer:
             *(f"--backend-config=python,{key}={value}" for key, value in python.items()),
             # Every config.pbtxt here is complete. Asking the models would start each stub twice.
             "--disable-auto-complete-config",
-            f"--http-address={server.host}",
+            f"--http-address={host}",
             f"--http-port={server.http_port}",
-            f"--grpc-address={server.host}",
+            f"--grpc-address={host}",
             f"--grpc-port={server.grpc_port}",
-            f"--metrics-address={server.host}",
+            f"--metrics-address={host}",
             f"--metrics-port={server.metrics_port}",
             f"--exit-timeout-secs={int(server.stop_timeout_seconds)}",
             f"--log-verbose={server.log_verbose}",
@@ -573,12 +574,11 @@ def _check_shared_memory(config: Config) -> None:
 
 def _reachable(host: str) -> str:
     """Where a server bound to `host` answers on this machine."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return {"0.0.0.0": "127.0.0.1"}.get(host, host)
 
 
 def _url(host: str, port: int) -> str:
-    host = _reachable(host)
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return f"{_reachable(host)}:{port}"
 
 
 def status_text(status: int) -> str:

@@ -69,9 +69,9 @@ class Repair:
     kind: Literal["reload", "restart", "give_up"]
     reason: str
     models: tuple[str, ...] = ()
-    """For "reload"."""
+    """Models to load again, for "reload"."""
     delay_seconds: float = 0.0
-    """To wait before it."""
+    """Seconds to wait before the repair."""
 
 
 @dataclass(frozen=True, slots=True)

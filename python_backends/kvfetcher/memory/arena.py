@@ -168,7 +168,7 @@ class ArenaHeader:
     """What the file says of an arena, whoever holds its blocks."""
 
     spec: KVSpec
-    """Of the whole model."""
+    """Geometry of the whole model."""
     heads: HeadRange
     """That the blocks hold."""
     tokens_per_block: int
@@ -201,7 +201,7 @@ class GpuMemory:
     """Where an arena's blocks lie on a GPU."""
 
     index: int
-    """Of the GPU, as CUDA counts."""
+    """Number of the GPU, as CUDA counts."""
     handle: str
     """CUDA IPC handle of the memory, hex."""
     owner: int
@@ -236,7 +236,7 @@ class Arena:
 
     @property
     def spec(self) -> KVSpec:
-        """Of the whole model; `heads` says what of it lies here."""
+        """Geometry of the whole model; `heads` says which part of it lies here."""
         return self.header.spec
 
     @property
@@ -250,7 +250,7 @@ class Arena:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Of the parts' files."""
+        """Paths of the parts' files."""
         return tuple(str(part.path) for part in self.parts)
 
     @property

@@ -320,7 +320,7 @@ class ControlClient:
             lease_id: an open one.
             num_tokens: filled tokens; the blocks behind go back.
             digest: of these tokens.
-            num_holders: so many will claim it.
+            num_holders: number of holders that will claim it.
             tail_is_live: somebody may still write behind `num_tokens`.
 
         Raises:

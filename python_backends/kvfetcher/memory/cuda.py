@@ -68,7 +68,7 @@ class CudaContext:
         """Address of new memory that can be shared; give it back with `free`.
 
         Raises:
-            GpuError: the GPU has not so much left.
+            GpuError: the GPU has too little memory left.
         """
         address = ctypes.c_uint64()
         rounded = -(-num_bytes // _GRANULE_BYTES) * _GRANULE_BYTES

@@ -57,7 +57,7 @@ class Lease:
     tokens_digest: str
     """"" until sealed."""
     expires_at: float
-    """On the clock that the table's caller uses, in seconds."""
+    """Seconds on the clock of the table's caller."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class LeaseClaim:
     lease_id: str
     num_tokens: int
     generation: str
-    """Of the arena, so that a claim does not outlive an engine restart."""
+    """Generation of the arena, so that a claim does not outlive an engine restart."""
 
     def to_json(self) -> str:
         return json.dumps(
@@ -207,7 +207,7 @@ class LeaseTable:
             num_tokens: filled from the start on.
             digest: `tokens_digest` of them.
             now: seconds.
-            num_holders: so many will claim it (or release it unclaimed), >= 1.
+            num_holders: number of holders that will claim it (or release it unclaimed), >= 1.
             tail_is_live: somebody may still write to the blocks behind: they rest before reuse.
 
         Raises:

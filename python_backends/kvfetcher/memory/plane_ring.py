@@ -46,7 +46,7 @@ _LOOK_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class PlaneTicket:
-    """Where one unit's planes lie. ``shift``: the samples lie so many bits up."""
+    """Where one unit's planes lie. ``shift``: number of bits by which samples are shifted up."""
 
     table: str
     """Path of the owner's table."""
@@ -146,7 +146,7 @@ class PlaneRing:
 
     @property
     def num_bytes(self) -> int:
-        """Of its memory; planes of more never fit."""
+        """Size of its memory; larger planes never fit."""
         return self._num_bytes
 
     def reserve(self, num_bytes: int, *, shift: int, wait_seconds: float) -> PlaneTicket | None:

@@ -135,7 +135,7 @@ def create_arena(
 
     Raises:
         ConfigError: `num_bytes` holds no block, or too many.
-        ArenaError: there is not so much memory, or a file cannot be made. Nothing is left then.
+        ArenaError: there is not enough memory, or a file cannot be made. Nothing is left then.
     """
     # Of host memory, each file's header is part of it; `plan_arena` knows of one.
     headers = HEADER_BYTES * sum(gpu is None for gpu in places.values())

@@ -67,7 +67,7 @@ def read_vitals(run_folder: Path) -> dict[int, Vitals]:
 
 
 def begin_stopping(run_folder: Path) -> None:
-    """From now on new requests are refused."""
+    """Refuse new requests from now on."""
     (run_folder / _STOPPING).touch(mode=0o600)
 
 

@@ -162,13 +162,13 @@ def refuse_changing_rope(config: Any) -> None:
 
 
 def _rope_types(parameters: dict[str, Any]) -> list[str]:
-    """Of every kind of layer."""
+    """RoPE types of every kind of layer."""
     nested = all(isinstance(value, dict) for value in parameters.values())
     return [p["rope_type"] for p in (parameters.values() if nested else [parameters])]
 
 
 def config_rope_facts(config: Any, *, num_layers: int, head_dim: int) -> RopeFacts:
-    """As `rope_facts`, from a configuration alone: no weights are read or made.
+    """`rope_facts` from a configuration alone: no weights are read or made.
 
     Raises:
         EngineError: the model keeps its frequencies where this build does not look.

@@ -208,7 +208,7 @@ class LocalCopies(Protocol):
     """Tell what reading costs the network nothing; only stores with copies near by have it."""
 
     async def are_local(self, ranges: Sequence[ByteRange]) -> list[bool]:
-        """For each of `ranges`, whether copies on this host hold its answer now.
+        """Whether the tier on this host holds the answer now, for each of `ranges`.
 
         No promise: a copy may go before the range is read. Costs no network.
 

@@ -21,7 +21,7 @@ class Breaker:
     """State of one store. Not thread-safe.
 
     Args:
-        window: so many finished calls are remembered.
+        window: number of finished calls that are remembered.
         min_failures: fewer failures in the window never open it, >= 1.
         min_backoff_seconds: first back-off; doubled after each failed probe.
         max_backoff_seconds: no back-off is longer.

@@ -21,6 +21,9 @@ from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 from kvfetcher.errors import (
     ChunkNotFoundError,
     StoreError,
+    StoreFullError,
+    StoreThrottledError,
+    StoreTimeoutError,
     StoreUnavailableError,
     TransientStoreError,
 )
@@ -36,11 +39,15 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 Arguments = ParamSpec("Arguments")
 
-GuardEvent = Literal["retry", "hedge", "hedge_won", "failure", "opened", "closed", "refused"]
+GuardEvent = Literal[
+    "retry", "hedge", "hedge_won", "failure", "throttled", "opened", "closed", "refused"
+]
 """What a guard tells its observer, for metrics."""
 
 _FIRST_RETRY_SECONDS = 0.05
 _MAX_RETRY_SECONDS = 1.0
+_THROTTLED_FACTOR = 4
+_MAX_SLOW_NAMES = 64
 # As much as the headers of a look-up take; more is a transfer, and stops when nobody wants it.
 _MAX_LEFTOVER_BYTES = 1 << 20
 
@@ -83,6 +90,7 @@ class GuardedStore:
         self._observe = observe
         self._clock = clock
         self._uniform = uniform
+        self._slow_names = _SlowNames()
         self._hedges = HedgePolicy(fraction=options.hedge_fraction)
         self._leftovers: set[asyncio.Task[list[bytes | StoreError]]] = set()
         # So many failures at once open the breaker whatever it remembers; more would teach nothing.
@@ -106,7 +114,10 @@ class GuardedStore:
     async def get_range(self, name: str, start: int, end: int) -> bytes:
         check_range(name, start, end)
         return await self._retried(
-            name, lambda: self._hedged(lambda: self._inner.get_range(name, start, end), end - start)
+            name,
+            lambda: self._hedged(
+                lambda: self._inner.get_range(name, start, end), end - start, name
+            ),
         )
 
     async def get_ranges(self, ranges: Sequence[ByteRange]) -> list[bytes | StoreError]:
@@ -116,7 +127,8 @@ class GuardedStore:
         for attempt in range(self._options.max_retries + 1):
             if attempt:
                 self._observe("retry")
-                await self._pause(attempt - 1)
+                throttled = any(isinstance(answers[p], StoreThrottledError) for p in left)
+                await self._pause(attempt - 1, throttled=throttled)
             answers.update(zip(left, await self._batch(left), strict=True))
             left = [part for part in left if isinstance(answers[part], TransientStoreError)]
             if not left:
@@ -161,13 +173,15 @@ class GuardedStore:
         for attempt in range(self._options.max_retries):
             try:
                 return await call()
-            except TransientStoreError:
+            except TransientStoreError as exc:
                 self._observe("retry")
-            await self._pause(attempt)
+                throttled = isinstance(exc, StoreThrottledError)
+            await self._pause(attempt, throttled=throttled)
         return await call()
 
-    async def _pause(self, attempt: int) -> None:
-        seconds = min(_FIRST_RETRY_SECONDS * 2**attempt, _MAX_RETRY_SECONDS)
+    async def _pause(self, attempt: int, *, throttled: bool) -> None:
+        first = _FIRST_RETRY_SECONDS * (_THROTTLED_FACTOR if throttled else 1)
+        seconds = min(first * 2**attempt, _MAX_RETRY_SECONDS)
         await asyncio.sleep(seconds * (0.5 + 0.5 * self._uniform()))
 
     async def _batch(self, ranges: Sequence[ByteRange]) -> list[bytes | StoreError]:
@@ -191,7 +205,7 @@ class GuardedStore:
         """A batch of which nothing was answered is one failure."""
         answers: list[bytes | StoreError] = []
         try:
-            with self._verdict(0):
+            with self._verdict(0, *{part.name for part in ranges}):
                 answers = await self._inner.get_ranges(ranges)
                 if (failure := _common_failure(answers)) is not None:
                     raise failure
@@ -205,11 +219,13 @@ class GuardedStore:
         *args: Arguments.args,
         **kwargs: Arguments.kwargs,
     ) -> Result:
-        with self._verdict(0):
+        with self._verdict(0, *(name for name in args[:1] if isinstance(name, str))):
             return await verb(*args, **kwargs)
 
-    async def _hedged(self, call: Callable[[], Awaitable[Result]], num_bytes: int) -> Result:
-        with self._verdict(num_bytes):
+    async def _hedged(
+        self, call: Callable[[], Awaitable[Result]], num_bytes: int, name: str
+    ) -> Result:
+        with self._verdict(num_bytes, name):
             started = self._clock()
             delay = self._hedges.delay_seconds(num_bytes)
             result = await (call() if delay is None else self._race(call, delay))
@@ -244,8 +260,12 @@ class GuardedStore:
             await asyncio.gather(*reads, return_exceptions=True)
 
     @contextmanager
-    def _verdict(self, num_bytes: int) -> Iterator[None]:
-        """Ask the breaker before, and tell it afterwards how the call went."""
+    def _verdict(self, num_bytes: int, *names: str) -> Iterator[None]:
+        """Ask the breaker before, and tell it afterwards how the call went.
+
+        A store that is full or asks for fewer calls answers. One object that hangs again and again
+        while others are answered says nothing of the store either.
+        """
         started = self._clock()
         ticket = self.breaker.admit(started)
         if ticket is None:
@@ -256,8 +276,18 @@ class GuardedStore:
             )
         try:
             yield
-        except ChunkNotFoundError:
+        except (ChunkNotFoundError, StoreFullError):
             self._note_success(ticket)
+            raise
+        except StoreThrottledError:
+            self._observe("throttled")
+            self.breaker.abandoned(ticket)
+            raise
+        except StoreTimeoutError:
+            if self._slow_names.are_alone(names):
+                self.breaker.abandoned(ticket)
+            else:
+                self._note_failure(ticket)
             raise
         except StoreError:
             self._note_failure(ticket)
@@ -269,6 +299,7 @@ class GuardedStore:
             else:
                 self.breaker.abandoned(ticket)
             raise
+        self._slow_names.answered(names)
         self._note_success(ticket)
 
     def _note_success(self, ticket: int) -> None:
@@ -283,6 +314,31 @@ class GuardedStore:
         self.breaker.failed(ticket, self._clock())
         if before != "open" and self.breaker.state == "open":
             self._observe("opened")
+
+
+class _SlowNames:
+    """Names whose calls timed out, and whether others were answered since."""
+
+    def __init__(self) -> None:
+        self._num_answered = 0
+        self._since: dict[str, int] = {}
+
+    def are_alone(self, names: Sequence[str]) -> bool:
+        """A call for these names timed out: whether all did before, and others were answered since."""
+        alone = bool(names) and all(
+            self._num_answered > self._since.get(name, self._num_answered) for name in names
+        )
+        for name in names:
+            self._since.setdefault(name, self._num_answered)
+            if len(self._since) > _MAX_SLOW_NAMES:
+                del self._since[next(iter(self._since))]
+        return alone
+
+    def answered(self, names: Sequence[str]) -> None:
+        """A call for these names was answered."""
+        self._num_answered += 1
+        for name in names:
+            self._since.pop(name, None)
 
 
 def _common_failure(answers: Sequence[bytes | StoreError]) -> StoreError | None:

@@ -17,7 +17,7 @@ _PERCENTILE = 0.95
 _SLACK = 2.0
 _MIN_DELAY_SECONDS = 0.02
 _MAX_SAVED_HEDGES = 4.0
-# A read that was given up after so many times its usual latency counts against the store.
+# A read that was given up after this multiple of its usual latency counts against the store.
 _STALLED_SLACK = 5.0
 _MIN_STALLED_SECONDS = 1.0
 
@@ -55,7 +55,7 @@ class HedgePolicy:
         return True
 
     def stalled_seconds(self, num_bytes: int) -> float | None:
-        """A read that lasted so long without an answer is a failure; None = nothing is known."""
+        """Seconds after which a read without an answer is a failure; None = nothing is known."""
         usual = self._usual_seconds(num_bytes)
         return None if usual is None else max(_STALLED_SLACK * usual, _MIN_STALLED_SECONDS)
 

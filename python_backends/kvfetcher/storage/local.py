@@ -20,11 +20,12 @@ import os
 import stat
 import time
 import uuid
+from io import FileIO
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from kvfetcher.errors import ChunkNotFoundError, StoreError, StoreTimeoutError
+from kvfetcher.errors import ChunkNotFoundError, StoreError, StoreFullError, StoreTimeoutError
 from kvfetcher.storage.base import (
     SINGLE_LOOKUP_BATCH,
     ObjectInfo,
@@ -84,7 +85,7 @@ class LocalStore:
 
     async def get(self, name: str) -> bytes:
         path = self._path(name)
-        return await self._run(f"get {name}", path.read_bytes)
+        return await self._run(f"get {name}", lambda: _read_whole(path))
 
     async def get_range(self, name: str, start: int, end: int) -> bytes:
         check_range(name, start, end)
@@ -181,7 +182,10 @@ class LocalStore:
         if exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             remedy = "; give this user write permission there, or set store.path to another folder"
         elif exc.errno in (errno.ENOSPC, errno.EDQUOT):
-            remedy = "; free space there, or set store.path to another folder"
+            return StoreFullError(
+                f"file store {self._folder}: {what}: {exc.strerror or exc}; free space there, or set"
+                " store.path to another folder"
+            )
         else:
             remedy = ""
         return StoreError(f"file store {self._folder}: {what}: {exc.strerror or exc}{remedy}")
@@ -270,8 +274,17 @@ def _remove_aside(aside: Path) -> None:
     aside.unlink(missing_ok=True)
 
 
+def _open_regular(path: Path) -> FileIO:
+    """Open a file for reading; what is none (a FIFO, a device) is no object, and is not waited for."""
+    file = FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise FileNotFoundError(errno.ENOENT, "it is no regular file", str(path))
+    return file
+
+
 def _read_range(path: Path, start: int, end: int) -> bytes:
-    with path.open("rb", buffering=0) as file:
+    with _open_regular(path) as file:
         wanted = min(end, os.fstat(file.fileno()).st_size) - start
         if wanted <= 0:
             return b""
@@ -281,6 +294,11 @@ def _read_range(path: Path, start: int, end: int) -> bytes:
             parts.append(part)
             wanted -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _read_whole(path: Path) -> bytes:
+    with _open_regular(path) as file:
+        return bytes(file.readall())
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ from kvfetcher.errors import (
     ChunkNotFoundError,
     ConfigError,
     StoreError,
+    StoreFullError,
     StoreTimeoutError,
     TransientStoreError,
 )
@@ -72,7 +73,6 @@ _REFUSED = (
 )
 _PASSING = (
     failures.BusyLoadingError,
-    failures.ClusterDownError,
     failures.ReadOnlyError,
     failures.TryAgainError,
     failures.ConnectionError,
@@ -108,7 +108,7 @@ class RedisStore:
                 for what carries much (`base.allowed_seconds`).
             connect_timeout_seconds: longest wait for a connection to be made.
             max_connections: connections at one time; further calls wait for one.
-            ttl_seconds: an object not read for so long goes; 0 = never.
+            ttl_seconds: an object that was not read for this time is dropped; 0 = never.
             trusted: PEM certificates to trust besides the system's.
 
         Raises:
@@ -324,8 +324,14 @@ class RedisStore:
                 f"{begin}: {exc}; set $KVFETCHER_STORE_USERNAME and $KVFETCHER_STORE_PASSWORD to a"
                 " user that may read and write keys kvf:*"
             )
+        if isinstance(exc, failures.AskError | failures.ClusterDownError):
+            kind = TransientStoreError if isinstance(exc, failures.ClusterDownError) else StoreError
+            return kind(
+                f"{begin}: the server is a node of a Redis Cluster ({exc}), which store.kind 'redis'"
+                " does not speak; name a single server, or put a cluster proxy before the nodes"
+            )
         if isinstance(exc, failures.OutOfMemoryError):
-            return StoreError(
+            return StoreFullError(
                 f"{begin}: {exc}; give the server more maxmemory, or the policy allkeys-lru"
             )
         if isinstance(exc, _PASSING):

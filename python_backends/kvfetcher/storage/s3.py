@@ -32,6 +32,8 @@ from kvfetcher.errors import (
     ChunkNotFoundError,
     ConfigError,
     StoreError,
+    StoreFullError,
+    StoreThrottledError,
     StoreTimeoutError,
     TransientStoreError,
 )
@@ -288,11 +290,24 @@ class S3Store:
             )
         if status is None and _CERTIFICATE.search(text):
             return StoreError(f"{begin}: {told}; name the server's authority in store.ca_file")
+        if status == 429 or code in _THROTTLED:
+            return StoreThrottledError(
+                f"{begin}: {told}; the store asks for fewer calls (store.max_connections)"
+            )
+        if status == 507 or code in _FULL:
+            return StoreFullError(f"{begin}: {told}; free space there, or raise its quota")
         if status is None or status in (408, 409, 425, 429) or status >= 500:
             return TransientStoreError(
                 f"{begin}: {told}; is the server reachable and not overloaded?"
             )
         return StoreError(f"{begin}: {told}")
+
+
+# Answers of a store that lives: codes of S3 and of what speaks its protocol.
+_THROTTLED = frozenset(
+    {"SlowDown", "SlowDownRead", "SlowDownWrite", "TooManyRequests", "Throttling"}
+)
+_FULL = frozenset({"InsufficientStorage", "QuotaExceeded", "XMinioStorageFull"})
 
 
 def _status(exc: Exception) -> int | None:

@@ -42,7 +42,7 @@ class IoThreads:
     Args:
         name: of the threads.
         max_threads: calls at one time; further ones wait.
-        max_stuck: while so many calls last longer than their timeout, further ones are refused.
+        max_stuck: number of calls beyond their timeout at which further ones are refused.
     """
 
     def __init__(self, name: str, *, max_threads: int, max_stuck: int) -> None:

@@ -21,6 +21,7 @@ from kvfetcher.engines.paged.model import PagedModel
 from kvfetcher.memory.leases import tokens_digest
 from kvfetcher.memory.split_arena import create_arena
 from kvfetcher.spec import HeadRange, heads_of_rank
+from support.trtllm_contract import v2
 from support.trtllm_contract.loop import (
     ContractLoop,
     GreedySink,
@@ -123,7 +124,8 @@ class Reference:
             pool = PagedPool(model.kv.pool, spec=loaded.spec, heads=heads, tokens_per_block=BLOCK)
 
             def keep(blocks):
-                values = torch.cat([pool.block(i, "HND") for i in blocks], dim=3)
+                whole = pool.parts[0]
+                values = torch.cat([pool.view(whole, i, 1, "HND")[0] for i in blocks], dim=3)
                 parts[ranks.rank] = values.numpy().view(np.uint16)
 
             return KeepingLoop(
@@ -165,7 +167,9 @@ class ContractEngine:
         tells_salt=True,
         num_blocks=64,
         arena_blocks=96,
+        manager=None,
     ):
+        self._manager = manager  # of V2: arguments of `V2Loop`
         self._stack = contextlib.ExitStack()
         self.loaded, self.num_ranks = loaded, num_ranks
         self.faults = []
@@ -209,18 +213,26 @@ class ContractEngine:
         self.open = {}
 
     def _make_rank(self, cut, ranks, layout, num_blocks, reuse, tells_salt):
+        manager = self._manager
+        api, arguments, kind = contract, llm_args(), ContractLoop
+        if manager is not None:
+            api = v2.interface(tells_cancelled=manager.get("tells_cancelled", True))
+            arguments = llm_args(
+                kv_cache_config={"use_kv_cache_manager_v2": "auto"}, policy="MAX_UTILIZATION"
+            )
+            kind = functools.partial(v2.V2Loop, **manager)
         classes = trtllm_connector.bind(
-            contract,
+            api,
             place=lambda: trtllm_connector.RankPlace(ranks.rank, ranks.size),
             socket_path=self.hub.path,
         )
-        worker = classes.worker(llm_args())
+        worker = classes.worker(arguments)
         worker.core.fatal = self._fail
-        scheduler = classes.scheduler(llm_args()) if ranks.rank == 0 else None
+        scheduler = classes.scheduler(arguments) if ranks.rank == 0 else None
         self.workers.append(worker)
         if scheduler is not None:
             self.schedulers.append(scheduler)
-        loop = ContractLoop(
+        loop = kind(
             PagedModel(
                 cut, ranks=ranks, num_blocks=num_blocks, tokens_per_block=BLOCK, layout=layout
             ),
@@ -285,7 +297,7 @@ class ContractEngine:
             self.step()
         for handle in self.open.values():
             self.hub.settle(handle, save=True)
-        return {i: handle.ticket.result(timeout=5) for i, handle in self.open.items()}
+        return {i: handle.ticket.result(timeout=SETTLE_SECONDS) for i, handle in self.open.items()}
 
     def close(self):
         self._stack.close()
@@ -301,6 +313,7 @@ class ContractEngine:
         assert not self.faults
         assert self.schedulers[0].core.counters.faults == 0
         assert not self.schedulers[0].core._tracked
+        assert not self.schedulers[0].core._resting
         for loop, worker in zip(self.ranked.loops, self.workers, strict=True):
             assert loop.pool.num_free == loop.pool.num_blocks, "a pool block leaked"
             requests = worker.core._requests

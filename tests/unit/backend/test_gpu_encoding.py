@@ -163,3 +163,17 @@ def test_where_the_gpu_fails_the_cpu_encodes(arena, requests_of, gpu_encoder, mo
     response = answer(asked)
     assert json.loads(response[wire.KV_STATUS][0])["encoder"] != "gpu"
     assert parse_header(response[wire.CHUNK].tobytes()).num_tokens == TOKENS
+
+
+def test_chunks_for_the_cpu_are_encoded_side_by_side(arena):
+    encoder = ChunkEncoder(CodecConfig(profile="uncalibrated", unit_layers=2, encoder="x265"))
+    made = EncodeRequests(encoder, pb_utils)
+    asked = [request(arena, number % 2) for number in range(7)]
+    made.execute(asked)
+    made.close()
+    for number, one in enumerate(asked):
+        response = answer(one)
+        assert json.loads(response[wire.KV_STATUS][0])["encoder"] == "x265"
+        chunk = response[wire.CHUNK].tobytes()
+        for ours, theirs in zip(restored(chunk), restored(expected(number % 2)), strict=True):
+            assert np.array_equal(ours, theirs)

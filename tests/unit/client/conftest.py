@@ -95,6 +95,9 @@ class TritonPythonModel:
             code, _, message = rest.partition(" ")
             error = pb_utils.TritonError(f"{code}: {message}", getattr(pb_utils.TritonError, code))
             sender.send(pb_utils.InferenceResponse(error=error))
+        elif behaviour == "Why":
+            sender.send(response("It scatters", [1, 2], report=report))
+            sender.send(response(" blue light.", [3, 4], "stop", report))
         elif behaviour == "unfinished":
             sender.send(response("half", [1], report=report))
         elif behaviour == "garbage":

@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.profiles import (
     RESTORERS,
     decode_unit,
@@ -238,3 +239,23 @@ def test_description_of_a_damaged_chunk_is_refused():
     data[-1] ^= 1
     with pytest.raises(ChecksumError, match="damaged"):
         describe_chunk(bytes(data))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn"])
+def test_exact_values_without_redundancy_are_stored_raw(dtype):
+    """Uniform bit patterns took 1.16 times their own size."""
+    spec = KVSpec(2, 2, 64, dtype=dtype)
+    item = np.uint8 if "8" in dtype else np.uint16
+    values = np.random.default_rng(0).integers(0, 2 ** (8 * item().itemsize), (2, 2, 2, 256, 64))
+    values = values.astype(item)
+    chunk = encode_chunk(
+        values, spec=spec, profile=ExactProfile(), identity=bytes(32), chunk_key=bytes(32),
+        token_ids=range(256), first_position=0, num_threads=1,
+    )  # fmt: skip
+    header = parse_header(chunk)
+    assert header.object_bytes - header.header_bytes < values.nbytes + 400
+    for entry in header.units:
+        data = chunk[entry.offset : entry.stop]
+        restored = restore_unit(data, decode_unit(data, VideoDecoder())).values
+        first, stop = entry.layer_start, entry.layer_start + entry.num_layers
+        np.testing.assert_array_equal(restored, values[first:stop])

@@ -10,9 +10,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from kvfetcher.codec.encoders import ChosenEncoder
 from kvfetcher.codec.gpu import nvdec
 from kvfetcher.codec.gpu.nvdec import DecoderCaps
-from kvfetcher.codec.gpu.nvenc import ChosenEncoder
 from kvfetcher.codec.video import VideoDecoder, encode_planes
 from kvfetcher.doctor import timing, video
 from kvfetcher.doctor.parallel_decode import DecoderProcesses
@@ -100,13 +100,18 @@ def test_a_driver_that_does_not_answer_is_an_error(monkeypatch, tmp_path, progra
 
 
 def test_the_encoder_is_named_with_its_reason():
-    def chosen(name, reason=""):
+    def check(name, reason=""):
         made = ChosenEncoder(encode_planes, name, reason)
-        return video.check_encoder(lambda: made, num_cores=16).detail
+        return video.check_encoder(lambda: made, num_cores=16)
+
+    def chosen(name):
+        return check(name).detail
 
     assert chosen("nvenc").startswith("NVENC, proven")
     assert chosen("x265") == "libx265 on 16 cores"
-    assert chosen("x265", "this GPU has no NVENC") == "libx265 on 16 cores: this GPU has no NVENC"
+    assert chosen("own") == "the own HEVC encoder on 16 cores"
+    fallback = check("x265", "numba is missing")
+    assert (fallback.status, fallback.detail) == ("warn", "libx265 on 16 cores: numba is missing")
 
     def refuse():
         raise EncoderUnavailableError("NVENC is asked for")

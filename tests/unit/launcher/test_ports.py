@@ -4,7 +4,7 @@ import socket
 import pytest
 
 from kvfetcher.errors import ServerError
-from kvfetcher.launcher.ports import check_ports, port_holder
+from kvfetcher.launcher.ports import bind_address, check_ports, port_holder
 from support.triton_server import free_ports, server_config
 
 
@@ -47,3 +47,14 @@ def test_foreign_address_is_refused():
 
 def test_nobody_holds_a_free_port():
     assert port_holder(free_ports(1)[0]) is None
+
+
+def test_a_name_is_bound_by_its_ipv4_address():
+    assert bind_address("localhost") == "127.0.0.1"
+    assert bind_address("0.0.0.0") == "0.0.0.0"
+
+
+@pytest.mark.parametrize("host", ["::1", "::", "no-such-host.invalid", "300.1.1.1"])
+def test_a_host_that_tritonserver_cannot_bind_is_refused_at_once(host):
+    with pytest.raises(ServerError, match=r"server\.host = .* is no IPv4 address"):
+        check_ports(server_config(host=host).server)

@@ -8,6 +8,8 @@ import pytest
 from kvfetcher.errors import (
     ChunkNotFoundError,
     StoreError,
+    StoreFullError,
+    StoreThrottledError,
     StoreTimeoutError,
     StoreUnavailableError,
     TransientStoreError,
@@ -375,3 +377,51 @@ async def test_a_transfer_is_cancelled_with_its_asker(local):
     await give_up_on(guard.store.get_ranges([ByteRange(NAME, 0, 2 << 20)]))
     assert guard.inner.cancelled == 1
     assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_a_full_store_is_not_a_dead_one(local):
+    """Its error must not be hidden behind `store_unavailable`, and what it holds is still read."""
+    await local.put(NAME, b"data")
+    guard = Guard(FaultyStore(local, errors={"put": StoreFullError("maxmemory")}))
+    for number in range(40):
+        with pytest.raises(StoreFullError, match="maxmemory"):
+            await guard.store.put(f"bb/{number}", b"x")
+    assert await guard.store.get(NAME) == b"data"
+    assert guard.events == {}
+
+
+async def test_a_store_that_asks_for_fewer_calls_is_not_a_dead_one(local):
+    await local.put(NAME, b"data")
+    faulty = FaultyStore(local, errors={"get": StoreThrottledError("503 SlowDown")})
+    guard = Guard(faulty, max_retries=0)
+    for _ in range(40):
+        with pytest.raises(StoreThrottledError):
+            await guard.store.get(NAME)
+    assert guard.store.breaker.state == "closed"
+    assert guard.events == {"throttled": 40}
+    faulty.errors.clear()
+    assert await guard.store.get(NAME) == b"data"
+
+
+async def test_one_object_that_hangs_does_not_take_the_store_from_others(local):
+    class OneHangs(WrappedStore):
+        async def before(self, verb, name):
+            if name == "aa/hangs":
+                raise StoreTimeoutError("it took too long")
+
+    await local.put(NAME, b"data")
+    guard = Guard(OneHangs(local))
+    for _ in range(40):
+        with pytest.raises(StoreTimeoutError):
+            await guard.store.get("aa/hangs")
+        assert await guard.store.get(NAME) == b"data"
+    assert guard.store.breaker.state == "closed"
+
+
+async def test_a_store_that_hangs_at_everything_opens_the_breaker(local):
+    guard = Guard(FaultyStore(local, errors={"get": StoreTimeoutError("it took too long")}))
+    for _ in range(3):
+        with pytest.raises(StoreTimeoutError):
+            await guard.store.get(NAME)
+    with pytest.raises(StoreUnavailableError):
+        await guard.store.get(NAME)

@@ -132,10 +132,16 @@ async def test_quarantine_keeps_bytes_and_reason(store, tmp_path):
     ]
 
 
-async def test_slow_file_system_ends_in_a_timeout(store, tmp_path):
+def open_as_it_is(path):
+    """Opening a FIFO blocks until a writer comes: a hung NFS server, in small."""
+    return path.open("rb", buffering=0)
+
+
+async def test_slow_file_system_ends_in_a_timeout(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(local_module, "_open_regular", open_as_it_is)
     fifo = tmp_path / "ab" / "fifo"
     fifo.parent.mkdir()
-    os.mkfifo(fifo)  # opening it blocks until a writer comes: a hung NFS server, in small
+    os.mkfifo(fifo)
     slow = LocalStore(tmp_path, timeout_seconds=0.05)
     with pytest.raises(StoreTimeoutError, match=r"store\.timeout_seconds"):
         await slow.get("ab/fifo")
@@ -144,6 +150,7 @@ async def test_slow_file_system_ends_in_a_timeout(store, tmp_path):
 
 async def test_a_hung_file_system_takes_no_threads_but_the_stores(tmp_path, monkeypatch):
     monkeypatch.setattr(local_module, "_MAX_THREADS", 2)
+    monkeypatch.setattr(local_module, "_open_regular", open_as_it_is)
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
     fifo = tmp_path / "ab" / "fifo"
     fifo.parent.mkdir()
@@ -175,7 +182,8 @@ def test_a_hung_file_system_does_not_keep_the_process(tmp_path):
     program = """
 import asyncio, sys
 from kvfetcher.errors import StoreTimeoutError
-from kvfetcher.storage import LocalStore
+from kvfetcher.storage import LocalStore, local
+local._open_regular = lambda path: path.open("rb", buffering=0)  # of a FIFO: blocks
 try:
     asyncio.run(LocalStore(sys.argv[1], timeout_seconds=0.05).get("fifo"))
 except StoreTimeoutError:
@@ -212,3 +220,20 @@ async def test_faulty_store_fails_and_damages_as_told(tmp_path):
     assert await store.get(NAME) == b"012" + bytes([ord("3") ^ 0xFF]) + b"45"
     assert await store.get_range(NAME, 3, 5) == bytes([ord("3") ^ 0xFF]) + b"4"
     assert await store.get_range(NAME, 8, 10) == b""
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+async def test_what_is_no_regular_file_is_no_object_and_is_not_waited_for(tmp_path, kind):
+    store = LocalStore(tmp_path, timeout_seconds=5)
+    path = tmp_path / "aa" / "odd"
+    path.parent.mkdir()
+    {
+        "fifo": lambda: os.mkfifo(path),
+        "device": lambda: path.symlink_to("/dev/zero"),
+        "folder": path.mkdir,
+    }[kind]()
+    started = time.monotonic()
+    for call in (store.get("aa/odd"), store.get_range("aa/odd", 0, 10)):
+        with pytest.raises(ChunkNotFoundError):
+            await call
+    assert time.monotonic() - started < 2

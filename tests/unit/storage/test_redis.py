@@ -12,7 +12,13 @@ import pytest
 import redis
 
 from kvfetcher.config import StoreConfig
-from kvfetcher.errors import ConfigError, StoreError, StoreTimeoutError, TransientStoreError
+from kvfetcher.errors import (
+    ConfigError,
+    StoreError,
+    StoreFullError,
+    StoreTimeoutError,
+    TransientStoreError,
+)
 from kvfetcher.storage import ByteRange, open_backend, open_store
 from kvfetcher.storage.redis import MAX_VALUE_BYTES, QUARANTINE_SECONDS
 from support.servers import RedisServer, make_certificates
@@ -255,6 +261,7 @@ async def test_a_server_without_memory_says_so(tmp_path):
         refused = [str(answer) for answer in answers if answer is not True]
         assert refused
         assert all("maxmemory, or the policy allkeys-lru" in text for text in refused)
+        assert {type(a) for a in answers if a is not True} == {StoreFullError}
         made = [i for i, answer in enumerate(answers) if answer is True]
         listed = [info.name async for info in store.list_prefix()]
         assert listed == [f"aa/{i}" for i in made]
@@ -350,3 +357,14 @@ def test_rubbish_instead_of_certificates_is_refused_at_once(tmp_path):
         config = StoreConfig(kind="redis", url="rediss://127.0.0.1", ca_file=str(path))
         with pytest.raises(ConfigError, match=r"store\.ca_file holds no PEM certificates"):
             open_backend(config)
+
+
+async def test_a_node_of_a_cluster_is_named(tmp_path):
+    """Its own words are `5511 127.0.0.1:17002`, and by chance a part of the keys works."""
+    with RedisServer(tmp_path, options=["--cluster-enabled", "yes"]) as server:
+        store = open_backend(config_of(server))
+        with pytest.raises(StoreError, match="Redis Cluster"):
+            await store.put("aa/1", b"x")
+        moved = store._error("put aa/1", redis.exceptions.MovedError("5511 127.0.0.1:17002"))
+        assert "node of a Redis Cluster (5511 127.0.0.1:17002)" in str(moved)
+        await store.close()

@@ -196,7 +196,7 @@ def _host(tensor: torch.Tensor) -> NDArray[Any]:
 
 
 def units_together(elements: int, free_bytes: int) -> int:
-    """How many units of so many elements go through in so much memory; one at least."""
+    """Number of units that fit into the memory at one time; at least one."""
     return max(1, free_bytes // (BYTES_PER_ELEMENT * elements))
 
 

@@ -364,7 +364,7 @@ def restore_columns(  # type: ignore[no-untyped-def]
     says which table of ``cosines`` and ``sines`` [tables, T, num_pairs] a pair uses, or -1 = not
     rotated; ``pair_offsets`` [2, pairs] the places of both columns within a block. Of `RUN` pairs that
     follow each other, from a multiple of it on, the tables are equal and the places follow each other,
-    too: stores are so many values wide.
+    too: each store writes `RUN` values.
     """
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

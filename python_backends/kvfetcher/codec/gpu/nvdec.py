@@ -431,7 +431,7 @@ def _checked_address(frame: Any, geometry: PlaneGeometry) -> int:
 
 
 def sample_shift(geometry: PlaneGeometry) -> int:
-    """NVDEC gives samples of more than 8 bits in the high bits of 16: so many bits up."""
+    """Number of bits by which NVDEC shifts samples up; more than 8 bits lie in the high bits of 16."""
     return 0 if geometry.bit_depth == 8 else 16 - geometry.bit_depth
 
 

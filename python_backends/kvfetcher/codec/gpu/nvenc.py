@@ -16,19 +16,16 @@ import subprocess
 import sys
 import threading
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvfetcher.codec.gpu.nvdec import has_driver, import_library
+from kvfetcher.codec.gpu.nvdec import import_library
 from kvfetcher.codec.video import VideoDecoder, checked_geometry, encode_planes
 from kvfetcher.errors import CodecError, EncoderUnavailableError
 
 if TYPE_CHECKING:
-    from kvfetcher.codec.base import PlaneEncoder
     from kvfetcher.format.pictures import Chroma, Integers, PlaneGeometry
-
-EncoderChoice = Literal["auto", "x265", "nvenc"]
 
 # Names of input surfaces. Samples of 10 bits lie in the high bits of 16, as NVDEC gives them.
 _SURFACES: dict[tuple[Chroma, int], str] = {
@@ -76,7 +73,7 @@ class NvencEncoder:
         gop: int = 1,
         fast: bool = False,
     ) -> list[bytes]:
-        """As `video.encode_planes`; `fast` matters to libx265 alone."""
+        """Encode as `video.encode_planes` does; `fast` matters to libx265 alone."""
         geometry = checked_geometry(planes, bit_depth=bit_depth, chroma=chroma)
         if not self.refusal(geometry):
             with self._lock:
@@ -159,36 +156,14 @@ class NvencEncoder:
         return units
 
 
-@dataclass(frozen=True, slots=True)
-class ChosenEncoder:
-    """What encodes on this machine."""
-
-    encode: PlaneEncoder
-    name: str
-    """"nvenc" or "x265"."""
-    reason: str
-    """Why it is not NVENC; empty where it is, or where nobody asked."""
-
-
-def choose_encoder(choice: EncoderChoice) -> ChosenEncoder:
-    """NVENC where this machine has it and it proves itself, else libx265.
-
-    Args:
-        choice: "x265"; "nvenc" = it must be usable; "auto" = NVENC where it is.
+def proven_encoder() -> NvencEncoder:
+    """NVENC, after its probe.
 
     Raises:
-        EncoderUnavailableError: NVENC is asked for and not usable.
+        EncoderUnavailableError: it is missing, fails, or changes samples.
     """
-    if choice == "x265" or (choice == "auto" and not has_driver()):
-        return ChosenEncoder(encode_planes, "x265", "")
-    try:
-        _probe_elsewhere()
-        return ChosenEncoder(NvencEncoder(), "nvenc", "")
-    except EncoderUnavailableError as exc:
-        if choice == "nvenc":
-            raise
-        _log.info("chunks are encoded by libx265 on all cores: %s", exc)
-        return ChosenEncoder(encode_planes, "x265", str(exc))
+    _probe_elsewhere()
+    return NvencEncoder()
 
 
 def probe() -> None:

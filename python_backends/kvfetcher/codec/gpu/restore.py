@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 MAX_SAMPLES = 32 << 20
 """Of one unit; larger ones are left to the CPU, so that memory stays bounded."""
 MAX_TABLES = 16
-"""Angle tables kept: of so many chunks (position, length)."""
+"""Number of chunks (position, length) whose angle tables are kept."""
 MAX_MATRICES = 1024
 """Inverse transforms kept; one calibration has one for each layer group and head group."""
 
@@ -84,7 +84,7 @@ class GpuPlanes:
 
     data: torch.Tensor
     shift: int
-    """Samples lie so many bits up."""
+    """Number of bits by which samples are shifted up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,7 @@ class _Inverse(NamedTuple):
     dims: NDArray[np.int64]
     """[n]."""
     num_bytes: int
-    """Of the matrices, without padding."""
+    """Size of the matrices, without padding."""
 
 
 class _RowTables(NamedTuple):
@@ -198,7 +198,7 @@ class _Integers(NamedTuple):
     parts: Sequence[Part]
     """Each transform's rows."""
     num_high: Sequence[int]
-    """Of each transform."""
+    """Number of rows that have a high part, in each transform."""
     sums: torch.Tensor
     """int64 [1]: the samples' digest but for the length."""
 
@@ -829,7 +829,7 @@ def _packed_arrays(plan: RestorePlan) -> tuple[NDArray[Any], ...]:
 
 
 def _num_bytes(unit: Unit, grid: RowGrid) -> int:
-    """Of the samples that the digest is of."""
+    """Size of the samples that the digest covers."""
     return grid.num_rows * grid.num_columns * unit.geometry.dtype.itemsize
 
 

@@ -28,7 +28,7 @@ EXACT_HALF = 2048
 TILE_ROWS = 32
 """Rows that one program unpacks: 32 bytes of a token where they are trailing."""
 RANK8 = 128
-"""Trailing coefficients that are multiplied at one time: their columns come in so many."""
+"""Number of trailing coefficients multiplied at one time; columns are padded to a multiple."""
 RANK_EXTRA = 16
 """Extra ones."""
 EXTRA_FACTOR = 256
@@ -60,7 +60,7 @@ class Part(NamedTuple):
 
     @property
     def num_columns(self) -> int:
-        """Of trailing rows, with padding."""
+        """Number of columns of the trailing rows, with padding."""
         return padded_trailing(self.num_trailing)
 
 
@@ -201,7 +201,7 @@ def plan_leading_rows(num_rows: int, bit_depth: int) -> RowPlan:
 
 
 def padded_trailing(num_trailing: int) -> int:
-    """Columns of so many trailing rows."""
+    """Number of columns of the trailing rows."""
     return -(-num_trailing // RANK8) * RANK8
 
 

@@ -47,7 +47,7 @@ class StreamFormat:
     """All that parameter sets say."""
 
     width: int
-    """Of a picture, in luma samples."""
+    """Width of a picture, in luma samples."""
     height: int
     bit_depth: int
     chroma: Chroma

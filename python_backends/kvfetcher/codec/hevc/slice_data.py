@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+_log = logging.getLogger(__name__)
+
 _END_OF_SLICE_SEGMENT = tables.TERMINATE << 1
 _END_OF_SUBSET = tables.TERMINATE << 1 | 1
 _FIRST_STATES = tables.first_states()
@@ -33,11 +36,16 @@ def compiled() -> Callable[..., Any]:
     """`encode_slice_data`, compiled at its first call for each type of samples, or read from cache."""
     folder = Path(__file__).parent
     sources = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
-    return _compiled(hashlib.sha256(sources).hexdigest())
+    digest = hashlib.sha256(sources).hexdigest()
+    try:
+        return _compiled(digest, is_cached=True)
+    except RuntimeError as exc:  # neither this folder nor the user's cache can be written to
+        _log.warning("the HEVC encoder is compiled anew in every process: %s", exc)
+        return _compiled(digest, is_cached=False)
 
 
-def _compiled(sources: str) -> Callable[..., Any]:
-    @numba.njit(nogil=True, cache=True)
+def _compiled(sources: str, *, is_cached: bool) -> Callable[..., Any]:
+    @numba.njit(nogil=True, cache=is_cached)
     def encode_slice_data(
         samples: NDArray[Any],
         planes: NDArray[Any],

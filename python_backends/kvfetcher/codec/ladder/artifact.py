@@ -96,7 +96,7 @@ class Calibration:
     roots: F32
     """[L, K, H, D, D] symmetric square roots of the Fisher matrices."""
     bases: Mapping[tuple[int, int], StoredBasis]
-    """By (layer group, head group)."""
+    """Bases by (layer group, head group)."""
     steps: Mapping[str, float]
     """Quantiser step of each profile of the ladder."""
     floor: float
@@ -200,7 +200,7 @@ class Calibration:
 
     @cached_property
     def inverse_bytes(self) -> int:
-        """Of the inverses of all components of every transform, in float32."""
+        """Size in float32 of the inverses of all components of every transform."""
         return sum(4 * (len(b.sigma) + 2) * len(b.mean) for b in self.bases.values())
 
     def _roots(self, key: tuple[int, int]) -> F32:

@@ -57,7 +57,7 @@ class SplitInverse(NamedTuple):
 
     @classmethod
     def split(cls, inverse: F32, mean: F32, *, num_leading: int) -> SplitInverse:
-        """From the inverse [m, n] in float32; ``num_leading`` rows stay as they are."""
+        """Split the inverse [m, n] in float32; the first ``num_leading`` rows stay as they are."""
         leading, rest = inverse[:num_leading], inverse[num_leading:]
         scale = scale_of_8_bits(np.abs(rest).max(axis=0, initial=0.0))
         trailing = np.rint(rest / scale).astype(np.int8)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAX_SHIFT = 8
-"""So that the low bits of an integer fit into a byte."""
+"""Largest number of low bits; they fit into a byte."""
 
 # A row keeps its whole integers up to a deviation of 4 steps: those are the rows that a reader may
 # multiply in 8 bits (`inverse.LEADING_STEPS`), so only rows in float32 ever have low bits.

@@ -215,7 +215,7 @@ class TransformProfile:
 def _joined(
     groups: Sequence[tuple[int, int]], ranks: Sequence[int], max_rows: int, max_layers: int
 ) -> list[tuple[int, int]]:
-    """Layer groups (first layer, layers), neighbours joined while they have so many rows and layers."""
+    """Layer groups (first layer, layers), neighbours joined up to the largest rows and layers."""
     joined: list[tuple[int, int]] = []
     rows_left = 0
     for (start, count), rank in zip(groups, ranks, strict=True):
@@ -240,7 +240,7 @@ class _Coded(NamedTuple):
 
 
 def _draw(integers: NDArray[np.int32], grid: RowGrid, source: UnitSource) -> _Coded:
-    """As H.265."""
+    """Lay integers out as H.265 pictures."""
     symbols = to_symbols(integers)
     depth = symbols.bit_depth
     planes = grid.place(symbols.samples, bit_depth=depth, padding=1 << (depth - 1))
@@ -285,7 +285,7 @@ class RestorePlan:
     """Its samples; None = they are in pictures."""
 
     def low_bits(self, num_tokens: int) -> Iterator[LowBits | None]:
-        """Of each transform."""
+        """Low bits of each transform."""
         if self.low_planes is None:
             return itertools.repeat(None, len(self.places))
         return (p.unpack(num_tokens) for p in split(self.low_planes, self.shifts))
@@ -400,7 +400,7 @@ class _Kind(NamedTuple):
     shifts: tuple[NDArray[np.uint8], ...]
     """Low bits of each transform's rows, where the unit has any."""
     low_bytes: int
-    """Of all low bits."""
+    """Size of all low bits."""
 
 
 @functools.lru_cache(maxsize=_MAX_KINDS)
@@ -436,11 +436,11 @@ class Place(NamedTuple):
     """One transform of a unit: what it covers."""
 
     number: int
-    """Of the layer group among the unit's."""
+    """Number of the layer group within the unit."""
     layer_group: int
     head_group: int
     layers: slice
-    """Of the unit's layers."""
+    """Its layers, counted within the unit."""
     heads: tuple[int, int]
 
     @property
@@ -488,7 +488,7 @@ class Layout:
     """
 
     grid: RowGrid
-    """Of packed rows, only the numbers of rows and columns count."""
+    """Places of the rows in the pictures; packed rows use only the number of rows and columns."""
     rows_per_head_group: int
     ranks: tuple[int, ...]
     is_packed: bool = False

@@ -84,13 +84,13 @@ def check_interface(api: Any) -> None:
         if not inspect.isclass(base):
             raise ConfigError(
                 f"{api.__name__} has no class {name}: this version of TensorRT-LLM has another KV"
-                " connector interface; use 1.2.x"
+                " connector interface; use 1.2.1 or later"
             )
         unknown = sorted(getattr(base, "__abstractmethods__", frozenset()) - known)
         if unknown:
             raise ConfigError(
                 f"{api.__name__}.{name} asks for {', '.join(unknown)}, which this build of KVFetcher"
-                " does not implement; use TensorRT-LLM 1.2.x or a newer KVFetcher"
+                " does not implement; use TensorRT-LLM 1.2.1 or a newer KVFetcher"
             )
 
 
@@ -112,12 +112,9 @@ def refusals(llm_args: Any) -> list[str]:
     found = []
     cache = getattr(llm_args, "kv_cache_config", None)
     scheduler = getattr(llm_args, "scheduler_config", None)
-    policy = _text(getattr(scheduler, "capacity_scheduler_policy", None))
-    if policy and policy.rpartition(".")[2] != _REQUIRED_POLICY:
-        found.append(
-            f"scheduler_config.capacity_scheduler_policy is {policy}, which may evict a request whose"
-            f" KV is being loaded; set {_REQUIRED_POLICY}"
-        )
+    if _get(cache, "use_kv_cache_manager_v2", False) not in (True, "auto"):
+        # The second manager has a policy of its own, whatever is set.
+        found += _policy_refusals(scheduler)
     if _get(cache, "enable_partial_reuse", False):
         found.append(
             "kv_cache_config.enable_partial_reuse is on, so prefixes end inside blocks; set it false"
@@ -141,12 +138,6 @@ def refusals(llm_args: Any) -> list[str]:
             f"kv_cache_config.max_attention_window is {min(windows)} and max_seq_len"
             f" {'not set' if longest is None else longest}: sequences longer than the window lose"
             " blocks; remove the window, or set max_seq_len to it at most"
-        )
-    # "auto" is the default of 1.3 and later: what it comes to is seen when the pool is registered.
-    if _get(cache, "use_kv_cache_manager_v2", False) is True:
-        found.append(
-            "kv_cache_config.use_kv_cache_manager_v2 is on, whose blocks lie in another layout; set"
-            " it false"
         )
     dtypes = (
         _text(_get(cache, "dtype", "")),
@@ -179,6 +170,23 @@ def refusals(llm_args: Any) -> list[str]:
     if _text(_get(llm_args, "backend", "pytorch")) not in ("pytorch", "", "None"):
         found.append(f"backend is {llm_args.backend!r}; the KV connector exists in `pytorch` only")
     return found
+
+
+def manager_refusals(llm_args: Any, *, is_v2: bool) -> list[str]:
+    """`refusals` that hang on which KV cache manager the engine has made; [] = none."""
+    scheduler = getattr(llm_args, "scheduler_config", None)
+    return [] if is_v2 else _policy_refusals(scheduler)
+
+
+def _policy_refusals(scheduler: Any) -> list[str]:
+    policy = _text(getattr(scheduler, "capacity_scheduler_policy", None))
+    if not policy or policy.rpartition(".")[2] == _REQUIRED_POLICY:
+        return []
+    reason = (
+        f"scheduler_config.capacity_scheduler_policy is {policy}, with which the first KV cache manager"
+        f" may evict a request whose KV is being loaded; set {_REQUIRED_POLICY}"
+    )
+    return [reason]
 
 
 def refuse_model(config: Any) -> None:

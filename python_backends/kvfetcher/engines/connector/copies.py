@@ -18,7 +18,7 @@ from kvfetcher.errors import LayoutError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from kvfetcher.engines.connector.pool import Layout, PagedPool
+    from kvfetcher.engines.connector.pool import Layout, PagedPool, PoolPart
     from kvfetcher.memory.arena import Arena
     from kvfetcher.spec import HeadRange, KVSpec
 
@@ -74,7 +74,7 @@ class BlockCopier:
     def load(
         self,
         arena_blocks: Sequence[int],
-        pool_blocks: Sequence[int],
+        pool_blocks: Sequence[Sequence[int]],
         *,
         layout: Layout,
         stream: Any = None,
@@ -83,23 +83,28 @@ class BlockCopier:
 
         Args:
             arena_blocks: sources.
-            pool_blocks: destinations; as many.
+            pool_blocks: destinations by layer group; as many in each.
             layout: of the pool.
             stream: torch's CUDA stream to enqueue on; None on a CPU.
         """
         # A pool that was made in inference mode takes writes in inference mode only, and the mode is
         # each thread's own.
         with torch.inference_mode(), _on(stream):
-            for source, target, count in runs(arena_blocks, pool_blocks, longest=self._max_run):
-                values = self._blocks[source : source + count]
-                if self._is_cuda:  # in one DMA; put in the pool's order there
-                    values = values.to(self._pool.device, non_blocking=True)
-                self._pool.blocks(target, count, layout).copy_(values)
+            for group, ids in enumerate(pool_blocks):
+                parts = self._parts(group)
+                for source, target, count in runs(arena_blocks, ids, longest=self._max_run):
+                    values = self._blocks[source : source + count]
+                    if self._is_cuda and len(pool_blocks) == 1:
+                        # In one DMA; put in the pool's order there.
+                        values = values.to(self._pool.device, non_blocking=True)
+                    for part in parts:
+                        into = self._pool.view(part, target, count, layout)
+                        into.copy_(values[:, part.layers, part.kinds], non_blocking=self._is_cuda)
             return self._mark(stream)
 
     def save(
         self,
-        pool_blocks: Sequence[int],
+        pool_blocks: Sequence[Sequence[int]],
         arena_blocks: Sequence[int],
         *,
         layout: Layout,
@@ -107,10 +112,17 @@ class BlockCopier:
     ) -> Done:
         """Copy pool blocks into arena blocks, one to one; see `load`."""
         with torch.inference_mode(), _on(stream):
-            for source, target, count in runs(pool_blocks, arena_blocks, longest=self._max_run):
-                values = self._pool.blocks(source, count, layout).contiguous()
-                self._blocks[target : target + count].copy_(values, non_blocking=self._is_cuda)
+            for group, ids in enumerate(pool_blocks):
+                parts = self._parts(group)
+                for source, target, count in runs(ids, arena_blocks, longest=self._max_run):
+                    into = self._blocks[target : target + count]
+                    for part in parts:
+                        values = self._pool.view(part, source, count, layout).contiguous()
+                        into[:, part.layers, part.kinds].copy_(values, non_blocking=self._is_cuda)
             return self._mark(stream)
+
+    def _parts(self, group: int) -> list[PoolPart]:
+        return [part for part in self._pool.parts if part.group == group]
 
     def side_stream(self, name: str, after: Any) -> Any:
         """A stream for copies beside the batch, behind the event `after`; None on a CPU."""

@@ -27,12 +27,12 @@ from kvfetcher.engines.connector import checks
 from kvfetcher.engines.connector.copies import BlockCopier
 from kvfetcher.engines.connector.link import OwnerLink
 from kvfetcher.engines.connector.messages import SOCKET_NAME
-from kvfetcher.engines.connector.pool import LAYOUTS, PagedPool
+from kvfetcher.engines.connector.pool import LAYOUTS, LayerGroupPool, PagedPool
 from kvfetcher.engines.connector.scheduler import ConnectorScheduler
 from kvfetcher.engines.connector.worker import ConnectorWorker
 from kvfetcher.errors import ConfigError
+from kvfetcher.memory.arena import Arena
 from kvfetcher.memory.control import run_dir
-from kvfetcher.memory.split_arena import attach_part
 from kvfetcher.spec import KVSpec, heads_of_rank
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     import torch
 
     from kvfetcher.engines.connector.messages import Message
-    from kvfetcher.memory.arena import Arena
 
 # Newest first: 1.3 moved the module, 1.1 and 1.2 have the old path.
 INTERFACES = (
@@ -85,7 +84,7 @@ def find_interface() -> Any:
         except ImportError as exc:
             reasons.append(f"{name}: {exc}")
     raise ConfigError(
-        "TensorRT-LLM's KV connector interface cannot be imported; it needs TensorRT-LLM 1.2.x, as in"
+        "TensorRT-LLM's KV connector interface cannot be imported; it needs TensorRT-LLM 1.2.1 or later, as in"
         f" the NGC images tritonserver:26.04 to 26.07-trtllm-python-py3 ({'; '.join(reasons)})"
     )
 
@@ -124,6 +123,11 @@ def bind(
                 async_load_tokens=link.welcome.async_load_tokens,
             )
             shared.listen("scheduler", self.core.receive)
+            shared.when_registered(self._begin)
+
+        def _begin(self, is_v2: bool) -> None:
+            base = api.KvCacheConnectorScheduler
+            self.core.begin(is_v2=is_v2, tells_cancelled=hasattr(base, "cancel_load"))
 
         def wait_for_initialization(self) -> None:
             """Nothing: the link is up once the object exists."""
@@ -136,14 +140,32 @@ def bind(
         def update_state_after_alloc(self, request: Any, block_ids: list[int]) -> None:
             self.core.update_state_after_alloc(request, block_ids)
 
+        def update_state_after_alloc_by_layer_group(
+            self, request: Any, block_ids_by_layer_group: list[list[int]]
+        ) -> None:
+            self.core.update_state_after_alloc_by_layer_group(request, block_ids_by_layer_group)
+
+        def cancel_load(self, request: Any, start: int, end: int) -> None:
+            self.core.cancel_load(request, start, end)
+
+        def request_reset(self, request: Any) -> None:
+            self.core.request_reset(request)
+
         def build_connector_meta(self, scheduler_output: Any) -> object:
             return self.core.build_connector_meta(scheduler_output)
 
         def request_finished(self, request: Any, cache_block_ids: list[int]) -> bool:
             return self.core.request_finished(request, cache_block_ids)
 
+        def request_finished_by_layer_group(
+            self, request: Any, cache_block_ids_by_layer_group: list[list[int]]
+        ) -> bool:
+            return self.core.request_finished_by_layer_group(
+                request, cache_block_ids_by_layer_group
+            )
+
         def close(self) -> None:
-            """For engines in one process; TensorRT-LLM just ends its processes."""
+            """Close the connection (engines in one process; TensorRT-LLM just ends its processes)."""
             shared.leave("scheduler")
 
     class KVFetcherWorker(api.KvCacheConnectorWorker):
@@ -164,29 +186,36 @@ def bind(
 
         def register_kv_caches(self, kv_cache_tensor: torch.Tensor) -> None:
             """Check the pool against the owner's facts. Raises: the engine must not start otherwise."""
+            if reasons := checks.manager_refusals(self._llm_args, is_v2=False):
+                raise ConfigError("; ".join(reasons))
+            text = f"{list(kv_cache_tensor.shape)} {kv_cache_tensor.dtype}"
+            self._register(PagedPool, kv_cache_tensor, is_v2=False, text=text)
+
+        def register_kv_cache_layout(self, layout: Any) -> None:
+            """What the second KV cache manager calls instead. Raises: the engine must not start."""
+            groups = [
+                f"layers {list(group.layer_ids)} in {len(group.regions)} regions of"
+                f" {[region.num_slots for region in group.regions]} blocks"
+                for group in layout.groups
+            ]
+            self._register(LayerGroupPool, layout, is_v2=True, text=f"V2, {'; '.join(groups)}")
+
+        def _register(
+            self, kind: Callable[..., PagedPool], memory: Any, *, is_v2: bool, text: str
+        ) -> None:
             welcome, (rank, num_ranks) = self._link.welcome, shared.place
             spec = KVSpec(**welcome.spec)
             heads = heads_of_rank(spec.num_kv_heads, rank=rank, num_ranks=num_ranks)
-            pool = PagedPool(
-                kv_cache_tensor, spec=spec, heads=heads, tokens_per_block=welcome.tokens_per_block
-            )
-            self._arena = attach_part(welcome.arena, generation=welcome.generation)
+            pool = kind(memory, spec=spec, heads=heads, tokens_per_block=welcome.tokens_per_block)
+            self._arena = Arena.attach(welcome.arena, generation=welcome.generation)
             copier = BlockCopier(self._arena, pool)
             facts = (
                 f"{_version_text(api)}\n{checks.interface_text(api)}\nrank {rank} of {num_ranks}: pool"
-                f" {list(kv_cache_tensor.shape)} {kv_cache_tensor.dtype} on"
-                f" {kv_cache_tensor.device}, KV heads {heads.start} to {heads.stop - 1}"
+                f" {text} on {pool.device}, KV heads {heads.start} to {heads.stop - 1}"
             )
             _log.info("KV connector: %s", facts)
+            shared.registered(is_v2)
             self.core.register(pool, copier, facts=facts)
-
-        def register_kv_cache_layout(self, layout: Any) -> None:
-            """What the second KV cache manager (1.4) calls instead. Raises: it is not supported."""
-            raise ConfigError(
-                "the engine's KV cache has the layout of TensorRT-LLM's second manager, which this"
-                " build of KVFetcher does not read; set kv_cache_config.use_kv_cache_manager_v2 to"
-                " false, or use TensorRT-LLM 1.2.x"
-            )
 
         def start_load_kv(self, stream: Any) -> None:
             self.core.start_load_kv(self.get_connector_meta(), stream)
@@ -206,7 +235,7 @@ def bind(
             return self.core.get_finished(finished_gen_req_ids, started_loading_req_ids)
 
         def close(self) -> None:
-            """For engines in one process; TensorRT-LLM just ends its processes."""
+            """Close the connection (engines in one process; TensorRT-LLM just ends its processes)."""
             self.core.close()
             shared.leave("worker")
             if self._arena is not None:
@@ -243,6 +272,8 @@ class _SharedLink:
         self._members: set[str] = set()
         self._listeners: dict[str, Callable[[Message], None]] = {}
         self._started = False
+        self._is_v2: bool | None = None
+        self._begin: Callable[[bool], None] | None = None
         self.place = RankPlace(0, 1)
 
     def join(self, name: str) -> OwnerLink:
@@ -266,6 +297,21 @@ class _SharedLink:
         if link is not None and not was_started:
             link.start(self._receive)
 
+    def when_registered(self, begin: Callable[[bool], None]) -> None:
+        """Call `begin` once the worker has its pool; with whether the second manager made it."""
+        with self._lock:
+            self._begin = begin
+            is_v2 = self._is_v2
+        if is_v2 is not None:
+            begin(is_v2)
+
+    def registered(self, is_v2: bool) -> None:
+        with self._lock:
+            self._is_v2 = is_v2
+            begin = self._begin
+        if begin is not None:
+            begin(is_v2)
+
     def leave(self, name: str) -> None:
         with self._lock:
             self._members.discard(name)
@@ -281,7 +327,7 @@ class _SharedLink:
 
 
 def _version_text(api: Any) -> str:
-    """Of the package that `api` is a part of."""
+    """Version of the package that `api` is a part of."""
     package = api.__name__.partition(".")[0]
     version = getattr(sys.modules.get(package), "__version__", "of unknown version")
     return f"{package} {version}"

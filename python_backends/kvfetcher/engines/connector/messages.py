@@ -50,14 +50,14 @@ class Welcome:
     """Path of the arena, or of its part, that holds this rank's heads."""
     generation: str
     spec: dict[str, Any]
-    """Of the whole model (`KVSpec.to_dict`)."""
+    """Geometry of the whole model (`KVSpec.to_dict`)."""
     tokens_per_block: int
     layout: str
     """"HND", "NHD", or "" = to be probed."""
     async_load_tokens: int
-    """Loads of at least so many tokens run beside the batch; 0 = never."""
+    """Loads of at least this number of tokens run beside the batch; 0 = never."""
     save_timeout_seconds: float
-    """A rank lets a finished request's blocks go when no `Room` came for so long."""
+    """Seconds after which a rank frees a finished request's blocks if no `Room` came."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +104,10 @@ class Room:
     KIND: ClassVar[str] = "room"
     key: str
     request_id: int
-    pool_blocks: tuple[int, ...]
-    """To be copied, in order."""
+    pool_blocks: tuple[tuple[int, ...], ...]
+    """To be copied, in order, by layer group (one but for managers that have several)."""
     arena_blocks: tuple[int, ...]
-    """Where to; as many. () = nothing is saved."""
+    """Where to; as many as each group has. () = nothing is saved."""
     probe: bool = False
 
 
@@ -118,12 +118,12 @@ class Ready:
     KIND: ClassVar[str] = "ready"
     num_pool_blocks: int
     facts: str
-    """For people: versions, shape, dtype, device."""
+    """Versions, shape, dtype and device, for people to read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Announced:
-    """From now on the engine's request will be recognised."""
+    """The engine's request will be recognised from now on."""
 
     KIND: ClassVar[str] = "announced"
     key: str
@@ -145,7 +145,7 @@ class Matched:
     KIND: ClassVar[str] = "matched"
     key: str
     num_computed_tokens: int
-    """The engine had so many in its own memory."""
+    """Number of tokens that the engine had in its own memory."""
     num_loaded_tokens: int
     """So many are taken from the lease; 0 = the lease is not needed (no `Copied` follows)."""
     reason: str
@@ -172,8 +172,8 @@ class Finished:
     """From position 0; 0 = nothing to save, the blocks are held for a running load alone."""
     token_ids: tuple[int, ...]
     """Generated ones, as far as they have KV."""
-    pool_blocks: tuple[int, ...]
-    """All of the request's, in order."""
+    pool_blocks: tuple[tuple[int, ...], ...]
+    """All of the request's, in order, by layer group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,17 +230,26 @@ def from_line(line: bytes) -> Message:
         data = json.loads(line)
         kind: Any = _KINDS[data.pop("kind")]
         hints = _HINTS[kind]
-        values = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
-        }
+        values = {name: _frozen(value) for name, value in data.items()}
         for name, value in values.items():
-            expected = typing.get_origin(hints[name]) or hints[name]
-            accepted = (int, float) if expected is float else (expected,)
-            if type(value) not in accepted:
-                raise TypeError(f"{name} is {type(value).__name__}")
-            if expected is tuple and not all(type(item) is int for item in value):
-                raise TypeError(f"{name} holds more than integers")
+            if not _is_a(value, hints[name]):
+                raise TypeError(f"{name} is no {hints[name]}")
         message: Message = kind(**values)
         return message
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
         raise RequestError(f"a connector line is no known message ({exc}): {line[:80]!r}") from exc
+
+
+def _frozen(value: Any) -> Any:
+    """JSON's lists as tuples, two levels deep."""
+    if not isinstance(value, list):
+        return value
+    return tuple(tuple(item) if isinstance(item, list) else item for item in value)
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint) or hint
+    if origin is tuple:
+        item = typing.get_args(hint)[0]
+        return type(value) is tuple and all(_is_a(part, item) for part in value)
+    return type(value) in ((int, float) if origin is float else (origin,))

@@ -67,7 +67,7 @@ class HubSettings:
     """Facts that the ranks are told, and limits of the owner."""
 
     spec: KVSpec
-    """Of the whole model."""
+    """Geometry of the whole model."""
     tokens_per_block: int
     chunk_tokens: int
     layout: str
@@ -76,7 +76,7 @@ class HubSettings:
     save_timeout_seconds: float
     save_generated: bool
     lease_ttl_seconds: float
-    """Of the room for saving."""
+    """Time to live of the blocks that are leased for saving."""
 
 
 @dataclass(slots=True)
@@ -222,7 +222,7 @@ class ConnectorHub:
         self._threads[0].start()
 
     def expect_end(self) -> None:
-        """From now on ranks that go are no fault: the engine is being closed."""
+        """Take ranks that go for no fault from now on: the engine is being closed."""
         with self._changed:
             self._is_ending = True
 
@@ -268,7 +268,7 @@ class ConnectorHub:
 
     @property
     def layouts(self) -> tuple[str, ...]:
-        """Of the pools by rank; "" where it is not known."""
+        """Layout of the pools by rank; "" if it is not known."""
         with self._changed:
             known = self._settings.layout
             return tuple(self._layouts.get(rank) or known for rank in range(self._num_ranks))
@@ -533,7 +533,7 @@ class ConnectorHub:
             return Room(
                 key=announce.key,
                 request_id=finished.request_id,
-                pool_blocks=finished.pool_blocks[:1],
+                pool_blocks=tuple(group[:1] for group in finished.pool_blocks),
                 arena_blocks=(),
                 probe=True,
             )
@@ -562,7 +562,10 @@ class ConnectorHub:
         return Room(
             key=announce.key,
             request_id=finished.request_id,
-            pool_blocks=finished.pool_blocks[first_block : end // settings.tokens_per_block],
+            pool_blocks=tuple(
+                group[first_block : end // settings.tokens_per_block]
+                for group in finished.pool_blocks
+            ),
             arena_blocks=handle._room.block_ids,
         )
 
@@ -674,7 +677,7 @@ class ConnectorHub:
 
 
 def _path_for(rank: int, num_ranks: int, arena: Arena) -> str:
-    """Of the part of `arena` that holds a rank's heads."""
+    """Path of the part of `arena` that holds a rank's heads."""
     heads = heads_of_rank(arena.spec.num_kv_heads, rank=rank, num_ranks=num_ranks)
     for part in arena.parts:
         if part.heads == heads:

@@ -150,6 +150,8 @@ class ConnectorWorker:
 
     def start_load_kv(self, metadata: object, stream: Any) -> None:
         """Run the loads of `metadata` unless they were run before (it stays bound when idle)."""
+        if metadata is None:
+            return  # some versions clear it where an iteration has none
         if not isinstance(metadata, Metadata):
             self.fatal("rank 0 could not say what to load; its log has the reason")
             return
@@ -162,7 +164,7 @@ class ConnectorWorker:
                 self._start(load, stream)
             except Exception as exc:  # noqa: BLE001  whatever it was, the tokens are promised
                 _log.exception("load of request %d failed", load.request_id)
-                self.fatal(f"a load of {len(load.pool_blocks)} blocks failed: {exc}")
+                self.fatal(f"a load of {len(load.arena_blocks)} blocks failed: {exc}")
 
     def wait_for_save(self, stream: Any) -> None:
         """Remember where the forward pass ends on its stream; saves start behind it."""
@@ -245,7 +247,7 @@ class ConnectorWorker:
             )
         except Exception as exc:  # noqa: BLE001  the engine waits for these blocks
             _log.exception("load of request %d failed", load.request_id)
-            self.fatal(f"a load of {len(load.pool_blocks)} blocks failed: {exc}")
+            self.fatal(f"a load of {len(load.arena_blocks)} blocks failed: {exc}")
             return
         self._finish_load(load, done)
 
@@ -253,9 +255,9 @@ class ConnectorWorker:
         try:
             done.wait()
         except Exception as exc:  # noqa: BLE001  CUDA failed behind the call
-            self.fatal(f"a load of {len(load.pool_blocks)} blocks failed: {exc}")
+            self.fatal(f"a load of {len(load.arena_blocks)} blocks failed: {exc}")
             return
-        self.counters.loaded_blocks += len(load.pool_blocks)
+        self.counters.loaded_blocks += len(load.arena_blocks)
         with self._lock:
             self._requests.loading.discard(load.request_id)
         self._sender.send(Copied(load.key))
@@ -314,7 +316,7 @@ class ConnectorWorker:
         self._copier.save(
             room.pool_blocks, room.arena_blocks, layout=self._layout, stream=stream
         ).wait()
-        self.counters.saved_blocks += len(room.pool_blocks)
+        self.counters.saved_blocks += len(room.arena_blocks)
 
     def _probe(self, room: Room) -> None:
         assert self._pool is not None
@@ -323,7 +325,7 @@ class ConnectorWorker:
         if side is not None:
             side.synchronize()
         layout = probe_layout(
-            self._pool.probe_values(room.pool_blocks[0]),
+            self._pool.probe_values(room.pool_blocks),
             num_heads=self._pool.heads.count,
             head_dim=self._pool.spec.head_dim,
         )

@@ -22,7 +22,7 @@ def forward(
         model: a causal language model.
         ids: [1, T] int64, on the model's device.
         cache: `transformers.Cache`; grows by T tokens.
-        num_logits: of the last so many tokens; 0 = all.
+        num_logits: number of last tokens whose logits are returned; 0 = all.
         inputs: more of the model's own, for example `position_ids`.
 
     Returns:

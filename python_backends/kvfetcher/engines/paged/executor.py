@@ -140,7 +140,7 @@ class Sink:
         raise NotImplementedError
 
     def measured(self, start: int, num_tokens: int, seconds: float) -> None:
-        """A part of a prompt, from position `start` on, took so long."""
+        """Learn how long a part of a prompt took, from position `start` on."""
 
 
 class PagedExecutor:
@@ -183,7 +183,7 @@ class PagedExecutor:
         self._started = _Async()
         self._pending = _Async()
         self._done_here = _Async()
-        worker.register_kv_caches(model.kv.pool)
+        self._register(worker)
         model.hook_layers(
             lambda index: worker.wait_for_layer_load(index, model.stream),
             lambda index: worker.save_kv_layer(index, model.stream),
@@ -230,11 +230,16 @@ class PagedExecutor:
             batch = self._start_batch(batch)
         if batch:
             ended = self._forward(batch)
-        # Also those whose load is under way: the connector must hold their blocks by itself.
-        ended += [request for request in self.requests.values() if request.cancelled]
-        for request in ended:
+        for request in ended + self._cancelled():
             self._finish(request)
         self._get_finished()
+
+    def _register(self, worker: KvCacheConnectorWorker) -> None:
+        worker.register_kv_caches(self.model.kv.pool)
+
+    def _cancelled(self) -> list[PagedRequest]:
+        """Also those whose load is under way: the connector must hold their blocks by itself."""
+        return [request for request in self.requests.values() if request.cancelled]
 
     def _take_input(self) -> None:
         taken = None
@@ -331,7 +336,7 @@ class PagedExecutor:
         return request if self.rules.tells_salt else _WithoutSalt(request)
 
     def _shared_blocks(self, found: int) -> int:
-        """Of `found` shared blocks so many that computing goes on at an end of a part."""
+        """Number of `found` blocks to use, so that computing goes on at the end of a part."""
         size, part = self.rules.tokens_per_block, self.rules.part_tokens
         return found * size // part * part // size
 

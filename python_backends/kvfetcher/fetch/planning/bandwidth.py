@@ -62,15 +62,15 @@ class LinkEstimate:
     """What is known of a link; rates are of all its transfers together."""
 
     bytes_per_second: float
-    """In the long run."""
+    """Rate in the long run."""
     recent_bytes_per_second: float
-    """Of late; 0 is possible where nothing comes any more."""
+    """Rate of late; 0 if nothing comes any more."""
     low_bytes_per_second: float
     """It was slower a fifth of the time."""
     high_bytes_per_second: float
     """It was faster a fifth of the time."""
     rtt_seconds: float
-    """From a request to its first byte."""
+    """Time from a request to its first byte."""
     num_transfers: int = 0
     """That the estimate rests on; 0 = it is the prior."""
     age_seconds: float = math.inf
@@ -123,7 +123,7 @@ class _Bucket:
 
     @property
     def seconds(self) -> float:
-        """Of the link's time.
+        """Seconds of the link's time that this stands for.
 
         While some are still to come, it is not known whether the link served them meanwhile: it was
         something from the shares of those that ended (after the first of two that share evenly, and
@@ -144,7 +144,7 @@ class _Bucket:
 
 
 class _Summary(NamedTuple):
-    """Of the buckets, until one changes; bytes per second."""
+    """What the buckets say, until one changes; bytes per second."""
 
     rate: float
     low: float
@@ -167,7 +167,7 @@ class LinkEstimator:
         Args:
             prior_bytes_per_second: rate to assume before the first transfer.
             prior_rtt_seconds: round trip to assume before the first small transfer.
-            half_life_seconds: what was seen counts half after so much busy time of the link.
+            half_life_seconds: busy time of the link after which an observation counts half.
         """
         self._prior_rate = prior_bytes_per_second
         self._prior_rtt = prior_rtt_seconds

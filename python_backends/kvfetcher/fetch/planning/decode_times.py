@@ -50,7 +50,7 @@ class DecodePoint:
     bits_per_sample: float
     """Bits of bitstream per luma or chroma sample, 4:4:4."""
     latency_seconds: float
-    """From a picture's packet to its planes, on an idle warm decoder."""
+    """Time from a picture's packet to its planes, on an idle warm decoder."""
     alone_seconds: float
     """Per picture, back to back, while the other decoders rest."""
     busy_seconds: float
@@ -75,7 +75,7 @@ class DecodeTable:
     """Decode times of one machine's decoders."""
 
     device: str
-    """Of what, for people: the GPU's or the CPU's name."""
+    """Name of the GPU or CPU that was measured, for people to read."""
     decoder: str
     """``nvdec`` or ``cpu``."""
     num_decoders: int
@@ -104,7 +104,7 @@ class DecodeTable:
             object.__setattr__(self, f"_{name}", curve)
 
     def latency_seconds(self, load: float, *, num_pictures: int = 1) -> float:
-        """From a unit's packets to its planes on an idle decoder.
+        """Time from a unit's packets to its planes on an idle decoder.
 
         Args:
             load: of one picture, `picture_load`.
@@ -128,13 +128,13 @@ class DecodeTable:
         return alone + (busy - alone) * share
 
     def restore_seconds_per_unit(self, num_elements: int) -> float:
-        """So often the restoring processes together end units of so many elements; 0 = not known."""
+        """Seconds between two units that the restoring processes end together; 0 = not known."""
         if not self.restore_unit_seconds:
             return 0.0
         return self.restore_unit_seconds + self.restore_seconds(num_elements)
 
     def restore_seconds(self, num_elements: int) -> float:
-        """Planes to values of so many KV elements, in one process."""
+        """Seconds from planes to the values of a number of KV elements, in one process."""
         return num_elements / self.restore_elements_per_second
 
     def to_json(self) -> str:
@@ -170,9 +170,9 @@ class Factors(NamedTuple):
     """Real times over the table's."""
 
     latency: float = 1.0
-    """Of a unit with a decoder to itself."""
+    """Factor for a unit that has a decoder to itself."""
     decode: float = 1.0
-    """Of units back to back, while all decoders work."""
+    """Factor for units back to back, while all decoders work."""
     restore: float = 1.0
 
 
@@ -192,7 +192,7 @@ class DecodeCorrection:
         return math.exp(self._log_factor)
 
     def observe(self, predicted_seconds: float, actual_seconds: float) -> None:
-        """A unit was predicted and took so long; one outlier moves the factor little."""
+        """Learn from a unit's predicted and actual time; one outlier moves the factor little."""
         if predicted_seconds <= 0 or actual_seconds <= 0:
             return
         limit = math.log(_MAX_CORRECTION)

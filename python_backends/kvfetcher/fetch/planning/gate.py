@@ -45,7 +45,7 @@ class Decision:
 
     @property
     def predicted_seconds(self) -> float:
-        """To the first token, by what was decided."""
+        """Predicted time to the first token, by what was decided."""
         if self.num_chunks:
             return self.predicted_with_fetch_seconds
         return self.predicted_compute_seconds
@@ -60,7 +60,7 @@ class Prompt:
     prefill: PrefillModel
 
     def compute_seconds(self, num_chunks: int) -> float:
-        """To compute what follows the first `num_chunks` chunks."""
+        """Seconds to compute what follows the first `num_chunks` chunks."""
         return self.prefill.seconds(num_chunks * self.chunk_tokens, self.num_tokens)
 
 
@@ -97,7 +97,7 @@ def decide(
 
 
 def join(num_chunks: int, prompt: Prompt, *, left_seconds: float) -> Decision:
-    """What is predicted for one who joins a fetch of `num_chunks` chunks that ends in so long."""
+    """The decision to join a fetch of `num_chunks` chunks that ends in `left_seconds`."""
     finish = [left_seconds] * num_chunks
     return _decision("joined", num_chunks, finish, prompt, _deadline(num_chunks, prompt))
 

@@ -20,7 +20,7 @@ class Waiting:
 
     request_id: int
     tenant: str
-    """Whose it is (`cache_salt`)."""
+    """The tenant that it belongs to (`cache_salt`)."""
     arrived_seconds: float
     fetch_seconds: float
     """Predicted, alone."""
@@ -39,7 +39,7 @@ def next_requests(
     Args:
         waiting: in any order.
         now: on the clock of `arrived_seconds`.
-        num_slots: at most so many.
+        num_slots: largest number of slots.
         served_seconds: by tenant, see `charge`; a tenant that is missing has had nothing.
         ageing: seconds of a fetch's length that one second of waiting makes up for; above 0.
     """

@@ -21,9 +21,9 @@ class ChunkCost:
 
     num_bytes: int
     decode_seconds: float
-    """Of all decoders together: if there are n, they take an n-th of it."""
+    """Decode time summed over decoders: n of them take an n-th of it."""
     tail_seconds: float
-    """From the last unit's last byte to its planes, on an idle decoder."""
+    """Time from the last unit's last byte to its planes, on an idle decoder."""
     restore_seconds: float
 
 

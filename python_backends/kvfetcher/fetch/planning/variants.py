@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _FRAME_SIZE = re.compile(r"([1-9][0-9]*)x([1-9][0-9]*)")
 _SAMPLES_PER_PIXEL = 3
-# The stage that is not the bottleneck now may become it: its time counts so much.
+# The stage that is not the bottleneck now may become it: its time counts with this weight.
 _OTHER_STAGE = 0.05
 # A raw unit costs the link several times what it spares the decoders, and is not taken back. What it
 # would lose were the link to fall to this part of its rate, to its low rate, or as deep as it fell
@@ -63,9 +63,9 @@ class UnitOption:
     num_layers: int
     num_bytes: int
     decode_seconds: float
-    """Of one decoder while all work."""
+    """Time of one decoder while all work."""
     latency_seconds: float
-    """From the unit's last byte to its planes on an idle decoder."""
+    """Time from the unit's last byte to its planes on an idle decoder."""
     restore_seconds: float
     restore_interval_seconds: float = 0.0
     """Of all restoring processes while they all work; 0 = not known, never the bottleneck."""
@@ -153,13 +153,13 @@ class Ahead(NamedTuple):
 
     num_bytes: float
     decode_seconds: float
-    """Of one decoder."""
+    """Time of one decoder."""
     unit_seconds: float
     """Decoding of its last unit while all decoders work; 0 where there is none."""
     latency_seconds: float
-    """Of its last unit, on an idle decoder; 0 where there is none."""
+    """Latency of its last unit on an idle decoder; 0 if there is none."""
     restore_seconds: float = 0.0
-    """Of all restoring processes."""
+    """Time of all restoring processes."""
 
 
 NOTHING_AHEAD = Ahead(0.0, 0.0, 0.0, 0.0)
@@ -398,7 +398,7 @@ class UnitWalk:
         return Plan(bound, _plus(rest, self._behind[self._chunk][then]))
 
     def _sums_behind(self) -> list[dict[str, Ahead]]:
-        """For each chunk, by variant, all chunks behind it.
+        """What all chunks behind each chunk cost, by variant.
 
         Where a chunk lacks a variant, the one of its own that decodes quickest stands in.
         """
@@ -456,7 +456,7 @@ def _totals(chunk: ChunkOptions) -> dict[str, Ahead]:
 
 
 def _by_start(chunk: ChunkOptions) -> dict[int, dict[str, UnitOption]]:
-    """By the layer that units start with, by variant."""
+    """Units by the layer that they start with, then by variant."""
     found: dict[int, dict[str, UnitOption]] = {}
     for option in chunk:
         found.setdefault(option.layer_start, {})[option.variant] = option

@@ -5,14 +5,13 @@ No machine at hand has NVENC: what these tests cannot show is that the real libr
 
 from __future__ import annotations
 
-import importlib.util
-
 import numpy as np
 import pytest
 
+from kvfetcher.codec.encoders import choose_encoder
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.gpu import nvdec, nvenc
-from kvfetcher.codec.gpu.nvenc import NvencEncoder, choose_encoder
+from kvfetcher.codec.gpu.nvenc import NvencEncoder
 from kvfetcher.codec.profiles import decode_unit, encode_chunk, restore_unit
 from kvfetcher.codec.video import VideoDecoder, checked_geometry, encode_planes
 from kvfetcher.errors import CodecError, EncoderUnavailableError
@@ -184,22 +183,11 @@ def test_the_probe_passes_what_is_right_and_refuses_what_is_not(with_library, ca
     assert "did not code" in capsys.readouterr().err
 
 
-def test_without_a_driver_libx265_encodes_and_nvenc_cannot_be_asked_for():
+def test_without_a_driver_nvenc_cannot_be_asked_for():
     if nvdec.has_driver():
         pytest.skip("this machine has a driver: not tested")
-    chosen = choose_encoder("auto")
-    assert (chosen.name, chosen.encode) == ("x265", encode_planes)
     with pytest.raises(EncoderUnavailableError, match=r"libcuda\.so\.1"):
         choose_encoder("nvenc")
-
-
-def test_a_driver_without_nvenc_is_libx265_with_the_reason(monkeypatch):
-    if importlib.util.find_spec("PyNvVideoCodec") is not None:
-        pytest.skip("this machine has PyNvVideoCodec: not tested")
-    monkeypatch.setattr(nvenc, "has_driver", lambda: True)
-    chosen = choose_encoder("auto")
-    assert chosen.name == "x265"
-    assert "NVENC is not usable" in chosen.reason
 
 
 def test_a_probe_that_crashes_or_hangs_is_an_error(monkeypatch, tmp_path):

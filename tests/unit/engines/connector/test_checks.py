@@ -41,6 +41,8 @@ def scheduler(policy):
         arguments(cache={"max_attention_window": [4096, 4096]}, max_seq_len=4096),
         arguments(cache={"use_kv_cache_manager_v2": False}),
         arguments(cache={"use_kv_cache_manager_v2": "auto"}),
+        arguments(cache={"use_kv_cache_manager_v2": True}),
+        arguments(cache={"use_kv_cache_manager_v2": "auto"}, **scheduler("MAX_UTILIZATION")),
         arguments(**scheduler("GUARANTEED_NO_EVICT")),
         arguments(**scheduler(Policy.GUARANTEED_NO_EVICT)),
         arguments(**scheduler(Numbered.GUARANTEED_NO_EVICT)),
@@ -70,7 +72,6 @@ def test_what_may_run(given):
             arguments(cache={"max_attention_window": [512, 512]}, max_seq_len=513),
             "is 512 and max_seq_len 513",
         ),
-        (arguments(cache={"use_kv_cache_manager_v2": True}), "use_kv_cache_manager_v2 is on"),
         (arguments(cache={"dtype": "nvfp4"}), "NVFP4"),
         (arguments(quant_config=SimpleNamespace(kv_cache_quant_algo="NVFP4")), "NVFP4"),
         (
@@ -106,10 +107,11 @@ def test_both_classes_refuse_before_they_ask_for_the_owner(name, tmp_path):
         getattr(classes, name)(arguments(max_beam_width=2))
 
 
-def test_layout_of_the_second_manager_is_refused_by_name(tmp_path):
-    worker = trtllm_connector.bind(contract, socket_path=tmp_path / "nobody").worker
-    with pytest.raises(ConfigError, match="use_kv_cache_manager_v2"):
-        worker.register_kv_cache_layout(SimpleNamespace(), object())
+def test_policy_of_auto_is_judged_by_the_manager_that_it_came_to():
+    given = arguments(cache={"use_kv_cache_manager_v2": "auto"}, **scheduler("MAX_UTILIZATION"))
+    assert checks.manager_refusals(given, is_v2=True) == []
+    (found,) = checks.manager_refusals(given, is_v2=False)
+    assert "capacity_scheduler_policy is MAX_UTILIZATION" in found
 
 
 class TestInterface:

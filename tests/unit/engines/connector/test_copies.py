@@ -33,18 +33,23 @@ def pool_of(heads=HeadRange(2, 4), spec=SPEC, tokens=4):  # noqa: B008  frozen
     return PagedPool(tensor, spec=spec, heads=heads, tokens_per_block=tokens)
 
 
+def block_of(pool, block, layout):
+    """[L, K, H, T, D] of a pool of one part."""
+    return pool.view(pool.parts[0], block, 1, layout)[0]
+
+
 @pytest.mark.parametrize("layout", ["HND", "NHD"])
 def test_a_ranks_blocks_travel_both_ways(arena, layout):
     pool = pool_of()
     copier = BlockCopier(arena, pool)
     before = arena.blocks.copy()
-    copier.load((3, 1), (0, 5), layout=layout).wait()
+    copier.load((3, 1), ((0, 5),), layout=layout).wait()
     for block, source in ((0, 3), (5, 1)):
         np.testing.assert_array_equal(
-            pool.block(block, layout).numpy().view(np.uint16), before[source]
+            block_of(pool, block, layout).numpy().view(np.uint16), before[source]
         )
-    assert not pool.block(1, layout).any()
-    copier.save((0, 5), (6, 7), layout=layout).wait()
+    assert not block_of(pool, 1, layout).any()
+    copier.save(((0, 5),), (6, 7), layout=layout).wait()
     np.testing.assert_array_equal(arena.blocks[[6, 7]], before[[3, 1]])
     np.testing.assert_array_equal(arena.blocks[:6], before[:6])
     copier.close()
@@ -56,12 +61,12 @@ def test_any_blocks_travel_to_any_others(arena, layout):
     pool = pool_of()
     copier = BlockCopier(arena, pool)
     before = arena.blocks.copy()
-    copier.load((3, 4, 5, 1, 0, 2), (0, 1, 2, 3, 5, 4), layout=layout).wait()
+    copier.load((3, 4, 5, 1, 0, 2), ((0, 1, 2, 3, 5, 4),), layout=layout).wait()
     for block, source in enumerate((3, 4, 5, 1, 2, 0)):
         np.testing.assert_array_equal(
-            pool.block(block, layout).numpy().view(np.uint16), before[source]
+            block_of(pool, block, layout).numpy().view(np.uint16), before[source]
         )
-    copier.save((4, 5, 0, 2), (6, 7, 9, 8), layout=layout).wait()
+    copier.save(((4, 5, 0, 2),), (6, 7, 9, 8), layout=layout).wait()
     np.testing.assert_array_equal(arena.blocks[[6, 7, 9, 8]], before[[2, 0, 3, 5]])
     np.testing.assert_array_equal(arena.blocks[:6], before[:6])
     copier.close()
@@ -99,8 +104,8 @@ def test_pool_made_in_inference_mode_is_filled_by_other_threads(arena):
 
     def run():
         try:
-            copier.load((3,), (0,), layout="NHD").wait()
-            copier.save((0,), (6,), layout="NHD").wait()
+            copier.load((3,), ((0,),), layout="NHD").wait()
+            copier.save(((0,),), (6,), layout="NHD").wait()
         except RuntimeError as exc:
             faults.append(exc)
 

@@ -306,7 +306,7 @@ class TestOneRequest:
         return owner.leases.usage()["free"] == owner.arena.num_blocks
 
     def finished(self, key, *, held=20, pinned=True, generated=()):
-        return Finished(key, 7, pinned, held, tuple(generated), tuple(range(10)))
+        return Finished(key, 7, pinned, held, tuple(generated), (tuple(range(10)),))
 
     def test_lease_is_held_until_it_is_copied(self, owner, rank):
         handle = announce(owner, lease=owner.lease(8), save=False)
@@ -339,7 +339,7 @@ class TestOneRequest:
         handle = announce(owner)
         rank.link.send(self.finished(handle.announce.key, held=25, generated=range(50, 55)))
         (room,) = rank.hears(Room)
-        assert room.pool_blocks == tuple(range(6))  # 24 tokens of 4 a block
+        assert room.pool_blocks == (tuple(range(6)),)  # 24 tokens of 4 a block
         rank.link.send(Saved(room.key, ok=True))
         ticket = handle.ticket.result(5)
         assert ticket.token_ids == (*PROMPT, 50, 51, 52, 53)

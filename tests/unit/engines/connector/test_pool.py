@@ -1,9 +1,11 @@
 """The engine's pool as the connector sees it, and what it refuses."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from kvfetcher.engines.connector.pool import PagedPool, probe_layout
+from kvfetcher.engines.connector.pool import LayerGroupPool, PagedPool, probe_layout
 from kvfetcher.errors import LayoutError
 from kvfetcher.spec import HeadRange, KVSpec
 
@@ -18,8 +20,10 @@ def pool_of(shape=(6, 2, 2, 2 * 4 * 8), dtype=torch.bfloat16, spec=SPEC, **optio
 @pytest.mark.parametrize("layout", ["HND", "NHD"])
 def test_block_is_a_view_in_canonical_order(layout):
     pool = pool_of()
-    pool.block(3, layout)[1, 0, 1, 2, 5] = 7  # layer 1, K, head 1, token 2, dim 5
-    flat = pool.tensor.view(torch.int16)[3, 1, 0]
+    pool.view(pool.parts[0], 3, 1, layout)[0, 1, 0, 1, 2, 5] = (
+        7  # layer 1, K, head 1, token 2, dim 5
+    )
+    flat = pool.parts[0].bits[3, 1, 0]
     expected = (1 * 4 + 2) * 8 + 5 if layout == "HND" else (2 * 2 + 1) * 8 + 5
     assert flat.nonzero().tolist() == [[expected]]
 
@@ -53,7 +57,7 @@ def test_pool_that_is_no_one_piece_is_refused():
 def test_fp8_pool_may_be_typed_as_bytes():
     spec = KVSpec(2, 4, 8, dtype="float8_e4m3fn")
     for dtype in (torch.uint8, torch.float8_e4m3fn):
-        assert pool_of(dtype=dtype, spec=spec).block(0, "HND").dtype == torch.uint8
+        assert pool_of(dtype=dtype, spec=spec).parts[0].bits.dtype == torch.uint8
 
 
 def block_of_equal_tokens(layout, heads, tokens, noise=0.0):
@@ -105,3 +109,91 @@ def test_one_head_or_one_token_has_one_order():
     assert probe_layout(torch.randn(2, 8 * 8), num_heads=8, head_dim=8) == "HND"
     assert pool_of(heads=HeadRange(1, 2), shape=(6, 2, 2, 32)).has_one_order
     assert not pool_of().has_one_order
+
+
+ALL = [(layer, role) for layer in (0, 1) for role in ("key", "value")]
+
+
+def layout_of(*groups, tokens=4, **fields):
+    """A `KvCacheLayout`; each group is a list of regions, each a list of (layer, role)."""
+    buffer_bytes = 2 * 4 * 8 * 2  # 2 heads, 4 tokens, 8 dims of 2 bytes
+
+    def region(buffers, size=None):
+        memory = torch.zeros((6, len(buffers) * buffer_bytes), dtype=torch.uint8)
+        return SimpleNamespace(
+            size=size or memory.shape[1],
+            num_slots=6,
+            buffers=[
+                SimpleNamespace(layer_id=layer, role=role, expansion=fields.get("expansion", 1))
+                for layer, role in buffers
+            ],
+            as_tensor=lambda: memory,
+        )
+
+    return SimpleNamespace(
+        tokens_per_block=tokens,
+        groups=[
+            SimpleNamespace(
+                layer_group_id=i,
+                window_size=fields.get("window"),
+                regions=[region(buffers, fields.get("size")) for buffers in group],
+                replicated_regions=fields.get("replicated", ()),
+            )
+            for i, group in enumerate(groups)
+        ],
+    )
+
+
+def grouped(layout):
+    return LayerGroupPool(layout, spec=SPEC, heads=HeadRange(0, 2), tokens_per_block=4)
+
+
+@pytest.mark.parametrize(
+    ("groups", "parts"),
+    [
+        ([[ALL]], [(0, slice(0, 2), slice(0, 2))]),
+        ([[ALL[:2]], [ALL[2:]]], [(0, slice(0, 1), slice(0, 2)), (1, slice(1, 2), slice(0, 2))]),
+        (
+            [[ALL[2:], [ALL[1], ALL[0]]]],
+            [
+                (0, slice(0, 1), slice(0, 1)),
+                (0, slice(0, 1), slice(1, 2)),
+                (0, slice(1, 2), slice(0, 2)),
+            ],
+        ),
+    ],
+)
+def test_regions_of_any_order_are_taken_apart(groups, parts):
+    pool = grouped(layout_of(*groups))
+    assert [(p.group, p.layers, p.kinds) for p in pool.parts] == parts
+    assert (pool.num_groups, pool.num_blocks) == (len(groups), 6)
+    for index, part in enumerate(pool.parts):
+        pool.view(part, 2, 1, "NHD")[:] = index + 1
+    probe = pool.probe_values([[2]] * len(groups))
+    assert probe.shape == (2, 2 * 4 * 8)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (layout_of([ALL], tokens=8), "hold 8 tokens; set engine.tokens_per_block"),
+        (layout_of([ALL], window=512), "a window of 512 tokens only"),
+        (layout_of([ALL], replicated=(1,)), "data beside K and V"),
+        (layout_of([ALL], expansion=2), "expansion 2"),
+        (layout_of([ALL], size=100), "has 100 bytes a block for 4 buffers"),
+        (layout_of([ALL[:3]]), "3 buffers of K and V, expected both of 2 layers"),
+        (layout_of([ALL + ALL[:1]]), "5 buffers of K and V"),
+        (layout_of([[*ALL, (1, "index_key")]]), "a buffer 'index_key' of layer 1"),
+    ],
+)
+def test_layouts_of_anything_else_are_refused(layout, message):
+    with pytest.raises(LayoutError, match=message):
+        grouped(layout)
+
+
+@pytest.mark.parametrize(("first", "count"), [(-1, 1), (6, 1), (5, 2)])
+def test_blocks_without_memory_are_never_indexed(first, count):
+    """-1 would be the last block: another request's."""
+    pool = grouped(layout_of([ALL]))
+    with pytest.raises(LayoutError, match="gave KV blocks"):
+        pool.view(pool.parts[0], first, count, "HND")

@@ -16,7 +16,7 @@ from kvfetcher.engines.connector.messages import (
     Withdraw,
     Withdrawn,
 )
-from kvfetcher.engines.connector.scheduler import ConnectorScheduler, usable_tokens
+from kvfetcher.engines.connector.scheduler import ConnectorScheduler, Failed, usable_tokens
 from kvfetcher.memory.leases import tokens_digest
 
 BLOCK = 8
@@ -124,7 +124,7 @@ def test_load_covers_what_the_engine_lacks(scheduler, outbox):
     meta = scheduler.build_connector_meta(output(data(position=16, number=6)))
     (load,) = meta.loads
     assert load.arena_blocks == tuple(range(42, 48))
-    assert load.pool_blocks == tuple(range(2, 8))
+    assert load.pool_blocks == (tuple(range(2, 8)),)
     assert scheduler.build_connector_meta(output()).loads == ()
     assert scheduler.build_connector_meta(output()).sequence == meta.sequence + 2
 
@@ -239,7 +239,7 @@ def test_replay_before_the_load_is_offered_again_and_after_it_is_not(scheduler):
     assert scheduler.get_num_new_matched_tokens(Request(), 0) == (64, False)
     assert scheduler.get_num_new_matched_tokens(Request(), 0) == (64, False)
     scheduler.update_state_after_alloc(Request(), list(range(10, 19)))
-    assert scheduler.build_connector_meta(output(data())).loads[0].pool_blocks[0] == 10
+    assert scheduler.build_connector_meta(output(data())).loads[0].pool_blocks[0][0] == 10
     assert scheduler.get_num_new_matched_tokens(Request(), 0) == (0, False)
 
 
@@ -304,5 +304,81 @@ def test_batch_that_cannot_be_read_costs_saves_and_no_loads(scheduler, outbox):
 def test_offer_without_blocks_is_no_metadata_at_all(scheduler):
     scheduler.receive(announce())
     scheduler.get_num_new_matched_tokens(Request(), 0)
-    assert scheduler.build_connector_meta(output(data())) is None
+    assert scheduler.build_connector_meta(output(data())) == Failed()
     assert scheduler.counters.faults == 1
+
+
+class TestSecondManager:
+    """What it may do between the offer and the batch."""
+
+    @pytest.fixture
+    def v2(self, scheduler):
+        scheduler.begin(is_v2=True, tells_cancelled=True)
+        scheduler.receive(announce())
+        assert scheduler.get_num_new_matched_tokens(Request(), 0) == (64, False)
+        return scheduler
+
+    def test_blocks_without_memory_end_the_engine_instead_of_being_indexed(self, v2):
+        v2.update_state_after_alloc_by_layer_group(
+            Request(), [list(range(9)), [1, 2, -1, *range(6)]]
+        )
+        assert v2.build_connector_meta(output(data())) == Failed()
+
+    def test_a_request_is_saved_up_to_its_first_block_without_memory(self, v2, outbox):
+        v2.update_state_after_alloc_by_layer_group(Request(), [list(range(9)), list(range(9))])
+        v2.build_connector_meta(output(data()))
+        blocks = [list(range(9)), [0, 1, 2, 3, 4, -1, 6, 7, 8]]
+        assert v2.request_finished_by_layer_group(Request(), blocks)
+        assert outbox.of(Finished)[0].tokens_with_kv == 40
+
+    @pytest.mark.parametrize(
+        ("cancelled", "blocks"),
+        [
+            ((32, 64), (10, 11, 12, 13)),
+            ((30, 64), (10, 11, 12)),
+            ((0, 16), (12, 13, 14, 15, 16, 17)),
+            ((0, 17), (13, 14, 15, 16, 17)),
+            ((0, 64), ()),
+            ((0, 200), ()),
+        ],
+    )
+    @pytest.mark.parametrize("is_late", [False, True])
+    def test_what_is_cancelled_is_not_loaded(self, v2, outbox, cancelled, blocks, is_late):
+        if not is_late:
+            v2.cancel_load(Request(), *cancelled)
+        v2.update_state_after_alloc(Request(), list(range(10, 19)))
+        if is_late:
+            v2.cancel_load(Request(), *cancelled)
+        meta = v2.build_connector_meta(output(data()))
+        assert [load.pool_blocks for load in meta.loads] == ([(blocks,)] if blocks else [])
+        if not blocks:
+            assert outbox.of(Matched)[-1].num_loaded_tokens == 0
+
+    def test_what_is_cancelled_too_late_is_loaded_all_the_same(self, v2):
+        v2.update_state_after_alloc(Request(), list(range(9)))
+        assert v2.build_connector_meta(output(data())).loads
+        v2.cancel_load(Request(), 0, 64)
+        assert v2.counters.cancelled_tokens == 0
+
+    def test_an_offer_without_room_is_loaded_as_far_as_there_are_blocks(self, v2):
+        v2.update_state_after_alloc(Request(), [7, 8, 9])
+        assert v2.build_connector_meta(output(data())).loads[0].pool_blocks == ((7, 8, 9),)
+
+    def test_a_request_that_was_reset_is_offered_its_prefix_again(self, v2):
+        v2.update_state_after_alloc(Request(), list(range(9)))
+        v2.request_reset(Request())
+        assert v2.build_connector_meta(output()).loads == ()
+        assert v2.get_num_new_matched_tokens(Request(), 0) == (64, False)
+        v2.update_state_after_alloc(Request(), list(range(20, 29)))
+        assert v2.build_connector_meta(output(data())).loads[0].pool_blocks[0][0] == 20
+
+    @pytest.mark.parametrize("is_first", [False, True])
+    def test_a_request_that_rests_ends_when_nobody_waits_for_it(self, v2, outbox, is_first):
+        if is_first:
+            v2.receive(Withdraw("k"))
+        v2.request_reset(Request())
+        if not is_first:
+            assert not outbox.of(Finished)
+            v2.receive(Withdraw("k"))
+        assert outbox.of(Matched)[-1].num_loaded_tokens == 0
+        assert outbox.of(Finished) == [Finished("k", 1, False, 0, (), ())]

@@ -9,7 +9,7 @@ import torch
 
 from kvfetcher.engines.connector import worker as worker_module
 from kvfetcher.engines.connector.messages import Copied, Probed, Ready, Room, Saved
-from kvfetcher.engines.connector.scheduler import Load, Metadata
+from kvfetcher.engines.connector.scheduler import Failed, Load, Metadata
 from kvfetcher.engines.connector.worker import ConnectorWorker, abort_process
 
 
@@ -103,11 +103,11 @@ def rig(rig_of):
 
 
 def load(request_id=1, *, is_async=False):
-    return Load(request_id, f"k{request_id}", (4, 5), (0, 1), is_async)
+    return Load(request_id, f"k{request_id}", (4, 5), ((0, 1),), is_async)
 
 
 def room(request_id=1, *, blocks=(3,), probe=False):
-    return Room(f"k{request_id}", request_id, blocks, blocks, probe)
+    return Room(f"k{request_id}", request_id, (blocks,), blocks, probe)
 
 
 def settle(rig, finished=(), loading=()):
@@ -129,7 +129,7 @@ def test_metadata_is_executed_once(rig):
     for _ in range(3):
         rig.worker.start_load_kv(Metadata(1, (load(),)), None)
     rig.worker.start_load_kv(Metadata(2), None)
-    assert rig.copier.copies == [("load", (4, 5), (0, 1))]
+    assert rig.copier.copies == [("load", (4, 5), ((0, 1),))]
     assert rig.worker.counters.stale_metadata == 2
     assert rig.outbox.wait(Copied) == [Copied("k1")]
     assert rig.worker.get_finished([], []) == ([], [])
@@ -168,7 +168,7 @@ def test_save_waits_for_both_the_room_and_the_engine(rig, room_first):
         assert rig.worker.get_finished([1], []) == ([], [])
         rig.worker.receive(room())
         assert settle(rig) == ([1], [])
-    assert rig.copier.copies == [("save", (3,), (3,))]
+    assert rig.copier.copies == [("save", ((3,),), (3,))]
     assert rig.outbox.wait(Saved) == [Saved("k1", ok=True)]
     assert rig.worker.get_finished([], []) == ([], [])
 
@@ -267,7 +267,7 @@ def test_without_a_mark_nothing_is_saved_until_the_next_one(rig, caplog):
     rig.worker.wait_for_save(None)
     rig.worker.receive(room(2))
     assert settle(rig, finished=[2]) == ([2], [])
-    assert rig.copier.copies == [("save", (3,), (3,))]
+    assert rig.copier.copies == [("save", ((3,),), (3,))]
     assert not rig.fatal
 
 
@@ -276,8 +276,13 @@ def test_fault_in_get_finished_ends_the_engine(rig):
     assert "what is loaded and saved is not known" in rig.fatal[0]
 
 
-def test_metadata_that_is_none_ends_the_engine(rig):
+def test_metadata_that_is_cleared_is_nothing_to_do(rig):
     rig.worker.start_load_kv(None, None)
+    assert not rig.fatal
+
+
+def test_metadata_that_failed_ends_the_engine(rig):
+    rig.worker.start_load_kv(Failed(), None)
     assert "rank 0 could not say" in rig.fatal[0]
 
 
