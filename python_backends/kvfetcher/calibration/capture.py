@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from kvfetcher.codec.ladder.rope import LayerRope, Rope, unrotate_keys
 from kvfetcher.engines.hf.model_call import forward
 from kvfetcher.errors import ConfigError, EngineError
+from kvfetcher.models.geometry import cache_geometry
 from kvfetcher.models.identity import refuse_changing_rope
 from kvfetcher.spec import KVSpec
 
@@ -71,6 +72,11 @@ class CaptureModel:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         except (OSError, ValueError, KeyError) as exc:
             raise EngineError(f"model folder {folder} cannot be loaded: {exc}") from exc
+        if cache_geometry(model.config, "bfloat16").is_latent:
+            raise ConfigError(
+                f"model type {model.config.model_type!r} keeps one latent per token (MLA); the profiles"
+                " that are calibrated transform K and V: use `exact` for this model"
+            )
         return cls(model.to(device), tokenizer)
 
     @property

@@ -126,6 +126,7 @@ def _host_checks(config: Config) -> Iterator[Check]:
     from kvfetcher.launcher.installation import find_installation
     from kvfetcher.launcher.ports import check_ports
     from kvfetcher.models.folders import prepared_folder
+    from kvfetcher.models.geometry import refuse_folder
 
     free, total = host.shared_memory_bytes(SHARED_MEMORY)
     checks: dict[str, Callable[[], Check]] = {
@@ -134,7 +135,7 @@ def _host_checks(config: Config) -> Iterator[Check]:
             config, free_bytes=free, total_bytes=total
         ),
         "ports": lambda: host.check_free_ports(config, check=lambda: check_ports(config.server)),
-        "model": lambda: host.check_model(config, find=prepared_folder),
+        "model": lambda: host.check_model(config, find=prepared_folder, refuse=refuse_folder),
         "calibration": lambda: _check_calibration(config),
     }
     for name, run in checks.items():

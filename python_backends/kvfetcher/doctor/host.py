@@ -161,12 +161,18 @@ def check_mps(
     return Check("MPS", "ok", detail)
 
 
-def check_model(config: Config, *, find: Callable[[str], Path | None]) -> Check:
-    """The engine's model: there, or to be fetched.
+def check_model(
+    config: Config,
+    *,
+    find: Callable[[str], Path | None],
+    refuse: Callable[[Path], None] = lambda _: None,
+) -> Check:
+    """The engine's model: there, or to be fetched; and of a family that can be served.
 
     Args:
         config: names the model.
         find: the folder of a model by name or path; None = a built-in one that is not here yet.
+        refuse: raises where the engine cannot serve the model of a folder (`models.geometry`).
     """
     name = config.engine.model
     try:
@@ -177,6 +183,13 @@ def check_model(config: Config, *, find: Callable[[str], Path | None]) -> Check:
         return Check(
             "model", "warn", f"{name} is fetched at the first start", "run `kvfetcher prepare` now"
         )
+    if config.engine.kind != "tensorrt_llm":  # which has checks of its own
+        try:
+            refuse(folder)
+        except KVFetcherError as exc:
+            return Check(
+                "model", "fail", str(exc), "choose a model that docs/models.md lists as yes"
+            )
     return Check("model", "ok", f"{name}: {folder}")
 
 

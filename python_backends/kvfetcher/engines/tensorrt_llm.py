@@ -28,11 +28,12 @@ from kvfetcher.engines.connector import checks
 from kvfetcher.engines.connector import entry as trtllm_connector
 from kvfetcher.engines.tokens import PRIOR_TOKENS_PER_SECOND, TokenStep
 from kvfetcher.errors import ConfigError, EngineError, RequestError
+from kvfetcher.models.geometry import cache_geometry
 from kvfetcher.models.identity import config_rope_facts, rope_text, tokenizer_digest, weights_digest
 from kvfetcher.models.limits import max_positions
 from kvfetcher.models.tokenizer import check_tokenizer, end_token_ids
 from kvfetcher.prefill_rate import PrefillEstimator
-from kvfetcher.spec import KVSpec, ModelIdentity, heads_of_rank
+from kvfetcher.spec import ModelIdentity, heads_of_rank
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from kvfetcher.config import Config
     from kvfetcher.engines.base import FinishReason, SamplingParams
     from kvfetcher.prefill_rate import PrefillModel
-    from kvfetcher.spec import KVDtype, RopeFacts
+    from kvfetcher.spec import KVDtype, KVSpec, RopeFacts
 
 CONNECTOR = {
     "connector_module": "kvfetcher.trtllm_connector",
@@ -264,7 +265,7 @@ def read_model(
     for part in (whole, model):
         checks.refuse_model(part)
     try:
-        spec = _spec_of(model, config.engine.kv_dtype)
+        spec = cache_geometry(model, config.engine.kv_dtype).spec
         vocab_size, longest = int(model.vocab_size), max_positions(model)
     except (AttributeError, TypeError) as exc:
         raise ConfigError(
@@ -534,24 +535,6 @@ def end_process(reason: str) -> None:
     """
     _log.critical("%s; the model's process ends, so that it is started again", reason)
     os._exit(1)
-
-
-def _spec_of(model: Any, kv_dtype: KVDtype) -> KVSpec:
-    if latent := getattr(model, "kv_lora_rank", None):  # MLA: one latent vector per token
-        return KVSpec(
-            num_layers=model.num_hidden_layers,
-            num_kv_heads=1,
-            head_dim=latent + model.qk_rope_head_dim,
-            kv_factor=1,
-            dtype=kv_dtype,
-        )
-    heads = model.num_attention_heads
-    return KVSpec(
-        num_layers=model.num_hidden_layers,
-        num_kv_heads=getattr(model, "num_key_value_heads", None) or heads,
-        head_dim=getattr(model, "head_dim", None) or model.hidden_size // heads,
-        dtype=kv_dtype,
-    )
 
 
 def _compute_dtype(arguments: LlmArguments, *configs: Any) -> str:

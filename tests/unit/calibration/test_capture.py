@@ -8,6 +8,7 @@ import transformers
 from kvfetcher.calibration.capture import CaptureModel
 from kvfetcher.codec.ladder.rope import unrotate_keys
 from kvfetcher.errors import ConfigError, EngineError
+from support.tiny_models import write_family
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
@@ -54,6 +55,28 @@ VARIANTS = {
     "GPT-NeoX": (config("GPTNeoX", HALF), "half", [2] * 4, 1),
     "two bases": (config("Gemma3Text", head_dim=8, **HYBRID), "half", [4] * 4, 1),
     "some not rotated": (config("SmolLM3", no_rope_layers=[1, 0, 1, 0]), "half", [4, 0, 4, 0], 1),
+    "norm on K": (config("Qwen3", head_dim=8, num_key_value_heads=2), "half", [4] * 4, 1),
+    "soft caps": (config("Gemma2", head_dim=8, **HYBRID), "half", [4] * 4, 1),
+    "chunks": (
+        config(
+            "Llama4Text",
+            head_dim=8,
+            num_key_value_heads=2,
+            num_local_experts=2,
+            intermediate_size_mlp=64,
+            attention_chunk_size=16,
+            no_rope_layers=[1, 1, 1, 0],
+        ),
+        "interleaved",
+        [4, 4, 4, 0],
+        1,
+    ),
+    "experts": (
+        config("Mixtral", head_dim=8, num_key_value_heads=2, num_local_experts=4),
+        "half",
+        [4] * 4,
+        1,
+    ),
     "full ones not rotated": (config("Cohere2", **HYBRID), "interleaved", [4, 4, 4, 0], 1),
 }
 
@@ -101,6 +124,19 @@ def test_tables_are_the_models_own():
 def test_rotation_that_changes_with_the_length_is_refused(rope):
     with pytest.raises(EngineError, match="K depend on the total length"):
         build(config("Llama", rope)).measure_rope()
+
+
+def test_sinks_are_refused_since_they_make_keys_of_equal_tokens_differ():
+    model = build(
+        config("GptOss", yarn(), head_dim=8, num_key_value_heads=2, num_local_experts=4, **HYBRID)
+    )
+    with pytest.raises(ConfigError, match="use `exact` for this model"):
+        model.measure_rope()
+
+
+def test_a_latent_cache_is_refused_by_name(tmp_path):
+    with pytest.raises(ConfigError, match=r"one latent per token .MLA.* use `exact`"):
+        CaptureModel.load(write_family(tmp_path, "deepseek-v3-mla"))
 
 
 def test_learned_positions_are_refused():

@@ -13,8 +13,10 @@ from kvfetcher.doctor.check import Check, guarded
 from kvfetcher.errors import ConfigError, EngineError, ServerError
 from kvfetcher.launcher.installation import Installation
 from kvfetcher.models.folders import prepared_folder
+from kvfetcher.models.geometry import refuse_folder
 from kvfetcher.spec import KVSpec
 from support.calibrations import certify, make_calibration
+from support.tiny_models import write_family
 
 GOOD = {
     "numpy": "1.26.4", "tritonclient": "2.73.0", "av": "18.1.0", "zstandard": "0.25.0", "isal": "1.9.1",
@@ -143,6 +145,14 @@ def test_a_taken_port_warns():
 
 def test_a_model_is_there_or_fetched_or_wrong(tmp_path):
     assert host.check_model(config(), find=lambda _: tmp_path).status == "ok"
+    write_family(tmp_path / "mamba", "mamba2")
+    found = {"find": lambda _: tmp_path / "mamba", "refuse": refuse_folder}
+    check = host.check_model(config(), **found)
+    assert check.status == "fail"
+    assert "recurrent layers" in check.detail
+    write_family(tmp_path / "mla", "deepseek-v3-mla")
+    found["find"] = lambda _: tmp_path / "mla"
+    assert host.check_model(config(), **found).status == "ok"
     check = host.check_model(config(), find=lambda _: None)
     assert (check.status, check.remedy) == ("warn", "run `kvfetcher prepare` now")
     wrong = host.check_model(config(engine={"model": "absent"}), find=prepared_folder)

@@ -11,23 +11,11 @@ import re
 from typing import Any
 
 from kvfetcher.errors import ConfigError
+from kvfetcher.models.geometry import STATE_FIELDS
 
 MIN_VERSION = (1, 2, 1)
 
 _REQUIRED_POLICY = "GUARANTEED_NO_EVICT"
-
-# Of the configurations of models with recurrent layers, by the families that have them.
-_RECURRENT = (
-    "hybrid_override_pattern",
-    "mamba_num_heads",
-    "mamba_n_heads",
-    "mamba_d_state",
-    "ssm_cfg",
-    "state_size",
-    "attn_layer_period",
-    "layers_block_type",
-    "block_types",
-)
 
 # Abstract methods of both classes over all versions that this connector was written for.
 _KNOWN_ABSTRACT = {
@@ -199,7 +187,7 @@ def refuse_model(config: Any) -> None:
         ConfigError: recurrent or mixed layers.
     """
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    mixed = any(getattr(config, name, None) for name in _RECURRENT)
+    mixed = any(getattr(config, name, None) for name in STATE_FIELDS)
     if mixed or not kinds <= {"full_attention"}:
         raise ConfigError(
             f"model type {getattr(config, 'model_type', '?')!r} has layers of kinds {sorted(kinds)}"

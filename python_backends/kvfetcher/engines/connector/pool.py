@@ -237,17 +237,16 @@ def probe_layout(values: torch.Tensor, *, num_heads: int, head_dim: int) -> Layo
     or two heads where K and V are looked for.
 
     Args:
-        values: [2, heads * tokens * head_dim] float: K, V.
+        values: [2, heads * tokens * head_dim] float: K, V (of MLA one latent of one head).
         num_heads: of this rank; with one head (or one token) the orders are the same.
         head_dim: dims of one head.
 
     Returns:
         The layout; None where neither or both fit, so that the values prove nothing.
     """
-    keys, rows = values.view(2, -1, head_dim)
-    tokens = rows.shape[0] // num_heads
-    if num_heads == 1 or tokens == 1:
+    if num_heads == 1 or values.shape[1] == num_heads * head_dim:
         return "HND"
+    keys, rows = values.view(2, -1, head_dim)
     if not bool(values.isfinite().all()) or not bool(rows.any()):
         return None
     fits: list[Layout] = [

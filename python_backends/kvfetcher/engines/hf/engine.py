@@ -488,6 +488,7 @@ class TorchEngine:
             capacity=capacity,
             compute_dtype=self._loaded.compute_dtype,
             device=self._loaded.device,
+            part_dims=self._loaded.part_dims,
         )
 
     def _forward(self, token_ids: list[int], cache: SequenceCache) -> torch.Tensor:

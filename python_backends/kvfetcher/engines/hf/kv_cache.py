@@ -32,8 +32,34 @@ def kv_torch_dtype(spec: KVSpec) -> torch.dtype:
     return dtype
 
 
+def check_parts(
+    keys: torch.Tensor, values: torch.Tensor, key_states: torch.Tensor, value_states: torch.Tensor
+) -> None:
+    """Refuse what a model hands to its cache if it is not what its configuration says.
+
+    Args:
+        keys: [1, H, any, D] as expected.
+        values: as `keys`; of MLA the rotated part.
+        key_states: [1, H, n, D] as handed over.
+        value_states: as `key_states`.
+
+    Raises:
+        ValueError: heads or widths differ.
+    """
+    expected = [(part.shape[1], part.shape[-1]) for part in (keys, values)]
+    found = [(part.shape[1], part.shape[-1]) for part in (key_states, value_states)]
+    if found != expected:
+        raise ValueError(
+            f"its layers keep two tensors of {found} (heads, width) per token where its"
+            f" configuration means {expected}: KVFetcher does not know this kind of cache"
+        )
+
+
 class RoundingLayer(CacheLayerMixin):
-    """One layer: preallocated keys and values [1, H, capacity, D]; grows by `update`."""
+    """One layer: preallocated keys and values [1, H, capacity, D]; grows by `update`.
+
+    Of MLA they are the latent and the rotated part, each with a width of its own.
+    """
 
     is_compileable = False
     is_sliding = False
@@ -43,14 +69,15 @@ class RoundingLayer(CacheLayerMixin):
         self,
         spec: KVSpec,
         *,
+        part_dims: tuple[int, int],
         capacity: int,
         compute_dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         super().__init__()
-        shape = (1, spec.num_kv_heads, capacity, spec.head_dim)
-        self.keys = torch.empty(shape, dtype=compute_dtype, device=device)
-        self.values = torch.empty(shape, dtype=compute_dtype, device=device)
+        shape = (1, spec.num_kv_heads, capacity)
+        self.keys = torch.empty((*shape, part_dims[0]), dtype=compute_dtype, device=device)
+        self.values = torch.empty((*shape, part_dims[1]), dtype=compute_dtype, device=device)
         self.length = 0
         self.is_initialized = True
         self._kv_dtype = kv_torch_dtype(spec)
@@ -66,6 +93,7 @@ class RoundingLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append [1, H, n, D]; returns all keys and values up to now (views)."""
+        check_parts(self.keys, self.values, key_states, value_states)
         end = self.length + key_states.shape[-2]
         self.keys[:, :, self.length : end] = self._round(key_states)
         self.values[:, :, self.length : end] = self._round(value_states)
@@ -91,7 +119,9 @@ class SequenceCache:
     """All layers of one request's cache. Used by the engine's thread only.
 
     Args:
-        spec: geometry and KV dtype; kv_factor 2.
+        spec: geometry and KV dtype.
+        part_dims: widths of the two tensors of a layer (`models.geometry.CacheGeometry`); None = K
+            and V of head_dim each.
         capacity: tokens at most.
         compute_dtype: what the model computes in.
         device: where the model is.
@@ -104,11 +134,19 @@ class SequenceCache:
         capacity: int,
         compute_dtype: torch.dtype,
         device: torch.device,
+        part_dims: tuple[int, int] | None = None,
     ) -> None:
         self.spec = spec
+        self._part_dims = part_dims or (spec.head_dim, spec.head_dim)
         self.capacity = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
         self._layers = [
-            RoundingLayer(spec, capacity=self.capacity, compute_dtype=compute_dtype, device=device)
+            RoundingLayer(
+                spec,
+                part_dims=self._part_dims,
+                capacity=self.capacity,
+                compute_dtype=compute_dtype,
+                device=device,
+            )
             for _ in range(spec.num_layers)
         ]
         self.for_model = Cache(layers=list(self._layers))
@@ -141,7 +179,7 @@ class SequenceCache:
             LayoutError: shape or dtype differ from the spec, or there is no room.
         """
         start, spec = self.length, self.spec
-        expected = (spec.num_layers, 2, spec.num_kv_heads, spec.head_dim)
+        expected = (spec.num_layers, spec.kv_factor, spec.num_kv_heads, spec.head_dim)
         shape = values.shape
         is_tensor = isinstance(values, torch.Tensor)
         wanted = _bits_dtype(spec) if is_tensor else storage_dtype(spec)
@@ -156,8 +194,9 @@ class SequenceCache:
         found = values if is_tensor else torch.from_numpy(np.ascontiguousarray(values))
         tensor = found.view(kv_torch_dtype(spec))
         for layer, part in zip(self._layers, tensor, strict=True):
-            layer.keys[0, :, start:end] = part[0]
-            layer.values[0, :, start:end] = part[1]
+            keys, values_ = split_parts(part, self._part_dims)
+            layer.keys[0, :, start:end] = keys
+            layer.values[0, :, start:end] = values_
             layer.length = end
 
     def export(self, start: int, end: int) -> NDArray[Any]:
@@ -177,13 +216,26 @@ class SequenceCache:
         if not 0 <= start < end <= self.length:
             raise LayoutError(f"tokens [{start}, {end}) are not in a cache of {self.length}")
         spec, dtype = self.spec, kv_torch_dtype(self.spec)
-        shape = (spec.num_layers, 2, spec.num_kv_heads, end - start, spec.head_dim)
+        shape = (
+            spec.num_layers, spec.kv_factor, spec.num_kv_heads, end - start, spec.head_dim
+        )  # fmt: skip
         values = torch.empty(shape, dtype=dtype, device=self._layers[0].keys.device)
         for index, layer in enumerate(self._layers):
             # Exact: the values were rounded to this type when they were written.
-            values[index, 0] = layer.keys[0, :, start:end].to(dtype)
-            values[index, 1] = layer.values[0, :, start:end].to(dtype)
+            keys, rest = split_parts(values[index], self._part_dims)
+            keys[...] = layer.keys[0, :, start:end].to(dtype)
+            rest[...] = layer.values[0, :, start:end].to(dtype)
         return values.view(_bits_dtype(spec))
+
+
+def split_parts(
+    values: torch.Tensor, part_dims: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two tensors of a layer, views of its values [K, H, T, D]: K and V, or MLA's two parts."""
+    if values.shape[0] == 2:
+        return values[0], values[1]
+    latent, rotated = values[0].split(part_dims, dim=-1)
+    return latent, rotated
 
 
 def _bits_dtype(spec: KVSpec) -> torch.dtype:

@@ -10,6 +10,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kvfetcher.errors import ConfigError, EngineError
+from kvfetcher.models.geometry import cache_geometry
 from kvfetcher.models.identity import rope_facts, rope_text, tokenizer_digest, weights_digest
 from kvfetcher.models.limits import max_positions
 from kvfetcher.models.tokenizer import check_tokenizer, end_token_ids
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kvfetcher.spec import RopeFacts
-
-_ATTENTION = "sdpa"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +33,8 @@ class LoadedModel:
     device: torch.device
     compute_dtype: torch.dtype
     spec: KVSpec
+    part_dims: tuple[int, int]
+    """Widths of the two tensors that a layer hands to its cache (`models.geometry`)."""
     identity: ModelIdentity
     rope: RopeFacts
     eos_ids: tuple[int, ...]
@@ -74,13 +75,19 @@ def load_model(folder: Path, *, device: str, kv_dtype: KVDtype) -> LoadedModel:
     transformers.utils.logging.disable_progress_bar()
     weights = weights_digest(folder)
     try:
-        _refuse_unsupported(AutoConfig.from_pretrained(folder, local_files_only=True))
+        declared = AutoConfig.from_pretrained(folder, local_files_only=True)
+        text = declared.get_text_config()
+        cache_geometry(
+            text, kv_dtype
+        )  # what cannot be served is refused before its weights are read
+        rope_text(text)
+        attention = _attention_of(declared)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         check_tokenizer(tokenizer, folder)
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            attn_implementation=_ATTENTION,
+            attn_implementation=attention,
             local_files_only=True,
             use_safetensors=True,
         )
@@ -90,20 +97,15 @@ def load_model(folder: Path, *, device: str, kv_dtype: KVDtype) -> LoadedModel:
         raise EngineError(f"the model in {folder} changed while it was loaded; start again")
     model = model.eval().to(chosen)
     config = model.config
-    heads = config.num_attention_heads
-    spec = KVSpec(
-        num_layers=config.num_hidden_layers,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        dtype=kv_dtype,
-    )
+    geometry = cache_geometry(config, kv_dtype)
+    spec = geometry.spec
     rope = rope_text(config)
     identity = ModelIdentity(
         weights=weights,
         tokenizer=tokenizer_digest(folder),
         lora="",
         rope=rope,
-        compute=f"{str(dtype).removeprefix('torch.')} {_ATTENTION}, KV rounded to nearest even",
+        compute=f"{str(dtype).removeprefix('torch.')} {attention}, KV rounded to nearest even",
         spec=spec,
     )
     return LoadedModel(
@@ -113,6 +115,7 @@ def load_model(folder: Path, *, device: str, kv_dtype: KVDtype) -> LoadedModel:
         device=chosen,
         compute_dtype=dtype,
         spec=spec,
+        part_dims=geometry.part_dims,
         identity=identity,
         rope=rope_facts(model, num_layers=spec.num_layers, head_dim=spec.head_dim),
         eos_ids=end_token_ids(
@@ -123,16 +126,10 @@ def load_model(folder: Path, *, device: str, kv_dtype: KVDtype) -> LoadedModel:
     )
 
 
-def _refuse_unsupported(config: Any) -> None:
-    """Raise EngineError where one cache of all tokens in all layers would be wrong.
-
-    Sliding-window layers are fine: the cache keeps every token and the mask hides the old ones.
-    """
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if not kinds <= {"full_attention", "sliding_attention"}:
-        raise EngineError(
-            f"model type {config.model_type!r} has layers of kinds {sorted(kinds)}; the torch"
-            " engine serves softmax attention only (full, or with a sliding window)"
-        )
-    if config.is_encoder_decoder or not hasattr(config, "num_attention_heads"):
+def _attention_of(config: Any) -> str:
+    """Torch's fused attention where the model has it, else transformers' own (soft caps, sinks)."""
+    known = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) not in known:
         raise EngineError(f"model type {config.model_type!r} is not a decoder-only language model")
+    model = known[type(config)]
+    return "sdpa" if model._supports_sdpa else "eager"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvfetcher.engines.hf.kv_cache import kv_torch_dtype
+from kvfetcher.engines.hf.kv_cache import check_parts, kv_torch_dtype
 from kvfetcher.engines.hf.model_call import forward
 from kvfetcher.errors import EngineError
 from kvfetcher.spec import heads_of_rank
@@ -37,6 +37,7 @@ class PagedKV:
         layout: order inside a block.
         compute_dtype: what attention computes in.
         device: where the model is.
+        part_dims: widths of the two tensors of a layer (`models.geometry.CacheGeometry`).
     """
 
     def __init__(
@@ -49,8 +50,12 @@ class PagedKV:
         layout: Layout,
         compute_dtype: torch.dtype,
         device: torch.device,
+        part_dims: tuple[int, int],
     ) -> None:
+        self._part_dims = part_dims
+        self._expected = [torch.empty((1, heads.count, 0, dim)) for dim in part_dims]
         self._dtype = kv_torch_dtype(spec)
+        self._is_latent = spec.kv_factor == 1
         self._tokens_per_block = tokens_per_block
         self._compute_dtype = compute_dtype
         flat = heads.count * tokens_per_block * spec.head_dim
@@ -83,10 +88,16 @@ class PagedKV:
         self, layer: int, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write [1, H, n, D] behind the current position; returns all up to there, [1, H, T, D]."""
+        check_parts(self._expected[0], self._expected[1], keys, values)
         end = self._start + keys.shape[-2]
         positions = torch.arange(self._start, end, device=self.pool.device)
         blocks = self._blocks[positions // self._tokens_per_block]
         slots = positions % self._tokens_per_block
+        if self._is_latent:  # side by side in one vector
+            both = torch.cat((keys, values), dim=-1)
+            self._by_token[blocks, layer, 0, slots] = self._round(both[0].transpose(0, 1))
+            latent, rotated = self._gather(layer, 0, end).split(self._part_dims, dim=-1)
+            return latent.contiguous(), rotated.contiguous()
         for kind, states in enumerate((keys, values)):
             self._by_token[blocks, layer, kind, slots] = self._round(states[0].transpose(0, 1))
         return self._gather(layer, 0, end), self._gather(layer, 1, end)
@@ -170,6 +181,7 @@ class PagedModel:
             layout=layout,
             compute_dtype=loaded.compute_dtype,
             device=loaded.device,
+            part_dims=loaded.part_dims,
         )
         if ranks.size > 1:
             _keep_heads(loaded, heads, ranks)
