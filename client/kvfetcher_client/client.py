@@ -127,7 +127,7 @@ class Client:
         return self._stream(request)
 
     def warm(self, prompt: str | Sequence[int], *, cache_salt: str = "") -> KVReport:
-        """Have the server bring the stored chunks of a prompt near; nothing is generated.
+        """Have the server copy the stored chunks of a prompt into its tier; nothing is generated.
 
         Args:
             prompt: text, or the token ids of the server's tokenizer.

@@ -62,7 +62,7 @@ _STATUS = re.compile(rf"\b({'|'.join(_BY_STATUS)}): ")
 
 
 def from_message(url: str, message: str) -> KVFetcherError:
-    """The exception that says what an error told in a stream means to the caller.
+    """The exception for an error that a stream reported as text.
 
     Example:
         >>> from_message("127.0.0.1:8001", "INVALID_ARG: max_tokens must be >= 1")
@@ -76,7 +76,7 @@ def from_message(url: str, message: str) -> KVFetcherError:
 
 
 def from_rpc_error(url: str, error: grpc.RpcError, *, timeout_seconds: float) -> KVFetcherError:
-    """The exception that says what a broken stream means to the caller."""
+    """The exception for a stream that broke."""
     status, details = error.code(), error.details() or ""
     if status is grpc.StatusCode.DEADLINE_EXCEEDED:
         return ResponseTimeoutError(

@@ -92,7 +92,7 @@ def encode_planes(
 
 
 def x265_params(geometry: PlaneGeometry, *, gop: int, fast: bool) -> str:
-    """What x265 is told, as key=value joined by colons; the arguments are `encode_planes`'s.
+    """Parameters for x265, as key=value joined by colons; the arguments are `encode_planes`'s.
 
     FFmpeg only warns of a key or a value that x265 does not know: a test asks x265 itself.
     """

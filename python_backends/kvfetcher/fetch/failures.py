@@ -1,4 +1,4 @@
-"""How a failure is told to clients, and what is done about the object. One event loop."""
+"""How a failure is reported to clients, and what is done about the object. One event loop."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ _REASONS: tuple[tuple[type[KVFetcherError], Reason], ...] = (
 
 
 _MAX_PENDING = 16
-"""Objects that are being set aside; one more stays where it is until somebody reads it again."""
+"""Largest number of objects that are being quarantined; one more waits until it is read again."""
 
 
 class Failures:
-    """Tells failures, and sets corrupt objects aside while nobody waits for that.
+    """Reports failures, and quarantines corrupt objects while nobody waits for that.
 
     A store that hangs would otherwise hold requests beyond their deadlines. What is pending when the
     event loop ends is left: the object is found corrupt again.
 
     Args:
-        store: where corrupt objects are set aside.
+        store: where corrupt objects are quarantined.
         clock: seconds, monotonic.
 
     Attributes:
@@ -61,8 +61,8 @@ class Failures:
     def note(self, name: str, exc: BaseException) -> tuple[Reason, str]:
         """The reason and detail that a failure at object `name` is reported with.
 
-        A corrupt object will be set aside, one that does not decode is remembered; an unexpected
-        error is logged, and told by its type only.
+        A corrupt object will be quarantined, one that does not decode is remembered; an unexpected
+        error is logged, and reported by its type only.
 
         Raises:
             BaseException: `exc`, where it is no Exception.
@@ -84,9 +84,9 @@ class Failures:
         if name in self._pending:
             return
         if len(self._pending) >= _MAX_PENDING:
-            _log.warning("corrupt chunk %s is not set aside, too many are: %s", name, exc)
+            _log.warning("corrupt chunk %s is not quarantined now, too many are: %s", name, exc)
             return
-        _log.warning("corrupt chunk %s will be set aside: %s", name, exc)
+        _log.warning("corrupt chunk %s will be quarantined: %s", name, exc)
         task = asyncio.create_task(self._quarantine(name, str(exc)))
         self._pending[name] = task
         task.add_done_callback(lambda _: self._pending.pop(name))
@@ -95,4 +95,4 @@ class Failures:
         try:
             await self._store.quarantine(name, reason)
         except StoreError as failed:
-            _log.warning("chunk %s could not be set aside: %s", name, failed)
+            _log.warning("chunk %s could not be quarantined: %s", name, failed)

@@ -358,7 +358,7 @@ class Fetcher:
             report.gate.tell(result, fetch_seconds=spent)
 
     async def _warm(self, request: _Request) -> None:
-        """Read every stored chunk of the prompt whole: what is read, the store keeps near by."""
+        """Read every stored chunk of the prompt whole: the store keeps what is read in its tier."""
         report = request.report
         with _timed(report, "lookup", self._clock):
             found = await self._look_up(request)

@@ -18,12 +18,12 @@ Outcome = Literal["hit", "partial", "miss", "skipped", "warmed"]
 Reason = Literal[
     "",  # nothing to explain: every whole chunk of the prompt was hit
     "not_stored",  # the store has no (further) chunk of this prefix
-    "no_copies",  # kv_policy `warm` without a tier that keeps copies near by
+    "no_copies",  # kv_policy `warm` without a tier on this host
     "short_prompt",  # no whole chunk before the last token
     "policy",  # kv_policy asked not to fetch
     "disabled",  # fetch.enabled is false
     "too_short",  # fewer tokens than fetch.min_hit_tokens
-    "corrupt_chunk",  # set aside; see detail
+    "corrupt_chunk",  # quarantined; see detail
     "identity_mismatch",  # the object is of another model, profile or prefix
     "store_error",
     "store_timeout",

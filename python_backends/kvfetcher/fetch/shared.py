@@ -67,7 +67,7 @@ class SharedFetch:
         self.expected_at = 0.0
         """When it should be over, as predicted when it began."""
         self.waits_for: tuple[Reason, str] = ("deadline", "too many other requests were fetching")
-        """Why it is not done; what a request is told that waits no longer."""
+        """Why it is not done: the reason for a request that waits no longer."""
         self.facts_are_told = False
         """Whether some request's report has what the fetch did: it is counted once."""
 

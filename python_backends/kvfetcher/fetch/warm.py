@@ -1,4 +1,4 @@
-"""Bring whole chunks into the store's copies near by, behind every request that waits for KV.
+"""Bring whole chunks into the store's tier, behind every request that waits for KV.
 
 What is read is thrown away: the store keeps copies of all that passes. One read at a time over all
 requests that warm, and a small one, so that whoever needs bytes now waits at most for that one.

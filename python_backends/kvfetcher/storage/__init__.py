@@ -40,7 +40,7 @@ def open_store(
 
     Args:
         config: section `store`.
-        observe: told of retries, second reads, the breaker (`storage.guard`) and copies near by
+        observe: called for retries, second reads, the breaker (`storage.guard`) and the tiers
             (`storage.tier`).
 
     Raises:
@@ -60,7 +60,7 @@ def open_store(
 def open_tiers(
     config: StoreConfig, store: Store, *, observe: Callable[[TierEvent], None] = lambda _: None
 ) -> Store:
-    """`store` behind the copies near by that the configuration asks for; as it is for none."""
+    """`store` behind the tiers that the configuration asks for; as it is for none."""
     memory = disk = None
     if config.tier_memory_bytes:
         memory = MemoryTier(

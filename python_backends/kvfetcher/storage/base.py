@@ -185,7 +185,7 @@ class Quarantine(Protocol):
 
 
 class ListQuarantined(Protocol):
-    """List what was set aside."""
+    """List the quarantine."""
 
     def list_quarantined(self) -> AsyncIterator[SetAside]:
         """All objects that lie aside, in no order; several may have had one name.
@@ -197,7 +197,7 @@ class ListQuarantined(Protocol):
 
 
 class DeleteQuarantined(Protocol):
-    """Remove what was set aside."""
+    """Remove an object from the quarantine."""
 
     async def delete_quarantined(self, aside: SetAside) -> None:
         """Remove it and its reason; a missing one is no error."""
@@ -205,7 +205,7 @@ class DeleteQuarantined(Protocol):
 
 
 class LocalCopies(Protocol):
-    """Tell what reading costs the network nothing; only stores with copies near by have it."""
+    """Say what can be read without the network; only stores with a tier have it."""
 
     async def are_local(self, ranges: Sequence[ByteRange]) -> list[bool]:
         """Whether the tier on this host holds the answer now, for each of `ranges`.
@@ -239,7 +239,7 @@ class Store(
 
 
 def flat_name(name: str, suffix: str) -> str:
-    """A name without ``/`` for an object set aside; see `name_of_flat`."""
+    """A name without ``/`` for a quarantined object; see `name_of_flat`."""
     return f"{name.replace('/', '_')}.{suffix}"
 
 

@@ -133,7 +133,7 @@ class LocalStore:
                 yield info
 
     async def list_quarantined(self) -> AsyncIterator[SetAside]:
-        for aside in await self._run("list what was set aside", self._set_asides):
+        for aside in await self._run("list the quarantine", self._set_asides):
             yield aside
 
     async def delete_quarantined(self, aside: SetAside) -> None:

@@ -207,7 +207,7 @@ class RedisStore:
             yield info
 
     async def list_quarantined(self) -> AsyncIterator[SetAside]:
-        async for info in self._list("list what was set aside", _QUARANTINE, ""):
+        async for info in self._list("list the quarantine", _QUARANTINE, ""):
             name = info.name.rpartition(":")[0]
             yield SetAside(replace(info, name=name), info.name)
 

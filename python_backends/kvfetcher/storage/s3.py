@@ -174,7 +174,7 @@ class S3Store:
             except _UnconditionalError:
                 self._is_conditional = False
                 _log.warning(
-                    "%s: the server knows no If-None-Match; of two writers at once both may be told"
+                    "%s: the server knows no If-None-Match; two writers at once may both hear"
                     " that they made the object",
                     self._where,
                 )
@@ -208,7 +208,7 @@ class S3Store:
                 yield info
 
     async def list_quarantined(self) -> AsyncIterator[SetAside]:
-        async for info in self._list("list what was set aside", _QUARANTINE):
+        async for info in self._list("list the quarantine", _QUARANTINE):
             if name := name_of_flat(info.name.removeprefix(f"{_QUARANTINE}/")):
                 yield SetAside(replace(info, name=name), info.name)
 
@@ -255,7 +255,7 @@ class S3Store:
         await obstore.put_async(self._bucket, path, data, use_multipart=False)
 
     async def _run(self, what: str, call: Callable[[], Awaitable[_T]], *, num_bytes: int = 0) -> _T:
-        """Start `call` when there is a place, within the timeout; errors of obstore translated."""
+        """Start `call` when there is a free slot, within the timeout; errors of obstore are translated."""
         seconds = allowed_seconds(self._timeout_seconds, num_bytes)
         try:
             async with asyncio.timeout(seconds), self._places:

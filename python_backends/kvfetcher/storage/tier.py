@@ -1,4 +1,4 @@
-"""A store with copies near by: memory of this process, then a local disk, then the store.
+"""A store with a tier: memory of this process, then a local disk, then the store.
 
 A read that the copies answer asks nothing of the store, so a copy may outlive its object: by
 `max_age_seconds` where another host deleted it, not at all where this process did. A copy that

@@ -150,7 +150,7 @@ class OwnerLink:
             while (message := self._outbox.get()) is not None:
                 self._socket.sendall(to_line(message))
         except OSError as exc:
-            _log.warning("the owner of the KV arena cannot be told: %s", exc)
+            _log.warning("the owner of the KV arena cannot be notified: %s", exc)
             self._shut()
 
 

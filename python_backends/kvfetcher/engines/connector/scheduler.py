@@ -95,7 +95,7 @@ class _Tracked:
     first_token: int = 0
     is_async: bool = False
     load: Load | None = None
-    """Allocated, not yet told to the workers."""
+    """Allocated, not yet announced to the workers."""
     told: bool = False
     """The workers copy or have copied: from now on they say `Copied`."""
     parked: bool = False

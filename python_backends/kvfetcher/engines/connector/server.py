@@ -64,7 +64,7 @@ _LOOK_SECONDS = 0.2
 
 @dataclass(frozen=True, slots=True)
 class HubSettings:
-    """Facts that the ranks are told, and limits of the owner."""
+    """Facts that the ranks get, and limits of the owner."""
 
     spec: KVSpec
     """Geometry of the whole model."""
@@ -153,7 +153,7 @@ class _Peer:
             while (message := self._outbox.get()) is not None:
                 self._connection.sendall(to_line(message))
         except OSError as exc:
-            _log.warning("a rank of the engine cannot be told: %s", exc)
+            _log.warning("a rank of the engine cannot be notified: %s", exc)
             self.shut()
 
 
@@ -250,7 +250,7 @@ class ConnectorHub:
         self.path.unlink(missing_ok=True)
 
     def when_lost(self, call: Callable[[str], None]) -> None:
-        """Have `call` told the reason, from a thread, when ranks go and no end is expected.
+        """Call `call` with the reason, from a thread, when ranks go and no end is expected.
 
         Raises:
             EngineError: they have gone already.

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass
 class RequestData:
-    """What one iteration tells of one request; tokens and blocks are those not told before."""
+    """What one iteration says about one request; only tokens and blocks that are new."""
 
     request_id: int
     new_tokens: list[int]

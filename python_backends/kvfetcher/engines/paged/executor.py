@@ -88,7 +88,7 @@ class PagedRequest:
 
 @dataclass(slots=True)
 class _Told:
-    """What the connector's scheduler was told of a request."""
+    """What the connector's scheduler knows about a request."""
 
     tokens: int = 0
     blocks: int = 0

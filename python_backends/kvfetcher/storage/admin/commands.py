@@ -442,7 +442,7 @@ async def _verify(job: _Job) -> int:
     for name, problem in (found.damaged | found.failed).items():
         job.say(f"{name}: {problem}")
     job.say(
-        f"{found.sound} chunks sound, {len(found.damaged)} damaged ({quarantined} set aside),"
+        f"{found.sound} chunks sound, {len(found.damaged)} damaged ({quarantined} quarantined),"
         f" {len(found.failed)} not read, {found.others} other objects, {found.num_bytes} bytes read"
     )
     if job.arguments.json:

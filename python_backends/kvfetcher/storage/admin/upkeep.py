@@ -221,7 +221,7 @@ async def verify(
 async def warm(
     store: Warmable, objects: AsyncIterable[ObjectInfo], *, max_bytes: int, tell: Tell
 ) -> Warming:
-    """Read objects whole, so that the copies near by hold them, up to `max_bytes` in all.
+    """Read objects whole, so that the tier holds them, up to `max_bytes` in all.
 
     A read may leave no copy (too many waited to be written, the disk failed), so each batch waits
     for its copies, and only what lies near then counts.
