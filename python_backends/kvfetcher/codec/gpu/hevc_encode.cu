@@ -1,9 +1,9 @@
 // Lossless H.265 of 4:4:4 pictures: samples -> substreams, one for each row of coding tree blocks.
 //
 // The slice data is that of `kvfetcher.codec.hevc`, byte for byte: one slice, entropy_coding_sync,
-// CTB = CU = 32, intra DC, cu_transquant_bypass, transform blocks of 16 and 8 at picture edges where
-// DC of 32 predicts worse than mid-grey, persistent_rice_adaptation. Numbers of clauses and names of
-// syntax elements are those of ITU-T H.265 (08/2021).
+// CTB = CU = 32, intra DC, cu_transquant_bypass, transform blocks of 32, or of 16 where their DC predicts
+// better, persistent_rice_adaptation. Numbers of clauses and names of syntax elements are those of
+// ITU-T H.265 (08/2021).
 //
 // plan     one warp per CTU     DC predictions, split or not, and of each sub-block the class of its first
 //                               coeff_abs_level_remaining
@@ -62,7 +62,8 @@ enum {
     IS_WIDE = 1,
     IS_ALIGNED = 2,
     NO_REMAINING = 0xF0,
-    WHOLE = 0, LEFT_EDGE = 1, TOP_EDGE = 2,  // how a CTU is split: which neighbours are missing
+    WHOLE = 0, SPLIT = 1,  // a CTU's transform tree
+    SPLIT_DCS = 12,
     PLAN_WARPS = 4,
     TOKEN_WARPS = 4,
     STAGE = 1024,
@@ -70,6 +71,9 @@ enum {
     CHAIN_TOKENS = 8 * CHAIN_THREADS,
     BYTE_THREADS = 128,
 };
+
+// What a split tree must gain, in units of the sum of absolute residuals (the enum above is unsigned).
+#define SPLIT_COST 24
 
 struct Picture {
     uint64_t samples;  // address of [3][height][stride], 8 or 16 bits
@@ -81,7 +85,7 @@ struct Picture {
     int32_t reserved;
 };
 
-struct Plan { int16_t dc[3]; int16_t kind; };  // of a CTU; kind: WHOLE, LEFT_EDGE, TOP_EDGE
+struct Plan { int16_t dc[3]; int16_t kind; };  // of a CTU; kind: WHOLE, SPLIT
 
 struct RowState { uint64_t low; uint32_t range; int32_t count; int32_t words; int32_t failed; };
 
@@ -132,9 +136,10 @@ DEVICE void four_samples(const Picture& p, int comp, int x, int y, int* v) {
     }
 }
 
-// Intra DC (8.4.4.2.5) of the block at (x, y), missing neighbours substituted (8.4.4.2.2), one of
-// which there is; by one thread.
+// Intra DC (8.4.4.2.5) of the block at (x, y), missing neighbours substituted (8.4.4.2.2); by one
+// thread.
 DEVICE int small_dc(const Picture& p, int comp, int x, int y, int log2, bool left, bool top) {
+    if (!left && !top) return 1 << (p.bit_depth - 1);
     int size = 1 << log2, total = 0;
     for (int k = 0; k < size; k++) {
         if (left) total += sample(p, comp, x - 1, y + k);
@@ -162,9 +167,6 @@ DEVICE int ctu_dc(const Picture& p, int comp, int x, int y, bool left, bool top,
     return (total + CTB) >> 6;
 }
 
-// Quadrant q of a split CTU is cut again, into 8x8: those beside the edge.
-DEVICE bool is_cut(int kind, int q) { return kind == LEFT_EDGE ? !(q & 1) : !(q >> 1); }
-
 // ---------------------------------------------------------------------- sub-blocks in coding order
 
 // Scan position n of a 4x4 block lies at x | y << 2: nibble n.
@@ -186,33 +188,21 @@ DEVICE SubBlock locate(int k, int kind, const uint8_t* scan8) {
         int at = scan8[63 - s.reverse];
         s.x = at & 7; s.y = at >> 3;
     } else {
-        int q = k / 48, m = k % 48, x, y;
+        int q = k / 48, m = k % 48;
         s.bx = 4 * (q & 1); s.by = 4 * (q >> 1);
-        if (is_cut(kind, q)) {
-            int r = m / 12, i;
-            m %= 12;
-            s.comp = m >> 2; s.log2 = 3; s.reverse = m & 3; i = 3 - s.reverse;
-            s.bx += 2 * (r & 1); s.by += 2 * (r >> 1);
-            x = i >> 1; y = i & 1;
-        } else {
-            s.comp = m >> 4; s.log2 = 4; s.reverse = m & 15;
-            int at = (int)(SCAN4 >> (4 * (15 - s.reverse)) & 15);
-            x = at & 3; y = at >> 2;
-        }
-        s.x = s.bx + x; s.y = s.by + y;
+        s.comp = m >> 4; s.log2 = 4; s.reverse = m & 15;
+        int at = (int)(SCAN4 >> (4 * (15 - s.reverse)) & 15);
+        s.x = s.bx + (at & 3); s.y = s.by + (at >> 2);
     }
     s.first = k - s.reverse;
     return s;
 }
 
-// DC of the blocks of a split CTU: of each 8x8, numbered 4 * quadrant + block, the one it lies in.
-DEVICE void split_dcs(const Picture& p, int x0, int y0, int kind, int lane, int16_t* dcs) {
-    bool left = kind != LEFT_EDGE, top = kind != TOP_EDGE;
-    for (int j = lane; j < 48; j += 32) {
-        int comp = j >> 4, q = j >> 2 & 3, r = j & 3, x = 16 * (q & 1), y = 16 * (q >> 1), log2 = 4;
-        if (is_cut(kind, q)) { x += 8 * (r & 1); y += 8 * (r >> 1); log2 = 3; }
-        dcs[j] = (int16_t)small_dc(p, comp, x0 + x, y0 + y, log2, left || x > 0, top || y > 0);
-    }
+// DC of the blocks of a split CTU, numbered 4 * component + quadrant.
+DEVICE void split_dcs(const Picture& p, int x0, int y0, int lane, int16_t* dcs) {
+    if (lane >= SPLIT_DCS) return;
+    int q = lane & 3, x = x0 + 16 * (q & 1), y = y0 + 16 * (q >> 1);
+    dcs[lane] = (int16_t)small_dc(p, lane >> 2, x, y, 4, x > 0, y > 0);
 }
 
 // Residuals of a sub-block, in scan order.
@@ -225,15 +215,15 @@ DEVICE void residuals(const Picture& p, int x0, int y0, const SubBlock& s, const
 #pragma unroll
         for (int n = 0; n < 16; n++) v[n] -= dc;
     } else {
-        int q = (s.y >> 2) << 1 | s.x >> 2, r = (s.y >> 1 & 1) << 1 | (s.x >> 1 & 1), dc = dcs[16 * s.comp + 4 * q + r];
+        int q = (s.y >> 2) << 1 | s.x >> 2, dc = dcs[4 * s.comp + q], bx = x0 + 4 * s.bx, by = y0 + 4 * s.by;
+        bool left = bx > 0, top = by > 0, is_filtered = s.comp == 0 && (left || top);
         bool is_left = s.x == s.bx, is_top = s.y == s.by;
 #pragma unroll
         for (int n = 0; n < 16; n++) {
             int pred = dc;
             // The filter of DC's edges (8.4.4.2.6), luma only.
-            if (s.comp == 0 && ((is_left && !(n & 3)) || (is_top && n < 4))) {
-                bool left = plan.kind != LEFT_EDGE || s.bx > 0, top = plan.kind != TOP_EDGE || s.by > 0;
-                int bx = x0 + 4 * s.bx, by = y0 + 4 * s.by, x = x0 + 4 * s.x + (n & 3), y = y0 + 4 * s.y + (n >> 2);
+            if (is_filtered && ((is_left && !(n & 3)) || (is_top && n < 4))) {
+                int x = x0 + 4 * s.x + (n & 3), y = y0 + 4 * s.y + (n >> 2);
                 int h = left ? sample(p, 0, bx - 1, y) : sample(p, 0, bx, by - 1);
                 int w = top ? sample(p, 0, x, by - 1) : sample(p, 0, bx - 1, by);
                 if (x == bx && y == by) pred = (h + 2 * dc + w + 2) >> 2;
@@ -260,7 +250,7 @@ DEVICE int remaining_class(int v) {
 }
 
 KERNEL(32 * PLAN_WARPS) plan(Batch b) {
-    __shared__ int16_t shared_dcs[PLAN_WARPS][48];
+    __shared__ int16_t shared_dcs[PLAN_WARPS][SPLIT_DCS];
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     int row = blockIdx.x, column = blockIdx.y * PLAN_WARPS + warp;
     const Picture p = b.pictures[b.row_picture[row]];
@@ -271,21 +261,16 @@ KERNEL(32 * PLAN_WARPS) plan(Batch b) {
     Plan plan;
     plan.kind = WHOLE;
     for (int comp = 0; comp < 3; comp++) plan.dc[comp] = (int16_t)ctu_dc(p, comp, x0, y0, left, top, lane);
-    if (left != top) {
-        int with_dc = 0, with_mid = 0, mid = 1 << (p.bit_depth - 1);
-        for (int comp = 0; comp < 3; comp++)
-            for (int k = 0; k < CTB; k++) {
-                int v = sample(p, comp, x0 + lane, y0 + k);
-                with_dc += abs(v - plan.dc[comp]);
-                with_mid += abs(v - mid);
-            }
-        with_dc = warp_sum(with_dc);
-        with_mid = warp_sum(with_mid);
-        if (with_dc > with_mid + (with_mid >> 5)) plan.kind = left ? TOP_EDGE : LEFT_EDGE;
-    }
     int16_t* dcs = shared_dcs[warp];
-    if (plan.kind != WHOLE) split_dcs(p, x0, y0, plan.kind, lane, dcs);
+    split_dcs(p, x0, y0, lane, dcs);
     __syncwarp();
+    int is_nearer = 0;  // by how much four blocks are nearer to their DC than one
+    for (int comp = 0; comp < 3; comp++)
+        for (int k = 0; k < CTB; k++) {
+            int v = sample(p, comp, x0 + lane, y0 + k);
+            is_nearer += abs(v - plan.dc[comp]) - abs(v - dcs[4 * comp + 2 * (k >> 4) + (lane >> 4)]);
+        }
+    if (warp_sum(is_nearer) > SPLIT_COST) plan.kind = SPLIT;
     for (int k = lane; k < SUB_BLOCKS; k += 32) {
         SubBlock s = locate(k, plan.kind, b.scan8);
         int c[16];
@@ -315,8 +300,7 @@ KERNEL(32 * PLAN_WARPS) plan(Batch b) {
 
 DEVICE int is_chroma(int k, int kind) {
     if (kind == WHOLE) return k >= 64;
-    int q = k / 48, m = k % 48;
-    return is_cut(kind, q) ? m % 12 >= 4 : m >= 16;
+    return k % 48 >= 16;
 }
 
 // StatCoeff of luma or chroma through one CTU (9.3.4.2.6); stores what it is before each sub-block.
@@ -404,13 +388,9 @@ struct Coded {
 
 DEVICE uint64_t coded_at(const Coded& c, int comp) { return (uint64_t)c.raster[comp][1] << 32 | c.raster[comp][0]; }
 DEVICE int any16(uint64_t raster, int q) { return (raster >> (32 * (q >> 1) + 4 * (q & 1)) & 0x0F0F0F0Full) != 0; }
-DEVICE int any8(uint64_t raster, int q, int r) {
-    return (raster >> (32 * (q >> 1) + 4 * (q & 1) + 16 * (r >> 1) + 2 * (r & 1)) & 0x0303ull) != 0;
-}
 DEVICE uint64_t window(const uint32_t* words, const SubBlock& s) {
     if (s.log2 == 5) return (uint64_t)words[2 * s.comp + 1] << 32 | words[2 * s.comp];
-    uint32_t mask = s.log2 == 3 ? 15 : 65535;
-    return words[s.first >> 5] >> (s.first & 31) & mask;
+    return words[s.first >> 5] >> (s.first & 31) & 65535;
 }
 
 // last_sig_coeff_x_prefix ... _y_suffix (7.3.8.11, 9.3.4.2.3).
@@ -517,18 +497,10 @@ DEVICE void sub_block(Writer<STORES>& w, int k, int kind, const SubBlock& s, con
     }
     if (kind != WHOLE && s.comp == 0 && s.reverse == 0) {  // transform_tree (7.3.8.8)
         uint64_t luma = coded_at(coded, 0), cb = coded_at(coded, 1), cr = coded_at(coded, 2);
-        int q = k / 48, r = k % 48 / 12;
-        bool cut = is_cut(kind, q);
-        if (k % 48 == 0) {
-            w.bin(SPLIT_TRANSFORM_FLAG + 1, cut);
-            if (cb) w.bin(CBF_CHROMA + 1, any16(cb, q));
-            if (cr) w.bin(CBF_CHROMA + 1, any16(cr, q));
-        }
-        if (cut) {
-            if (any16(cb, q)) w.bin(CBF_CHROMA + 2, any8(cb, q, r));
-            if (any16(cr, q)) w.bin(CBF_CHROMA + 2, any8(cr, q, r));
-        }
-        w.bin(CBF_LUMA, cut ? any8(luma, q, r) : any16(luma, q));
+        int q = k / 48;
+        if (cb) w.bin(CBF_CHROMA + 1, any16(cb, q));
+        if (cr) w.bin(CBF_CHROMA + 1, any16(cr, q));
+        w.bin(CBF_LUMA, any16(luma, q));
     }
     uint64_t block = window(coded.coded, s);
     int last = block ? __ffsll(block) - 1 : 64;
@@ -553,8 +525,8 @@ DEVICE void sub_block(Writer<STORES>& w, int k, int kind, const SubBlock& s, con
             uint64_t before = block & ((1ull << s.reverse) - 1);
             int after = before ? (int)(window(coded.greater1, s) >> (63 - __clzll(before)) & 1) : 0;
             int sig = SIG_COEFF_FLAG;
-            if (s.comp) sig += 27 + (s.log2 == 3 ? 9 : 12);
-            else sig += (s.log2 == 3 ? 9 : 21) + (is_first ? 0 : 3);
+            if (s.comp) sig += 27 + 12;
+            else sig += 21 + (is_first ? 0 : 3);
             uint32_t pattern = sig_pattern(right | below << 1);
             coefficients(w, c, mask, start, has_flag && mask == 1 ? 1 : 0, pattern, sig, is_first, s.comp, after, stat);
         }
@@ -570,7 +542,7 @@ KERNEL(32 * TOKEN_WARPS) tokens(Batch b) {
     __shared__ uint32_t shared_residuals[TOKEN_WARPS][SUB_BLOCKS * 9];
     __shared__ uint16_t shared_stage[TOKEN_WARPS][STAGE];
     __shared__ Coded shared_coded[TOKEN_WARPS];
-    __shared__ int16_t shared_dcs[TOKEN_WARPS][48];
+    __shared__ int16_t shared_dcs[TOKEN_WARPS][SPLIT_DCS];
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     int row = blockIdx.x, column = blockIdx.y * TOKEN_WARPS + warp, x = b.first_column + column;
     const Picture p = b.pictures[b.row_picture[row]];
@@ -582,7 +554,7 @@ KERNEL(32 * TOKEN_WARPS) tokens(Batch b) {
     int64_t ctu = p.first_ctu + (int64_t)y * p.ctus + x, slot = (int64_t)row * b.columns + column;
     const Plan plan = b.plans[ctu];
     const uint8_t* stats = b.stats + ctu * SUB_BLOCKS;
-    if (plan.kind != WHOLE) split_dcs(p, x0, y0, plan.kind, lane, shared_dcs[warp]);
+    if (plan.kind != WHOLE) split_dcs(p, x0, y0, lane, shared_dcs[warp]);
     if (lane < 6) coded.raster[lane >> 1][lane & 1] = 0;
     __syncwarp();
     for (int j = 0; j < 6; j++) {

@@ -12,11 +12,10 @@ same bytes; tests/data/golden/hevc holds them.
 * Each row of CTUs is a substream (entropy_coding_sync): it begins with the contexts and StatCoeff that
   the row above had after its second CTU. Its bytes have emulation prevention of their own (the byte
   before each is never 0), and the slice header's entry points count them so.
-* The transform tree of a CTU is one block of 32x32 (chroma of 4:2:0: 16x16), each component predicted
-  by `prediction.dc_value`. At an edge, where a CTU has one neighbour (left or above) only, that value
-  hangs on a single sample. There (4:4:4 only) the tree is split when the sum of absolute residuals of
-  all three components exceeds that against mid-grey by more than its 32nd part, rounded down: blocks of
-  8x8 in the quarters along the edge, of 16x16 in the others, each with its own prediction.
+* The transform tree of a CTU is one block of 32x32 (chroma of 4:2:0: 16x16), or four of 16x16 (4:4:4
+  only), each component of each block predicted by `prediction.dc_value`. It is split when the sum of
+  absolute residuals of all three components against the four values, without luma's filter, is lower
+  by more than 24: DC of few noisy neighbours, or of one at an edge, is then farther from their mean.
 * Tokens (`residual_coding`, `coding_tree`) do not hang on contexts, and `cabac` codes them; only
   StatCoeff goes from block to block of a row, in coding order.
 * A picture whose slice data would take more than 1.03 times its samples' bits (see `encoder`) is coded

@@ -70,7 +70,7 @@ class StreamFormat:
 
     @property
     def can_split(self) -> bool:
-        """Whether transform blocks at the edges may be split."""
+        """Whether transform blocks may be split."""
         return self.chroma == "4:4:4"
 
 
@@ -155,7 +155,7 @@ def _sequence_parameter_set(stream: StreamFormat) -> bytes:
     bits.ue(LOG2_CTB - 3, 0)  # the smallest coding block is the largest one
     bits.ue(0, LOG2_CTB - 2)  # transform blocks of 4 to 32
     # max_transform_hierarchy_depth_inter, _intra
-    bits.ue(0, 2 if stream.can_split else 0)
+    bits.ue(0, 1 if stream.can_split else 0)
     bits.u(1, 0, 0, 0)  # scaling lists, amp, sao
     bits.u(1, int(stream.has_pcm))
     if stream.has_pcm:

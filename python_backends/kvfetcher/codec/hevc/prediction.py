@@ -51,17 +51,6 @@ def dc_value(
 
 
 @njit(nogil=True)
-def distance(samples: NDArray[Any], at: int, stride: int, size: int, prediction: int) -> int:
-    """Sum of absolute residuals of a block."""
-    total = 0
-    for y in range(size):
-        row = at + y * stride
-        for x in range(size):
-            total += abs(as_int(samples[row + x]) - prediction)
-    return total
-
-
-@njit(nogil=True)
 def filtered_dc_residuals(
     samples: NDArray[Any],
     at: int,

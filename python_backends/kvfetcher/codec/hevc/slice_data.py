@@ -67,7 +67,7 @@ def _compiled(sources: str, *, is_cached: bool) -> Callable[..., Any]:
             num_rows: CTUs one above the other.
             num_columns: CTUs side by side.
             grey: ``1 << (BitDepth - 1)``.
-            can_split: whether edge blocks may be split.
+            can_split: whether transform blocks may be split.
             pcm_rows: CTUs above this row and
             pcm_columns: left of this column are PCM samples of
             pcm_bits: bits each, and the picture is one substream; 0 = no CTU is PCM, and each row of
@@ -84,7 +84,7 @@ def _compiled(sources: str, *, is_cached: bool) -> Callable[..., Any]:
         tokens = np.empty(_MAX_TOKENS, np.uint16)
         words = np.empty(len(out) // 4 + _MAX_CTU_WORDS + 8, np.uint32)
         residuals = np.empty(3 * CTB * CTB, np.int16)
-        masks = np.zeros(3 * BLOCKS + 48, np.int64)
+        masks = np.zeros(3 * BLOCKS + 12, np.int64)
         tile = np.empty(256, np.int16)
         statistics = np.zeros(2, np.int64)
         engine = np.zeros(3, np.int64)

@@ -118,6 +118,41 @@ def put_sig_coeff_flags(
 
 
 @intrinsic
+def distance_16x16(typing: Any, source: Any, at: Any, stride: Any, prediction: Any) -> Any:
+    """Sum of absolute differences of 16x16 samples from `prediction`.
+
+    Args:
+        source: 1-D uint8 or uint16, below 4096.
+        at: index of the first sample.
+        stride: samples from one row to the next.
+        prediction: below 4096.
+    """
+    signature = types.int64(source, types.int64, types.int64, types.int64)
+
+    def build(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        source_, at_, stride_, prediction_ = args
+        width = sig.args[0].dtype.bitwidth
+        expected = _splat(builder, builder.trunc(prediction_, _INT16))
+        total = ir.Constant(_BLOCK, [0] * 16)  # 16 differences of 12 bits fit without sign
+        for row in range(16):
+            offset = builder.add(at_, builder.mul(stride_, ir.Constant(_INT64, row)))
+            pointer = _address(context, builder, sig.args[0], source_, offset)
+            block = _load(builder, pointer, ir.VectorType(ir.IntType(width), 16))
+            if width < 16:
+                block = builder.zext(block, _BLOCK)
+            above = builder.sub(block, expected)
+            is_above = builder.icmp_unsigned(">", block, expected)
+            total = builder.add(total, builder.select(is_above, above, builder.neg(above)))
+        wide = builder.zext(total, ir.VectorType(_INT64, 16))
+        result = ir.Constant(_INT64, 0)
+        for k in range(16):
+            result = builder.add(result, builder.extract_element(wide, ir.Constant(_INT32, k)))
+        return result
+
+    return signature, build
+
+
+@intrinsic
 def lowest_bit(typing: Any, value: Any) -> Any:
     """Index of the lowest bit of an int64 that is 1; undefined for 0."""
 
