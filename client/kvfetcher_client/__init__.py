@@ -17,6 +17,7 @@ from kvfetcher_client.errors import (
     ResponseError,
     ResponseTimeoutError,
     ServerUnavailableError,
+    UnsupportedError,
 )
 from kvfetcher_client.protocol import Delta, Generation, KVReport, Options
 
@@ -33,4 +34,5 @@ __all__ = [
     "ResponseError",
     "ResponseTimeoutError",
     "ServerUnavailableError",
+    "UnsupportedError",
 ]

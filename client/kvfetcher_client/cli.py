@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from kvfetcher import wire
 from kvfetcher.errors import KVFetcherError
 from kvfetcher_client.client import DEFAULT_TIMEOUT_SECONDS, DEFAULT_URL, Client
-from kvfetcher_client.errors import RequestError
+from kvfetcher_client.errors import RequestError, UnsupportedError
 from kvfetcher_client.protocol import Assembler, Options
 
 if TYPE_CHECKING:
@@ -132,6 +132,20 @@ def make_parser() -> argparse.ArgumentParser:
         help="a document that goes before the question: the prefix that is shared and fetched",
     )
     parser.add_argument("--url", default=DEFAULT_URL, help="host:port (default: %(default)s)")
+    chat = parser.add_mutually_exclusive_group()
+    chat.add_argument(
+        "--chat",
+        action="store_true",
+        default=None,
+        help="ask as a chat, by the model's template (the default where the model has one)",
+    )
+    chat.add_argument(
+        "--no-chat",
+        dest="chat",
+        action="store_false",
+        help="let the model go on from the bare text",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system message of the chat")
     parser.add_argument("--stream", action="store_true", help="print the answer as it comes")
     parser.add_argument("--json", action="store_true", help="print answer and report as JSON")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer, in tokens")
@@ -170,6 +184,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _generate(arguments: argparse.Namespace) -> int:
     prompt = _prompt(arguments)
+    if arguments.system is not None and arguments.chat is False:
+        raise RequestError("--system is part of a chat; leave out --no-chat")
     options: dict[str, Any] = {
         name: value for name in _OPTIONS if (value := getattr(arguments, name)) is not None
     }
@@ -177,6 +193,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         options["stop_words"] = arguments.stop
     with Client(arguments.url, timeout_seconds=arguments.timeout) as client:
         start = time.monotonic()
+        prompt = _chat_prompt(client, arguments, prompt)
         answer = Assembler()
         for delta in client.stream(prompt, **Options(**options)):  # type: ignore[typeddict-item]
             answer.add(delta, time.monotonic() - start)
@@ -189,6 +206,19 @@ def _generate(arguments: argparse.Namespace) -> int:
         print("" if arguments.stream else generation.text)
     print(_summary(generation), file=sys.stderr)
     return 0
+
+
+def _chat_prompt(client: Client, arguments: argparse.Namespace, text: str) -> str:
+    """The prompt to send: the chat's where one is asked for or the model has a template."""
+    if arguments.chat is False:
+        return text
+    system = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    try:
+        return client.chat_prompt([*system, {"role": "user", "content": text}])
+    except UnsupportedError:
+        if arguments.chat or system:
+            raise
+        return text
 
 
 def _prompt(arguments: argparse.Namespace) -> str:

@@ -10,24 +10,26 @@ import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from kvfetcher import wire
-from kvfetcher_client.errors import RequestError, from_rpc_error
+from kvfetcher_client.errors import RequestError, from_call_error, from_rpc_error
 from kvfetcher_client.protocol import (
     Assembler,
     Delta,
     Generation,
     KVReport,
     Options,
+    build_prompt_request,
     build_request,
     build_warm_request,
     check_finished,
     checked_report,
     is_last,
+    parse_prompt,
     parse_report,
     parse_response,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Generator, Sequence
+    from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
     from types import TracebackType
     from typing import Self, Unpack
 
@@ -125,6 +127,44 @@ class Client:
         """
         request = build_request(prompt, options, model=self._model)
         return self._stream(request)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[Options]) -> Generation:
+        """Continue a chat, in the form that the served model was trained on.
+
+        Args:
+            messages: each ``{"role": "system" | "user" | "assistant", "content": TEXT}``; put what
+                chats share (a document) into the first ones.
+            options: see `Options`.
+
+        Raises:
+            UnsupportedError: the served model has no chat template; use `generate`.
+            ClientError: as `generate`.
+
+        Example:
+            >>> client.chat([{"role": "user", "content": "What is borrowing?"}]).text
+            'Borrowing is ...'
+        """
+        return self.generate(self.chat_prompt(messages), **options)
+
+    def stream_chat(
+        self, messages: Sequence[Mapping[str, Any]], **options: Unpack[Options]
+    ) -> Generator[Delta]:
+        """`chat`, piece by piece; closing the generator cancels the request."""
+        return self.stream(self.chat_prompt(messages), **options)
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The prompt that the served model's chat template makes of messages.
+
+        Raises:
+            UnsupportedError: the served model has no chat template.
+            ClientError: as `generate`.
+        """
+        request = build_prompt_request(messages)
+        try:
+            response = self._stub.ModelInfer(request, timeout=self._timeout_seconds)
+        except grpc.RpcError as exc:
+            raise from_call_error(self.url, exc, timeout_seconds=self._timeout_seconds) from exc
+        return parse_prompt(response)
 
     def warm(self, prompt: str | Sequence[int], *, cache_salt: str = "") -> KVReport:
         """Have the server copy the stored chunks of a prompt into its tier; nothing is generated.
@@ -237,6 +277,30 @@ class AsyncClient:
         """Ask, and get the answer piece by piece; as `Client.stream` (``aclose`` cancels)."""
         request = build_request(prompt, options, model=self._model)
         return self._stream(request)
+
+    async def chat(
+        self, messages: Sequence[Mapping[str, Any]], **options: Unpack[Options]
+    ) -> Generation:
+        """Continue a chat; as `Client.chat`."""
+        return await self.generate(await self.chat_prompt(messages), **options)
+
+    async def stream_chat(
+        self, messages: Sequence[Mapping[str, Any]], **options: Unpack[Options]
+    ) -> AsyncGenerator[Delta]:
+        """`chat`, piece by piece; ``aclose`` cancels."""
+        deltas = self.stream(await self.chat_prompt(messages), **options)
+        async with contextlib.aclosing(deltas):
+            async for delta in deltas:
+                yield delta
+
+    async def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The prompt of messages; as `Client.chat_prompt`."""
+        request = build_prompt_request(messages)
+        try:
+            response = await self._stub.ModelInfer(request, timeout=self._timeout_seconds)
+        except grpc.RpcError as exc:
+            raise from_call_error(self.url, exc, timeout_seconds=self._timeout_seconds) from exc
+        return parse_prompt(response)
 
     async def warm(self, prompt: str | Sequence[int], *, cache_salt: str = "") -> KVReport:
         """Bring the stored chunks of a prompt near; as `Client.warm`."""

@@ -3,7 +3,8 @@
 KVFetcherError
 └── ClientError
     ├── RequestError              the request breaks a rule (found here, or told by the server)
-    │   └── RequestCancelledError it was cancelled
+    │   ├── RequestCancelledError it was cancelled
+    │   └── UnsupportedError      the server's model or build cannot do this
     ├── ServerUnavailableError    nobody answers there, or the server refuses more work now
     ├── ResponseTimeoutError      the answer did not come in time
     └── ResponseError             the server failed, or its answer is not one
@@ -31,6 +32,10 @@ class RequestCancelledError(RequestError, errors.RequestCancelledError):
     """The request was cancelled."""
 
 
+class UnsupportedError(RequestError, errors.UnsupportedRequestError):
+    """The server's model or build cannot do what is asked."""
+
+
 class ServerUnavailableError(ClientError):
     """Nobody answers at this address, or the server refuses more work now; try again later."""
 
@@ -55,7 +60,7 @@ _BY_STATUS: dict[str, type[KVFetcherError]] = {
     "NOT_FOUND": RequestError,
     "CANCELLED": RequestCancelledError,
     "UNAVAILABLE": ServerUnavailableError,
-    "UNSUPPORTED": ResponseError,
+    "UNSUPPORTED": UnsupportedError,
     "INTERNAL": ResponseError,
 }
 _STATUS = re.compile(rf"\b({'|'.join(_BY_STATUS)}): ")
@@ -73,6 +78,14 @@ def from_message(url: str, message: str) -> KVFetcherError:
     # Triton's own refusals name no status; of these, a caller can bring about one.
     kind = RequestError if "unknown model" in message else ResponseError
     return kind(f"{url}: {message}")
+
+
+def from_call_error(url: str, error: grpc.RpcError, *, timeout_seconds: float) -> KVFetcherError:
+    """The exception of a call with one answer, whose status may stand in its text, too."""
+    details = error.details() or ""
+    if _STATUS.search(details):
+        return from_message(url, details)
+    return from_rpc_error(url, error, timeout_seconds=timeout_seconds)
 
 
 def from_rpc_error(url: str, error: grpc.RpcError, *, timeout_seconds: float) -> KVFetcherError:

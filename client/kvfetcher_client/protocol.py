@@ -177,6 +177,31 @@ def build_request(
     return request
 
 
+def build_prompt_request(messages: Sequence[Mapping[str, Any]]) -> service_pb2.ModelInferRequest:
+    """The message that has a chat made into a prompt (model `preprocessing`).
+
+    Raises:
+        RequestError: the messages are no JSON.
+    """
+    try:
+        text = json.dumps(list(messages), ensure_ascii=False)
+    except (TypeError, ValueError) as exc:
+        raise RequestError(f"messages must be a sequence of JSON objects: {exc}") from exc
+    request = service_pb2.ModelInferRequest(model_name=wire.PREPROCESSING)
+    _add_tensor(request, wire.MESSAGES, "BYTES", [_text(wire.MESSAGES, text)])
+    request.outputs.add(name=wire.PROMPT)
+    return request
+
+
+def parse_prompt(response: service_pb2.ModelInferResponse) -> str:
+    """The prompt in an answer of `preprocessing`.
+
+    Raises:
+        ResponseError: it has none.
+    """
+    return _output_text(InferResult(response), wire.PROMPT)
+
+
 def build_warm_request(
     token_ids: Sequence[int], *, cache_salt: str = ""
 ) -> service_pb2.ModelInferRequest:

@@ -21,7 +21,7 @@ from dataclasses import asdict, replace
 from typing import IO, TYPE_CHECKING, Any
 
 from kvfetcher import __version__, wire
-from kvfetcher.config import CONFIG_VARIABLE, explain_config, load_config
+from kvfetcher.config import CONFIG_VARIABLE, OPENAI_PORT, explain_config, load_config
 from kvfetcher.errors import KVFetcherError, StoreError
 from kvfetcher.progress import StatusLine
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kvfetcher.config import CodecConfig, Config
+    from kvfetcher.launcher import TritonServer
 
 # Commands with a command line of their own, imported only when they run: module, what runs it,
 # what makes its parser, help.
@@ -145,6 +146,15 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", help="address to bind to (server.host)")
     for kind in ("http", "grpc", "metrics"):
         serve.add_argument(f"--{kind}-port", type=int, metavar="N", help=f"server.{kind}_port")
+    serve.add_argument(
+        "--openai",
+        dest="openai_port",
+        type=int,
+        nargs="?",
+        const=OPENAI_PORT,
+        metavar="PORT",
+        help=f"answer OpenAI's API, too, on this port (default {OPENAI_PORT}; server.openai_port)",
+    )
     serve.add_argument("--log-file", metavar="FILE", help="keep the server's log in FILE")
     serve.add_argument("--json", action="store_true", help="print the addresses as JSON when ready")
 
@@ -199,7 +209,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config)
     chosen = {
         name: value
-        for name in ("host", "http_port", "grpc_port", "metrics_port")
+        for name in ("host", "http_port", "grpc_port", "metrics_port", "openai_port")
         if (value := getattr(arguments, name)) is not None
     }
     config = replace(config, server=replace(config.server, **chosen))
@@ -221,23 +231,25 @@ def _serve(arguments: argparse.Namespace) -> int:
             ),
         )
         try:
-            try:
-                server.start()
-            finally:
-                line.end()
-            print(
-                f"kvfetcher: ready: gRPC {server.grpc_url}, HTTP {server.http_url},"
-                f" metrics {server.metrics_url}; log {server.log_path}; Ctrl-C stops",
-                file=sys.stderr,
-            )
-            if arguments.json:
+            with _openai(config, server) as openai_url:
+                try:
+                    server.start()
+                finally:
+                    line.end()
                 urls = {
-                    "grpc": server.grpc_url,
-                    "http": server.http_url,
+                    "gRPC": server.grpc_url,
+                    "HTTP": server.http_url,
                     "metrics": server.metrics_url,
-                }
-                print(json.dumps({**urls, "log": str(server.log_path)}), flush=True)
-            Supervisor(server).run()
+                } | ({"OpenAI": openai_url} if openai_url else {})
+                print(
+                    f"kvfetcher: ready: {', '.join(f'{k} {v}' for k, v in urls.items())};"
+                    f" log {server.log_path}; Ctrl-C stops",
+                    file=sys.stderr,
+                )
+                if arguments.json:
+                    facts = {name.lower(): url for name, url in urls.items()}
+                    print(json.dumps({**facts, "log": str(server.log_path)}), flush=True)
+                Supervisor(server).run()
         except KeyboardInterrupt:
             print(
                 "kvfetcher: stopping: running requests and saves are finished (Ctrl-C again to kill)",
@@ -248,6 +260,27 @@ def _serve(arguments: argparse.Namespace) -> int:
     if not clean:
         print("kvfetcher: stopped by force; unfinished saves are lost", file=sys.stderr)
     return 0 if clean else 1
+
+
+@contextlib.contextmanager
+def _openai(config: Config, server: TritonServer) -> Iterator[str]:
+    """OpenAI's API in front of the server, where it is asked for; gives its base URL, else "".
+
+    It listens before the server starts (a taken port is found at once) and answers 503 until then.
+    """
+    if not config.server.openai_port:
+        yield ""
+        return
+    from kvfetcher.openai import OpenAIServer
+
+    with OpenAIServer(
+        config.server.host,
+        config.server.openai_port,
+        grpc_url=server.grpc_url,
+        model=Path(config.engine.model).name,
+        default_max_tokens=config.engine.max_output_tokens,
+    ) as entrance:
+        yield entrance.url
 
 
 def _prepare(arguments: argparse.Namespace) -> None:

@@ -29,6 +29,8 @@ CONFIG_VARIABLE = "KVFETCHER_CONFIG"
 RUN_DIR_VARIABLE = "KVFETCHER_RUN_DIR"
 MPS_PIPE_VARIABLE = "CUDA_MPS_PIPE_DIRECTORY"
 """NVIDIA's: the folder of the Multi-Process Service's control daemon that CUDA is to use."""
+OPENAI_PORT = 8003
+"""Where `serve --openai` listens, unless told otherwise."""
 _PREFIX = "KVFETCHER_"
 _MAX_FILE_BYTES = 1 << 20
 
@@ -119,6 +121,12 @@ class ServerConfig(_Section):
     http_port: int = _option(8000, "port of the HTTP endpoint", low=1, high=65535)
     grpc_port: int = _option(8001, "port of the gRPC endpoint", low=1, high=65535)
     metrics_port: int = _option(8002, "port of the Prometheus endpoint", low=1, high=65535)
+    openai_port: int = _option(
+        0,
+        "port of the HTTP endpoint that answers OpenAI's API (docs/openai.md); 0 = none",
+        low=0,
+        high=65535,
+    )
     ready_timeout_seconds: float = _option(
         180.0, "longest wait until all models are ready, in seconds", low=1, high=3600
     )

@@ -3,7 +3,8 @@
     KVFetcherError
     ├── ConfigError               a setting is unknown, mistyped or out of range
     ├── RequestError              a request breaks a rule that its sender can mend
-    │   └── RequestCancelledError the sender went away
+    │   ├── RequestCancelledError the sender went away
+    │   └── UnsupportedRequestError  this model or build cannot do what is asked
     ├── PermissionDeniedError     a request uses what was not given to its sender
     ├── LayoutError               an array's shape or dtype differs from its spec
     ├── FormatError               bytes are not a chunk of this format
@@ -63,6 +64,12 @@ class RequestCancelledError(RequestError):
     """The sender of the request went away."""
 
     triton_status: ClassVar[TritonStatus] = "CANCELLED"
+
+
+class UnsupportedRequestError(RequestError):
+    """This model or build cannot do what is asked."""
+
+    triton_status: ClassVar[TritonStatus] = "UNSUPPORTED"
 
 
 class PermissionDeniedError(KVFetcherError):

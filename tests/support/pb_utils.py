@@ -59,11 +59,21 @@ class ResponseSender:
             self.is_final.set()
 
 
+class Anything:
+    """Holds every name."""
+
+    def __contains__(self, name):
+        return True
+
+
 @dataclass
 class Request:
     tensors: dict[str, Any]
     cancelled: bool = False
     sender: ResponseSender = field(default_factory=ResponseSender)
+    parameters_json: str = "{}"
+    wanted: list[str] = field(default_factory=list)
+    """Outputs asked for; none = all."""
 
     def get_response_sender(self):
         return self.sender
@@ -73,6 +83,12 @@ class Request:
 
     def request_id(self):
         return "request"
+
+    def parameters(self):
+        return self.parameters_json
+
+    def requested_output_names(self):
+        return self.wanted or Anything()
 
 
 @dataclass

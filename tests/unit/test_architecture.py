@@ -25,6 +25,7 @@ ORDER = (
     "launcher",
     "calibration",
     "doctor",
+    "openai",
     "bench",
     "cli",
 )

@@ -122,7 +122,7 @@ def test_env_prints_shell_exports(monkeypatch, capsys):
 
 def test_generate_without_a_server_is_one_line(capsys):
     url = f"127.0.0.1:{free_ports(1)[0]}"
-    assert main(["generate", "question", "--url", url]) == 1
+    assert main(["generate", "--no-chat", "question", "--url", url]) == 1
     error = capsys.readouterr().err
     assert "is `kvfetcher serve` running?" in error
     assert "Traceback" not in error
@@ -199,7 +199,10 @@ def url(tmp_path_factory):
 @pytest.mark.triton
 @pytest.mark.parametrize("stream", [[], ["--stream"]])
 def test_generate_prints_the_answer_and_sums_up_on_stderr(capsys, url, stream):
-    assert main(["generate", "why?", "--url", url, "--kv-policy", "no_store", *stream]) == 0
+    assert (
+        main(["generate", "--no-chat", "why?", "--url", url, "--kv-policy", "no_store", *stream])
+        == 0
+    )
     captured = capsys.readouterr()
     assert captured.out == "[why?]no_store\n"
     assert captured.err.startswith(
@@ -210,13 +213,16 @@ def test_generate_prints_the_answer_and_sums_up_on_stderr(capsys, url, stream):
 @pytest.mark.triton
 def test_generate_puts_the_document_first(capsys, url, tmp_path):
     (tmp_path / "doc.txt").write_text("The document.\n\n")
-    assert main(["generate", "why?", "--url", url, "--file", str(tmp_path / "doc.txt")]) == 0
+    assert (
+        main(["generate", "--no-chat", "why?", "--url", url, "--file", str(tmp_path / "doc.txt")])
+        == 0
+    )
     assert capsys.readouterr().out == "[The document.\n\nwhy?]\n"
 
 
 @pytest.mark.triton
 def test_generate_as_json(capsys, url):
-    assert main(["generate", "é?", "--url", url, "--json", "--stream"]) == 0
+    assert main(["generate", "--no-chat", "é?", "--url", url, "--json", "--stream"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer.pop("time_to_first_token_seconds") > 0
     assert answer == {

@@ -1,8 +1,9 @@
 """postprocessing: the LLM's responses -> the client's; ends answers that nobody waits for.
 
 Inputs   text_output STRING [1], output_ids INT32 [n], finish_reason STRING [1],
-         kv_report STRING [1], stream_id STRING [1]
-Outputs  text_output, output_ids, finish_reason, kv_report; none for a heartbeat
+         kv_report STRING [1], stream_id STRING [1], num_input_tokens UINT32 [1]
+Outputs  text_output, output_ids, finish_reason, kv_report, num_input_tokens,
+         num_output_tokens UINT32 [1] of this response; none for a heartbeat
 Triton marks only the *next* step of an ensemble as cancelled when the client goes away. This is the
 next step: it tells the engine process to stop.
 """

@@ -6,6 +6,7 @@ Inputs   input_ids  INT32  [num_tokens]
          kv_report  STRING [1]  JSON of the fetch, completed here
 Outputs  text_output STRING [1], output_ids INT32 [n], finish_reason STRING [1] ("" until the last),
          kv_report STRING [1] (JSON on the first and the last response, "" between),
+         num_input_tokens UINT32 [1] tokens of the prompt,
          stream_id STRING [1] names the running answer (control operation "cancel")
 Errors   NOT_FOUND not issued by kv_fetch · INVALID_ARG bad request · UNAVAILABLE queue full · CANCELLED · INTERNAL engine failed
 This process owns the engine and its KV arena.

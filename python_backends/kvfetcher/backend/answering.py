@@ -6,7 +6,14 @@ import logging
 from typing import Any
 
 from kvfetcher import wire
-from kvfetcher.backend.tensors import ids_tensor, read_ids, read_text, text_tensor
+from kvfetcher.backend.tensors import (
+    count_tensor,
+    ids_tensor,
+    read_ids,
+    read_scalar,
+    read_text,
+    text_tensor,
+)
 from kvfetcher.errors import KVFetcherError
 from kvfetcher.memory.control import ControlClient, socket_path
 
@@ -33,10 +40,15 @@ class AnswerRelay:
         ids = read_ids(request, wire.OUTPUT_IDS, pb_utils)
         if not ids.size and not any(texts.values()):
             return None
+        num_input_tokens = read_scalar(request, wire.NUM_INPUT_TOKENS, pb_utils) or 0
         tensors = [text_tensor(name, text, pb_utils) for name, text in texts.items()]
-        return pb_utils.InferenceResponse(
-            output_tensors=[*tensors, ids_tensor(wire.OUTPUT_IDS, ids, pb_utils)]
-        )
+        tensors += [
+            ids_tensor(wire.OUTPUT_IDS, ids, pb_utils),
+            count_tensor(wire.NUM_INPUT_TOKENS, num_input_tokens, pb_utils),
+            count_tensor(wire.NUM_OUTPUT_TOKENS, ids.size, pb_utils),
+        ]
+        wanted = request.requested_output_names()
+        return pb_utils.InferenceResponse(output_tensors=[t for t in tensors if t.name() in wanted])
 
     def _stop(self, stream_id: str) -> None:
         try:

@@ -17,7 +17,7 @@ from kvfetcher.backend.metrics import GENERATE_SERIES, Metrics
 from kvfetcher.backend.params import GenerationOptions, open_options
 from kvfetcher.backend.saving import seal_ticket
 from kvfetcher.backend.tags import compare
-from kvfetcher.backend.tensors import ids_tensor, read_ids, read_text, text_tensor
+from kvfetcher.backend.tensors import count_tensor, ids_tensor, read_ids, read_text, text_tensor
 from kvfetcher.engines.base import GenerateEvent, GenerateRequest
 from kvfetcher.errors import RequestError
 from kvfetcher.fetch.report import tell_computed
@@ -186,6 +186,7 @@ class Generation:
                 ids_tensor(wire.OUTPUT_IDS, ids, pb_utils),
                 text_tensor(wire.FINISH_REASON, event.finish_reason, pb_utils),
                 text_tensor(wire.KV_REPORT, json.dumps(self.report) if report else "", pb_utils),
+                count_tensor(wire.NUM_INPUT_TOKENS, len(self.input_ids), pb_utils),
                 text_tensor(wire.STREAM_ID, self.stream_id, pb_utils),
             ]
         )

@@ -168,6 +168,14 @@ def read_client_request(
             # What a stranger sends must not have preprocessing replaced.
             run_folder=run_folder if permit else None,
         )
+        if (sent := read_texts(request, wire.SENT_TEXT_INPUT, pb_utils)) is not None:
+            compare(
+                prompt_tag("".join(text)),
+                prompt_tag("".join(sent)),
+                model=wire.OPENAI_INPUT,
+                run_folder=run_folder if permit else None,
+            )
+    together = _read_together(request, pb_utils)
     if policy not in wire.KV_POLICIES:
         raise RequestError(f"kv_policy must be one of {wire.KV_POLICIES}, got {policy!r}")
     salt = read_text(request, wire.CACHE_SALT, pb_utils, default="")
@@ -175,10 +183,11 @@ def read_client_request(
         raise RequestError(
             f"cache_salt has at most {_MAX_SALT_CHARACTERS} characters, got {len(salt)}"
         )
-    given = {name: read_scalar(request, name, pb_utils) for name in _NUMBERS}
+    given = {name: together.get(name, read_scalar(request, name, pb_utils)) for name in _NUMBERS}
+    stop_words = together.get(wire.STOP_WORDS) or read_texts(request, wire.STOP_WORDS, pb_utils)
     params = SamplingParams(
         # An empty one is how TensorRT-LLM's examples say that there is none.
-        stop_words=tuple(filter(None, read_texts(request, wire.STOP_WORDS, pb_utils) or ())),
+        stop_words=tuple(filter(None, stop_words or ())),
         **{name: value for name, value in given.items() if value is not None},
     )
     if params.max_tokens > config.engine.max_output_tokens:
@@ -192,7 +201,7 @@ def read_client_request(
         is_internal=bool(permit),
         options=GenerationOptions(
             params=params,
-            stream=bool(read_scalar(request, wire.STREAM, pb_utils)),
+            stream=bool(together.get(wire.STREAM, read_scalar(request, wire.STREAM, pb_utils))),
             cache_salt=salt,
             save=policy not in ("no_store", "warm"),
             generate=policy != "warm",
@@ -200,3 +209,15 @@ def read_client_request(
             heartbeat=True,
         ),
     )
+
+
+def _read_together(request: Any, pb_utils: Any) -> dict[str, Any]:
+    """Options that come in one tensor, from `openai_input`; each wins over its own tensor."""
+    text = read_text(request, wire.CLIENT_OPTIONS, pb_utils, default="")
+    try:
+        options = json.loads(text) if text else {}
+    except ValueError as exc:
+        raise RequestError(f"input {wire.CLIENT_OPTIONS!r} is not JSON: {exc}") from exc
+    if not isinstance(options, dict):
+        raise RequestError(f"input {wire.CLIENT_OPTIONS!r} must hold a JSON object")
+    return options

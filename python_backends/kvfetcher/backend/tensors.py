@@ -97,6 +97,11 @@ def ids_tensor(name: str, ids: NDArray[np.int32] | tuple[int, ...], pb_utils: An
     return pb_utils.Tensor(name, np.asarray(ids, dtype=np.int32))
 
 
+def count_tensor(name: str, count: int, pb_utils: Any) -> Any:
+    """UINT32 tensor [1]."""
+    return pb_utils.Tensor(name, np.array([count], dtype=np.uint32))
+
+
 def _array(request: Any, name: str, pb_utils: Any) -> NDArray[Any] | None:
     tensor = pb_utils.get_input_tensor_by_name(request, name)
     return None if tensor is None else tensor.as_numpy()

@@ -76,6 +76,9 @@ class Tokenizer:
     def encode(self, text: str) -> NDArray[np.int32]:
         """Token ids [num_tokens] of `text`; special tokens written in it count as such.
 
+        A text that begins with the tokenizer's first special token itself (as chat templates of
+        Llama write it) does not get another one.
+
         Raises:
             RequestError: the text is empty, or longer than any prompt can be: that is found
                 without tokenising more of it than the longest prompt.

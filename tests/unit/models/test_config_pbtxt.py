@@ -32,6 +32,7 @@ def test_every_model_of_the_design_exists():
         [
             wire.KVFETCHER, wire.PREPROCESSING, wire.KV_FETCH, wire.KV_PIPELINE, wire.KV_DECODE,
             wire.KV_RESTORE, wire.KV_ENCODE, wire.KV_SAVE, wire.TENSORRT_LLM, wire.POSTPROCESSING,
+            wire.KVFETCHER_OPENAI, wire.OPENAI_INPUT,
         ]
     ) == MODELS  # fmt: skip
 
