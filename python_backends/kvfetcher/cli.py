@@ -18,6 +18,7 @@ import signal
 import stat
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from kvfetcher import __version__, wire
@@ -27,7 +28,6 @@ from kvfetcher.progress import StatusLine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from kvfetcher.config import CodecConfig, Config
     from kvfetcher.launcher import TritonServer
