@@ -1,7 +1,7 @@
 """kv_encode: KV values -> one chunk object (docs/format.md).
 
 Inputs   input_ids  INT32  [num_tokens]  the chunk's token ids
-         kv_spec    STRING [1]  JSON: spec, profile, first_position, identity, chunk_key, parent_key
+         kv_spec    STRING [1]  JSON: spec, first_position, identity_digest, chunk_key, parent_key
          kv_target  STRING [1]  JSON BlockTarget, sealed by kv_save, to read the values from, or
          kv_values  UINT8  [num_bytes]  the values, canonical [L, K, H, T, D]
 Outputs  chunk      UINT8  [num_bytes]

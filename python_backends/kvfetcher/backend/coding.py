@@ -64,7 +64,7 @@ class DecodedUnit(NamedTuple):
     planes_at: str
     """Sealed JSON `PlaneTicket`; "" = `planes` holds them."""
     rest: bytes | memoryview
-    """The unit without its bitstream, for who restores it."""
+    """The unit without its bitstream, for `kv_restore`."""
     status: str
 
 
@@ -442,7 +442,7 @@ class ChunkJob:
     started: float
 
     def status(self, encoder: str, chunk: bytes) -> str:
-        """JSON for who asked."""
+        """JSON for the caller."""
         num_bytes = self.spec.bytes_per_token * len(self.token_ids)
         status = {
             "encoder": encoder,

@@ -1,6 +1,6 @@
 """KV values and their sensitivities out of a Hugging Face causal model (torch, CPU or GPU).
 
-The model runs on plain per-layer tensors: `prefill` hands them out, `continue_from` takes them
+The model runs on plain per-layer tensors: `prefill` hands them out, `logits` takes them
 back, changed or not. `measure_rope` finds the rotation of every layer by measurement.
 """
 

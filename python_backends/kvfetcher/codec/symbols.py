@@ -38,7 +38,7 @@ class Symbols(NamedTuple):
 
 
 def to_symbols(integers: NDArray[np.int32]) -> Symbols:
-    """Split integers; exact inverse: `from_symbols`."""
+    """Split integers into samples and escapes, at the smallest bit depth with few escapes."""
     flat = integers.reshape(-1)
     size = np.abs(flat)
     for bit_depth in BIT_DEPTHS:

@@ -67,7 +67,7 @@ async def look_up(
         input_ids: the prompt.
         identity_digest: that every chunk must carry.
         chunk_tokens: tokens of one chunk.
-        found: filled in as chunks are found, so that one who stops waiting keeps what there is.
+        found: filled in as chunks are found, so that a caller that stops waiting keeps what there is.
     """
     for batch in probe_batches(len(keys), reads.lookup_batch_size):
         names = [keys[index].name for index in batch]

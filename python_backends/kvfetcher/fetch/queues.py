@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kvfetcher.fetch.planning.bandwidth import LinkEstimate
 
 Priority = tuple[int, ...]
-"""Smaller goes first; of equals, who came first."""
+"""Smaller goes first; of equals, the one that came first."""
 
 # While one arrives, the next one's request is on its way.
 _MIN_READS = 2
@@ -121,7 +121,7 @@ class PrioritySlots:
             try:
                 await granted
             except asyncio.CancelledError:
-                if granted.done() and not granted.cancelled():  # granted to one who leaves
+                if granted.done() and not granted.cancelled():  # granted to one that leaves
                     self._give()
                 raise
         try:

@@ -29,7 +29,7 @@ class RangeStore(GetRange, GetRanges, Protocol):
 
 @dataclass(slots=True)
 class Tally:
-    """What one asker's calls read; a read that it shares counts for the one who began it."""
+    """What one caller read; a shared read counts for the caller that began it."""
 
     num_reads: int = 0
     num_bytes: int = 0

@@ -130,7 +130,7 @@ class SharedFetches:
         """The outcome of a fetch that is over, with a lease that is this waiter's own.
 
         Returns:
-            None where the lease is gone already (only for those who came late).
+            None if the lease is gone already (only for requests that came late).
         """
         outcome = fetch.task.result()
         if outcome.claim is None or waiter.holds_lease:

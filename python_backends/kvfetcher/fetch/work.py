@@ -230,7 +230,7 @@ class FetchWork:
         *,
         is_live: bool,
     ) -> LeaseClaim | None:
-        """Seal what is whole for all that wait now; those who come during this share later.
+        """Seal what is whole for all that wait now; requests that come during this share later.
 
         None where the engine refused or did not answer.
         """

@@ -186,7 +186,7 @@ def chunk_keys(
         token_ids: the prompt (a sequence of int, or a one-dimensional integer array).
         chunk_tokens: tokens of one chunk.
         identity_digest: [32 bytes] ``ModelIdentity.digest``.
-        cache_salt: the sender's salt; "" = shared by all who send none.
+        cache_salt: the sender's salt; "" = shared by all requests without one.
 
     Raises:
         ConfigError: `chunk_tokens` < 1, or the digest is not 32 bytes.

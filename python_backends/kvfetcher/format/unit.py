@@ -267,7 +267,7 @@ def parse_unit(data: bytes | memoryview, *, checks_video: bool = True) -> Unit:
 
     Args:
         data: the unit's bytes.
-        checks_video: False = leave out the CRC-32 of the video, for who does not decode it.
+        checks_video: False = leave out the CRC-32 of the video, for readers that do not decode it.
 
     Raises:
         ChecksumError: the header's or a section's CRC-32 differs.

@@ -12,7 +12,7 @@ def without_bitstream(unit: Unit) -> bytes:
     """The unit with an empty bitstream, its other sections as they are.
 
     ``parse_unit(..., checks_video=False)`` and every restorer take it as the unit itself. It decodes
-    to nothing: who makes it has checked and decoded the video.
+    to nothing: its maker has checked and decoded the video.
     """
     sections = (
         raw_section(SectionKind.BITSTREAM, b"")

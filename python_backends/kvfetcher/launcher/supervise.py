@@ -359,7 +359,7 @@ def _remove_region(name: str, now: float) -> _Lost | None:
 
 
 def _give_back(lost: _Lost) -> None:
-    """Free the pages; who has them mapped reads zeros."""
+    """Free the pages; a process that has them mapped reads zeros."""
     size = os.fstat(lost.descriptor).st_size
     ctypes.CDLL(None, use_errno=True).fallocate(
         lost.descriptor, _PUNCH_HOLE, ctypes.c_long(0), ctypes.c_long(size)

@@ -277,7 +277,7 @@ class Arena:
         """Make the file with as many blocks as `num_bytes` holds, and map it.
 
         All memory is reserved at once, so that a full /dev/shm is an error here and not a SIGBUS
-        at the first write. A file of that path is replaced; who has the old one mapped keeps it.
+        at the first write. A file of that path is replaced; a process that has the old one mapped keeps it.
 
         Raises:
             ConfigError: `num_bytes` holds no block, or more than MAX_BLOCKS.

@@ -1,7 +1,7 @@
 """The KV arena on a GPU: blocks in memory that the processes of one server share by CUDA IPC.
 
 The engine process allocates it with plain ``cuMemAlloc`` (IPC takes no other kind) and writes its
-handle into the arena's file; who attaches gets the same memory. When the owner dies, its file loses
+handle into the arena's file; a process that attaches gets the same memory. When the owner dies, its file loses
 its lock and is swept like any other; the driver keeps the memory until the last process that
 attached lets go, which is when it sees the next generation.
 """

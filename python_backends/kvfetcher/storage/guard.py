@@ -5,7 +5,7 @@ An open breaker answers `StoreUnavailableError` at once, without I/O. Only `Tran
 retried. Deadlines are the caller's: cancelling a call cancels its retries and its second read.
 
 Only a look-up (a small `get_ranges`) whose asker leaves runs on until the store's own timeout, its
-answer unused. Those who look up leave after a fraction of that, so of a store that swallows every
+answer unused. Look-ups are given up after a fraction of that, so of a store that swallows every
 call the breaker would never hear, and a connection that takes long to make would never be made.
 """
 

@@ -151,7 +151,7 @@ class Calibration:
         )
 
     def inverse_factors(self, key: tuple[int, int], rank: int) -> InverseFactors:
-        """`Matrices.inverse` before it is multiplied out, for those who have something faster.
+        """`Matrices.inverse` before it is multiplied out, for callers that have something faster.
 
         Raises:
             FormatError: the transform has fewer components.
