@@ -41,7 +41,8 @@ A setting gets its value from the last of these that has one:
 3. the environment variable `KVFETCHER_<SECTION>_<FIELD>`, such as `KVFETCHER_STORE_PATH`. Lists are
    separated by commas, truth values are `true` or `false`.
 
-Unknown sections and keys, and values of a wrong type or outside their range, are errors.
+Unknown sections, keys and `KVFETCHER_` variables, and values of a wrong type or outside their range,
+are errors.
 
 ```toml
 [server]

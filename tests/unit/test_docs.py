@@ -13,6 +13,7 @@ import pytest
 
 from kvfetcher import cli
 from kvfetcher.backend import metrics
+from kvfetcher.codec.ladder.bar import QUALITY_BARS
 from kvfetcher.config import SECTIONS, is_setting_variable
 from kvfetcher.engines.base import GenerateTimings
 from kvfetcher.fetch.planning.gate import Verdict
@@ -142,6 +143,20 @@ def test_commands_and_their_flags_exist(command, capsys):
 
 def test_there_are_commands():
     assert len(COMMANDS) > 40
+
+
+def test_the_page_on_the_codec_has_the_quality_bars():
+    page = (DOCS / "codec.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| ([\de.-]+) \| (\d+) % \| ([\d.]+) % \|$", page, re.MULTILINE)
+    found = {name: (float(kl), int(top1), float(grows)) for name, kl, top1, grows in rows}
+    assert found == {
+        name: (
+            bar.max_kl,
+            100 * bar.min_top1_agreement,
+            pytest.approx(100 * bar.max_perplexity_change),
+        )
+        for name, bar in QUALITY_BARS.items()
+    }
 
 
 def test_variables_exist():
