@@ -40,6 +40,7 @@ _READY_TIMEOUT_SECONDS = 5.0
 
 # Prompts of any length: the server sets the limit, and says so.
 _CHANNEL_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+_NO_PROXY = ("grpc.enable_http_proxy", 0)
 
 
 class Client:
@@ -70,7 +71,7 @@ class Client:
         self.url = _checked_url(url)
         self._timeout_seconds = timeout_seconds
         self._model = model
-        self._channel = grpc.insecure_channel(url, options=_CHANNEL_OPTIONS)
+        self._channel = grpc.insecure_channel(url, options=_channel_options(url))
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     def __enter__(self) -> Self:
@@ -237,7 +238,7 @@ class AsyncClient:
         self.url = _checked_url(url)
         self._timeout_seconds = timeout_seconds
         self._model = model
-        self._channel = grpc.aio.insecure_channel(url, options=_CHANNEL_OPTIONS)
+        self._channel = grpc.aio.insecure_channel(url, options=_channel_options(url))
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:
@@ -352,6 +353,16 @@ async def _drain_async(call: Any) -> None:
     with contextlib.suppress(grpc.RpcError):
         async for _ in call:
             pass
+
+
+def _channel_options(url: str) -> list[tuple[str, int]]:
+    """Options of a channel; a server of this machine is never reached through a proxy.
+
+    gRPC sends connections to 127.0.0.1 through $http_proxy unless $no_proxy names it.
+    """
+    host = url.rpartition(":")[0].strip("[]").lower()
+    is_here = host in ("localhost", "::1") or host.startswith("127.")
+    return [*_CHANNEL_OPTIONS, _NO_PROXY] if is_here else _CHANNEL_OPTIONS
 
 
 def _checked_url(url: str) -> str:

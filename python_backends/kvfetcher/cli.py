@@ -66,6 +66,12 @@ _ELSEWHERE = {
         "make_parser",
         "Check this machine, with remedies; see `kvfetcher doctor --help`.",
     ),
+    "chaos": (
+        "kvfetcher.chaos.command",
+        "main",
+        "make_parser",
+        "Run faults on real servers of this host and count what must not happen.",
+    ),
     "bench": (
         "kvfetcher.bench",
         "main",

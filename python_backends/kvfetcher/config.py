@@ -89,9 +89,19 @@ _RESTRICTION = re.compile(r"(?P<apis>[a-z,-]+):(?P<header>[^=:\s]+)=(?P<value>.+
 
 
 def cache_home() -> Path:
-    """Where downloaded models and the default store live: $XDG_CACHE_HOME or ~/.cache."""
+    """Where downloaded models and the default store live: $XDG_CACHE_HOME or ~/.cache.
+
+    Raises:
+        ConfigError: neither is known, as for a container's user id without a name.
+    """
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if base else Path.home() / ".cache") / "kvfetcher"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "kvfetcher"
+    except RuntimeError as exc:
+        raise ConfigError(
+            f"user id {os.getuid()} has no home folder; set $XDG_CACHE_HOME (or $HOME) to a folder that"
+            " it may write"
+        ) from exc
 
 
 def _option(default: Any, doc: str, *, low: float | None = None, high: float | None = None) -> Any:

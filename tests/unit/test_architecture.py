@@ -27,6 +27,7 @@ ORDER = (
     "doctor",
     "openai",
     "bench",
+    "chaos",
     "cli",
 )
 

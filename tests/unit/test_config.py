@@ -8,6 +8,7 @@ from kvfetcher.config import (
     SECTIONS,
     Config,
     StoreConfig,
+    cache_home,
     dump_config,
     explain_config,
     is_setting_variable,
@@ -229,3 +230,15 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path, data, rule):
 def test_a_list_nested_too_deeply_is_named():
     with pytest.raises(ConfigError, match="must be a JSON list"):
         load_config(environ={"KVFETCHER_CODEC_FRAME_SIZES": "[" * 100_000})
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
+    """As in a container that runs under an id without a name."""
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(ConfigError, match="XDG_CACHE_HOME"):
+        cache_home()

@@ -651,7 +651,9 @@ def _parse_spec(text: str) -> dict[str, Any]:
         ):
             raise ValueError("keys are spec, first_position and three 64-digit hex names")
         return {"spec": spec, **data, "first_position": int(data["first_position"])}
-    except (ValueError, TypeError, KeyError, AttributeError, ConfigError) as exc:
+    except (
+        ValueError, TypeError, KeyError, AttributeError, ConfigError, RecursionError,
+    ) as exc:  # fmt: skip
         raise RequestError(f"input {wire.KV_SPEC!r} does not describe a chunk: {exc}") from exc
 
 

@@ -48,7 +48,7 @@ def open_ticket(sealed: str, token_ids: NDArray[np.int32], permits: Permits) -> 
         data = json.loads(text)
         targets = tuple(BlockTarget.from_dict(target) for target in data.pop("targets"))
         return SaveTicket(targets=targets, token_ids=tuple(token_ids.tolist()), **data)
-    except (ValueError, TypeError, KeyError, AttributeError) as exc:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
         raise RequestError(f"input {wire.KV_LEASE!r} is not a save ticket: {exc}") from exc
 
 

@@ -91,7 +91,7 @@ class LeaseClaim:
         try:
             data = json.loads(text)
             claim = cls(**data)
-        except (ValueError, TypeError) as exc:
+        except (ValueError, TypeError, RecursionError) as exc:
             raise LeaseError(f"kv_lease must be a lease claim as JSON, got {text[:80]!r}") from exc
         if (
             not isinstance(claim.lease_id, str)

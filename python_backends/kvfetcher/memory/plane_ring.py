@@ -81,7 +81,7 @@ class PlaneTicket:
                 raise ValueError("a number is none")
             if made.entry >= NUM_TICKETS or made.shift > 8:
                 raise ValueError("a number is out of range")
-        except (ValueError, TypeError) as exc:
+        except (ValueError, TypeError, RecursionError) as exc:
             raise LayoutError(f"planes_at must be a plane ticket, got {text[:80]!r}") from exc
         return made
 

@@ -15,6 +15,7 @@ from kvfetcher_client import (
     ResponseTimeoutError,
     ServerUnavailableError,
 )
+from kvfetcher_client import client as client_module
 from kvfetcher_client.protocol import checked_report
 from support.triton_server import free_ports
 
@@ -296,3 +297,17 @@ def test_warming_token_ids_needs_a_server_with_that_model(client):
 def test_a_report_that_is_missing_is_an_error():
     with pytest.raises(ResponseError, match="no report"):
         checked_report("here", None)
+
+
+@pytest.mark.parametrize(
+    ("url", "uses_proxy"),
+    [
+        ("127.0.0.1:8001", False),
+        ("localhost:8001", False),
+        ("[::1]:8001", False),
+        ("a.example:1", True),
+    ],
+)
+def test_a_server_of_this_machine_is_not_reached_through_a_proxy(url, uses_proxy):
+    options = dict(client_module._channel_options(url))
+    assert ("grpc.enable_http_proxy" not in options) is uses_proxy

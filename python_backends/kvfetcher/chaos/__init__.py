@@ -1,0 +1,1 @@
+"""`kvfetcher chaos`: faults on a real server, and what each of them may not do."""
