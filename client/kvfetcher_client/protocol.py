@@ -248,9 +248,9 @@ def parse_response(
     """One piece of the answer; None for an empty final response.
 
     Args:
-        url: of the server, for errors.
+        url: address of the server, for errors.
         response: as it came.
-        request_id: of the request; "" = not compared.
+        request_id: id of the request; "" = not compared.
 
     Raises:
         KVFetcherError: the error that the server reports; see `errors.from_message`.

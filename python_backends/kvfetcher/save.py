@@ -58,7 +58,7 @@ class Saver:
 
     Args:
         store: where to.
-        leases: of the engine.
+        leases: leases of the engine.
         encode_chunk: makes one chunk object; called for several chunks at a time.
         chunks_in_flight: chunks encoded or stored side by side, so that an encoder on a GPU gets
             enough at a time; it bounds the objects in memory.

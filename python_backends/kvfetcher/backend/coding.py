@@ -81,7 +81,7 @@ class UnitDecoder:
         choice: "cpu"; "nvdec" = NVDEC must be usable; "auto" = NVDEC where it is usable.
         gpu: whose NVDEC, as CUDA counts.
         ring_bytes: GPU memory for planes that stay on the GPU; 0 = none do.
-        permits: of the server run; None = `Permits.of_run`, when they are needed.
+        permits: permits of the server run; None = `Permits.of_run`, when they are needed.
 
     Raises:
         DecoderUnavailableError: NVDEC is asked for and not usable; says what to do.
@@ -257,8 +257,8 @@ class UnitRestorer:
     One thread starts units and closes batches, another may `finish` batches meanwhile.
 
     Args:
-        permits: of the server run; None = `Permits.of_run`.
-        run_folder: of the server; see `tags.compare`.
+        permits: permits of the server run; None = `Permits.of_run`.
+        run_folder: run folder of the server; see `tags.compare`.
     """
 
     def __init__(self, permits: Permits | None = None, *, run_folder: Path | None = None) -> None:
@@ -478,7 +478,7 @@ class ChunkEncoder:
 
     Args:
         config: section `codec`.
-        permits: of the server run; None = `Permits.of_run`.
+        permits: permits of the server run; None = `Permits.of_run`.
 
     Raises:
         EncoderUnavailableError: `codec.encoder` names an encoder that is not usable.

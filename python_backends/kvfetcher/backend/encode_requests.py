@@ -44,7 +44,7 @@ class EncodeRequests:
     """One response per request of `kv_encode`.
 
     Args:
-        encoder: of chunks; used by this object's threads alone.
+        encoder: encoder of chunks; used by this object's threads alone.
         pb_utils: the module `triton_python_backend_utils`.
         after: called by that thread when nothing waits any more.
     """

@@ -67,9 +67,9 @@ class Generation:
         """Read and check a Triton request.
 
         Args:
-            request: of Triton.
+            request: Triton's request.
             pb_utils: the module `triton_python_backend_utils`.
-            permits: of the server run.
+            permits: permits of the server run.
             is_open: see `params.open_options`.
 
         Raises:

@@ -116,7 +116,7 @@ class GpuOutput:
 
     Args:
         ring_bytes: GPU memory for them; 0 = none stays.
-        permits: of the server run; None = `Permits.of_run`, when the first target comes.
+        permits: permits of the server run; None = `Permits.of_run`, when the first target comes.
     """
 
     def __init__(self, ring_bytes: int, permits: Permits | None = None) -> None:

@@ -106,9 +106,9 @@ class GpuChunkEncoder:
 
     Args:
         gpu: index, as CUDA counts.
-        profile: of the chunks, one that `can_encode`.
+        profile: profile of the chunks, one that `can_encode`.
         on_cpu: encoder of pictures that the GPU leaves to the CPU.
-        launcher: of the kernels; None = compiled for this GPU, or loaded.
+        launcher: launcher of the kernels; None = compiled for this GPU, or loaded.
         device: where values and pictures are; None = that GPU.
 
     Raises:

@@ -95,7 +95,7 @@ def open_options(
 
     Args:
         sealed: input `sampling`.
-        permits: of the server run.
+        permits: permits of the server run.
         input_ids: as they came with it.
         lease: as it came with it.
         is_open: `trust.internal_models` is "open": options without a permit are taken, too, but never
@@ -143,8 +143,8 @@ def read_client_request(
         request: of `kv_fetch`.
         config: limits, and who may ask.
         pb_utils: the module `triton_python_backend_utils`.
-        permits: of the server run.
-        run_folder: of the server; see `tags.compare`.
+        permits: permits of the server run.
+        run_folder: run folder of the server; see `tags.compare`.
 
     Raises:
         PermissionDeniedError: it did not come through `preprocessing`, which only a request that warms

@@ -44,7 +44,7 @@ def compare(got: str, expected: str, *, model: str, run_folder: Path | None) -> 
         got: the tag that came with the model's output.
         expected: the tag of what this request sent to it.
         model: which replied.
-        run_folder: of the server, to name the model to the launcher; None = tell nobody.
+        run_folder: run folder of the server, to name the model to the launcher; None = tell nobody.
 
     Raises:
         MixedUpError: they differ.

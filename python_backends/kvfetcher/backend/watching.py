@@ -56,7 +56,7 @@ class ClientWatch:
         sender: the request's response sender.
         pb_utils: the module `triton_python_backend_utils`.
         was_cancelled: asks the engine process about a fetch's id.
-        permits: of the server run; the next step takes no sign without one.
+        permits: permits of the server run; the next step takes no sign without one.
         in_ensemble: there is a next step; a model that is used alone is marked itself.
     """
 

@@ -281,7 +281,7 @@ def run(
 
     Args:
         model: whose caches they are.
-        calibration: of this model.
+        calibration: calibration of this model.
         documents: held-out texts, prefilled.
         text_set: what they are called in the rows.
         only: names of rows; empty = all.

@@ -299,7 +299,7 @@ def run_trace(
     """Requests one after the other under all policies; every policy sees them at the same times.
 
     Args:
-        trace: of the link.
+        trace: trace of the link.
         requests: one after the other.
         num_together: number of prompts that come at one time.
     """
@@ -515,7 +515,7 @@ def run(
     """The benchmark as JSON-ready data.
 
     Args:
-        traces: of the link; at least one of family ``jitter``.
+        traces: traces of the link; at least one of family ``jitter``.
         requests: one after the other on each trace.
         num_together: number of prompts that come at one time.
         num_jobs: processes that share the traces.

@@ -385,9 +385,9 @@ class SimFetcher(Fetcher):
     """A fetcher on simulated time; make it inside `run_simulated`.
 
     Args:
-        trace: of the link.
-        rtt_seconds: of the link.
-        table: of the decoders; the truth here, and what the planner knows.
+        trace: trace of the link.
+        rtt_seconds: round trip of the link.
+        table: table of the decoders; the truth here, and what the planner knows.
         config: section `fetch`.
         rewalk: another order of units; None = the fetcher's own.
     """

@@ -131,7 +131,7 @@ class CaptureModel:
         Args:
             ids: tokens after the cache; one label is drawn at each.
             kv: cache whose sensitivity is asked for.
-            generator: of the draws (CPU).
+            generator: generator of the draws (CPU).
 
         Returns:
             [L, 2, H, T, D] float32, d sum(log p(label)) / d cache. Its second moment over draws is

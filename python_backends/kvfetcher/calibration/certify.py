@@ -62,7 +62,7 @@ def code_cache(
         values: [L, K, H, T, D] from position 0, keys rotated.
         spec: geometry and KV dtype.
         profile: how.
-        decoder: of the video.
+        decoder: decoder of the video.
         chunk_tokens: tokens of one chunk.
 
     Returns:
@@ -141,7 +141,7 @@ def certify(
         calibration: what to measure.
         texts: what ``documents`` were taken from; only for their digest.
         documents: held-out texts, prefilled.
-        journal: of the profiles' figures.
+        journal: journal of the profiles' figures.
         progress: called after every profile.
 
     Returns:

@@ -59,7 +59,7 @@ def choose_steps(
         model: the model that is calibrated.
         calibration: its bases; whatever steps it has are ignored.
         documents: prefilled texts to measure on, none of those that certificates use.
-        journal: of the divergences.
+        journal: journal of the divergences.
         progress: called after each measurement.
 
     Returns:
@@ -119,7 +119,7 @@ def round_cache(
     Args:
         values: [L, K, H, T, D] from position 0, keys rotated.
         calibration: bases, floor and sinks.
-        step: of the quantiser.
+        step: step of the quantiser.
     """
     work = values.copy()
     unrotate_keys(work[:, 0], calibration.rope, 0)

@@ -173,7 +173,7 @@ def search_tiling(
         values: [Lg, K, H, T, D] of a few layers; three are enough.
         spec: geometry of the model.
         frame_size: ``WIDTHxHEIGHT`` of the pictures.
-        bits: of the quantiser.
+        bits: number of bits of the quantiser.
         inter: predict between pictures.
     """
     width, height = parse_frame_size(frame_size)

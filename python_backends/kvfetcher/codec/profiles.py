@@ -143,7 +143,7 @@ def encode_chunk(
         first_position: position of the first token in its sequence.
         num_threads: units encoded at one time.
         parent_key: key of the chunk before; zeros for the first.
-        encoder: of the pictures; None = libx265.
+        encoder: encoder of the pictures; None = libx265.
 
     Raises:
         LayoutError: shape or dtype of `values` differ from `spec` and `token_ids`.

@@ -23,7 +23,7 @@ def raw_tokens(
 
     Args:
         values: [Lg, K, H, T, D].
-        first_position: of token 0 in its sequence.
+        first_position: position of token 0 in its sequence.
         num_sinks: positions at the start of a sequence that attention depends on most.
         limit: a token with a larger magnitude, an infinity or a NaN is kept exact.
     """

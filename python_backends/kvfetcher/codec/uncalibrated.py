@@ -127,9 +127,9 @@ class UncalibratedRest:
             packets: access units of its pictures.
             spec: geometry of the whole model.
             layer_start: the unit's first layer.
-            num_layers: of the unit.
-            num_tokens: of the unit.
-            first_position: of its first token.
+            num_layers: number of layers of the unit.
+            num_tokens: number of tokens of the unit.
+            first_position: position of its first token.
         """
         grid = self.grid
         unit = Unit(

@@ -139,7 +139,7 @@ def check_mps(
         has_driver: an NVIDIA driver is here.
         control: where the daemon's program is; None = not installed.
         in_use: folder of a daemon that the environment names and that answers.
-        compute_mode: of the first GPU, as nvidia-smi says it; "" = unknown.
+        compute_mode: compute mode of the first GPU, as nvidia-smi says it; "" = unknown.
     """
     mode = config.server.mps
     wanted: Status = "warn" if mode == "on" else "ok"

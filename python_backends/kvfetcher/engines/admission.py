@@ -70,8 +70,8 @@ def stop_rules(
     find one.
 
     Args:
-        tokenizer: of transformers.
-        eos_ids: of the model.
+        tokenizer: transformers' tokenizer.
+        eos_ids: end-of-sequence ids of the model.
         stop_words: of a request.
 
     Raises:
@@ -100,7 +100,7 @@ def claim_lease(
 
     Args:
         request: perhaps with a lease.
-        generation: of the arena.
+        generation: generation of the arena.
         leases: over its blocks.
         now: seconds.
 

@@ -111,8 +111,8 @@ def open_arena(
     """A new arena where `engine.arena` wants it, with a part for each range of heads that ranks hold.
 
     Args:
-        path: of its file, or of its parts' (`split_arena.create_arena`).
-        spec: of the whole model.
+        path: path of its file, or of its parts' (`split_arena.create_arena`).
+        spec: geometry of the whole model.
         config: where, and how large.
         devices: where the model is, by tensor-parallel rank. Ranks that hold the same heads share
             a part, which lies at the first of them.

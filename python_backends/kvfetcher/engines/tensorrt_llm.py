@@ -168,7 +168,7 @@ def llm_arguments(config: Config, folder: Path) -> LlmArguments:
 
     Args:
         config: the whole configuration.
-        folder: of the model.
+        folder: folder of the model.
 
     Raises:
         ConfigError: the file cannot be read, or says otherwise than what must be.
@@ -245,8 +245,8 @@ def read_model(
     Args:
         folder: Hugging Face's.
         config: engine.kv_dtype.
-        version: of TensorRT-LLM; part of the identity, as its kernels are.
-        arguments: of `LLM()`; those that may change KV are part of the identity.
+        version: version of TensorRT-LLM; part of the identity, as its kernels are.
+        arguments: arguments of `LLM()`; those that may change KV are part of the identity.
 
     Raises:
         ConfigError: the model cannot run behind the connector.
@@ -504,7 +504,7 @@ def start_llm(arguments: LlmArguments, *, run_folder: Path) -> LlmSource:
     """Start TensorRT-LLM; takes minutes for a large model.
 
     Args:
-        arguments: of `LLM()`.
+        arguments: arguments of `LLM()`.
         run_folder: where the connector in the workers finds the arena's owner.
 
     Raises:

@@ -509,7 +509,7 @@ class Fetcher:
 
         Args:
             request: whose.
-            key: of the prefix.
+            key: key of the prefix.
             order: how to fetch it; None = only join.
             worth_seconds: time after which computing the prefix would have been as fast.
 

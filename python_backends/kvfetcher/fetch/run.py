@@ -96,10 +96,10 @@ class ChunkRun:
         stages: shared with all other runs.
         chunks: consecutive, from position 0.
         target: leased blocks for the tokens of all chunks.
-        tokens_per_block: of the engine.
+        tokens_per_block: tokens per block of the engine.
         facts: filled in.
         on_failure: see `OnFailure`.
-        hysteresis: of the choice of variants.
+        hysteresis: hysteresis of the choice of variants.
         prompt: what would be computed instead; None = never ask again whether it is worth it.
         margin: see `gate.reconsider`.
     """

@@ -144,7 +144,7 @@ class Stages:
         """A walk over all units of stored chunks.
 
         Args:
-            headers: of consecutive chunks.
+            headers: headers of consecutive chunks.
             factors: real times over the table's, as of now (`StageLearning.factors`).
             hysteresis: see `choose_variant`.
         """

@@ -30,7 +30,7 @@ class Guardian:
     """Watches over one server until `dismiss`.
 
     Args:
-        process_group: of tritonserver and its stubs.
+        process_group: process group of tritonserver and its stubs.
         shared_memory: start of the paths of its files in /dev/shm.
     """
 

@@ -80,7 +80,7 @@ def start_mps(mode: Literal["off", "auto", "on"], run_dir: Path) -> Mps:
 
     Args:
         mode: `server.mps`.
-        run_dir: of the server; the daemon's folder lies there, and its processes belong to it.
+        run_dir: run folder of the server; the daemon's folder lies there, and its processes belong to it.
 
     Raises:
         ServerError: mode "on", and MPS cannot be had; says what to do. Nothing is left running.

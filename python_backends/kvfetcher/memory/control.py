@@ -93,7 +93,7 @@ class ControlServer:
     """Answers the control socket from a thread of its own. A context manager.
 
     Args:
-        path: of the socket; an old file there is replaced (its owner is gone or being replaced).
+        path: path of the socket; an old file there is replaced (its owner is gone or being replaced).
         arena: whose blocks `leases` names.
         leases: the table; shared with the engine.
         describe: JSON-serialisable facts of the engine; called per request, must be quick.

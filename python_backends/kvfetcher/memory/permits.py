@@ -53,7 +53,7 @@ class Permits:
     """Issues and checks permits. Thread-safe.
 
     Args:
-        key: of the server run.
+        key: key of the server run.
         folder: the run folder, where arenas are published; None = `control.run_dir()`.
         clock: seconds, monotonic, the same in all processes of the machine.
 

@@ -109,8 +109,8 @@ class PlaneRing:
     """The decoding side. Not thread-safe.
 
     Args:
-        context: of the GPU.
-        num_bytes: of GPU memory.
+        context: context of the GPU.
+        num_bytes: number of bytes of GPU memory.
         table: path of the table file to make; a name that no other process uses.
         expiry_seconds: after it, planes that nobody fetched are overwritten.
         clock: seconds, monotonic.

@@ -127,9 +127,9 @@ def create_arena(
     """Make an arena with a part in each place.
 
     Args:
-        path: of its file; of several parts, the files get a number appended.
-        spec: of the whole model.
-        tokens_per_block: of the engine.
+        path: path of its file; of several parts, the files get a number appended.
+        spec: geometry of the whole model.
+        tokens_per_block: tokens per block of the engine.
         num_bytes: that all parts together take at most.
         places: for each part's heads, in order, the GPU that it lies on; None = in host memory.
 
@@ -164,7 +164,7 @@ def attach_arena(paths: Sequence[str], *, generation: str) -> Arena:
     """Map an arena that another process created, all parts of it.
 
     Args:
-        paths: of its files, one for each part in the order of their heads (`find_arena`).
+        paths: paths of its files, one for each part in the order of their heads (`find_arena`).
         generation: that it must be of.
 
     Raises:

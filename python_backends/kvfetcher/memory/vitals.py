@@ -38,7 +38,7 @@ class VitalsRecord:
     """The record of this process, written in place.
 
     Args:
-        run_folder: of the server.
+        run_folder: run folder of the server.
     """
 
     def __init__(self, run_folder: Path) -> None:

@@ -55,7 +55,7 @@ def cache_geometry(config: Any, kv_dtype: KVDtype) -> CacheGeometry:
     """Geometry of a model's KV cache.
 
     Args:
-        config: of transformers.
+        config: transformers' configuration.
         kv_dtype: type of the values.
 
     Raises:
@@ -109,7 +109,7 @@ def refuse_unshareable(config: Any) -> None:
     """Refuse a model whose cache is not the same values for every token in every layer.
 
     Args:
-        config: of transformers.
+        config: transformers' configuration.
 
     Raises:
         EngineError: says what the model keeps instead.

@@ -147,7 +147,7 @@ def refuse_changing_rope(config: Any) -> None:
     """Refuse a model whose keys depend on the tokens after them.
 
     Args:
-        config: of transformers.
+        config: transformers' configuration.
 
     Raises:
         EngineError: its rotation depends on the total length.

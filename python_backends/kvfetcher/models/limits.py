@@ -12,7 +12,7 @@ def max_positions(config: Any) -> int:
     the original number in some configurations (Qwen) and the stretched one in others (DeepSeek).
 
     Args:
-        config: of transformers (the text model's).
+        config: transformers' configuration (the text model's).
 
     Raises:
         AttributeError, TypeError, ValueError: it does not say.

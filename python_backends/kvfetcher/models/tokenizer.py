@@ -119,7 +119,7 @@ def check_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Compare token ids with those of tokenizer.json itself, read by the library under it.
 
     Args:
-        tokenizer: of transformers.
+        tokenizer: transformers' tokenizer.
         folder: it was loaded from; without a tokenizer.json nothing is compared.
 
     Raises:

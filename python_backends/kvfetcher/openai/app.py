@@ -34,7 +34,7 @@ class Routes:
     """What each address answers.
 
     Args:
-        client: of the server behind; belongs to the running loop.
+        client: client of the server behind; belongs to the running loop.
         model: the name under which the model is listed and asked for.
         default_max_tokens: of a chat that names no limit.
     """

@@ -104,7 +104,7 @@ class AskedFor:
         options: for `kvfetcher_client`.
         stream: the answer is wanted piece by piece.
         include_usage: a last piece says how many tokens there were.
-        id: of the answer.
+        id: id of the answer.
         created: seconds since 1970.
     """
 

@@ -66,7 +66,7 @@ class DiskTier:
         """Does no I/O; the folder is made by the first `add`.
 
         Args:
-            folder: of this tier alone.
+            folder: folder of this tier alone.
             max_bytes: limit of all parts together, headers included.
             max_age_seconds: older parts are not served.
         """

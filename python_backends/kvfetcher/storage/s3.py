@@ -102,7 +102,7 @@ class S3Store:
         Args:
             address: bucket and prefix.
             endpoint: URL of the server; "" = AWS.
-            region: of the bucket.
+            region: region of the bucket.
             timeout_seconds: longest wait for one call, its wait for a connection included; more
                 for what carries much (`base.allowed_seconds`).
             connect_timeout_seconds: longest wait for a connection to be made.

@@ -40,7 +40,7 @@ class IoThreads:
     """See the module's text. Any event loop; threads are made when needed.
 
     Args:
-        name: of the threads.
+        name: name of the threads.
         max_threads: calls at one time; further ones wait.
         max_stuck: number of calls beyond their timeout at which further ones are refused.
     """

@@ -64,8 +64,8 @@ class UncalibratedForward:
 
         Args:
             bits: [U, Lg, K, H, T, D] bit patterns of U units, on the device.
-            dtype: of the values, one of `DTYPES`.
-            first_position: of the chunk's first token.
+            dtype: type of the values, one of `DTYPES`.
+            first_position: position of the chunk's first token.
             variant: picture size.
         """
         count, layers, factor, heads, tokens, dim = bits.shape

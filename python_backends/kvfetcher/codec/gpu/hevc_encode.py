@@ -225,7 +225,7 @@ class HevcEncoder:
     """Codes pictures on one GPU. Not thread-safe.
 
     Args:
-        launcher: of the kernels.
+        launcher: launcher of the kernels.
         device: where the pictures lie.
         memory_bytes: what a batch may take, with its pictures.
     """

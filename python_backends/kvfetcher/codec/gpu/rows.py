@@ -124,7 +124,7 @@ class RowPlan(NamedTuple):
         """Those that their rows' kind of integer does not hold.
 
         Args:
-            places: of the unit's escapes, ``row * num_tokens + token``.
+            places: places of the unit's escapes, ``row * num_tokens + token``.
             values: of them, without low bits.
             num_tokens: the unit's.
 
@@ -159,11 +159,11 @@ def plan_rows(
     """Rows of a unit.
 
     Args:
-        num_rows: of its pictures, or packed.
+        num_rows: number of rows of its pictures, or packed.
         rows_of: each transform, rising; there may be rows between them that belong to none.
         num_leading: of each transform.
         shifts: low bits of each transform's first rows, which are leading.
-        bit_depth: of the pictures; 8 where any row is trailing.
+        bit_depth: bit depth of the pictures; 8 where any row is trailing.
     """
     low_bits = np.zeros(num_rows, np.uint8)
     lines = np.zeros((num_rows, MAX_SHIFT), np.int32)
@@ -224,7 +224,7 @@ def _num_high(rows: NDArray[np.int64], sizes: NDArray[np.int64], wide: NDArray[n
     """How many first leading rows of a transform hold escapes that one float16 does not.
 
     Args:
-        rows: of large escapes, among the transform's.
+        rows: rows of large escapes, among the transform's.
         sizes: of them.
         wide: low bits of the transform's first rows.
     """

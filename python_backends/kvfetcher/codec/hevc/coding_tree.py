@@ -75,8 +75,8 @@ def put_coding_tree(
 
     Args:
         samples: 1-D, three planes of whole CTUs.
-        row: of the CTU.
-        column: of the CTU.
+        row: row of the CTU.
+        column: column of the CTU.
         planes: [3, 3] int64: of each plane its first sample, its stride, and log2 of its CTBs' side.
         grey: ``1 << (BitDepth - 1)``.
         can_split: whether transform blocks may be split (4:4:4).

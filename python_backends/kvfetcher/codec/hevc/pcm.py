@@ -33,13 +33,13 @@ def put_pcm_ctu(
 
     Args:
         samples: see `put_coding_tree`, as for `row`, `column` and `planes`.
-        row: of the CTU.
-        column: of the CTU.
+        row: row of the CTU.
+        column: column of the CTU.
         planes: see there.
-        bits: of one sample, PcmBitDepth.
+        bits: number of bits of one sample, PcmBitDepth.
         tokens: uint16, scratch.
-        states: of the contexts; updated.
-        engine: of the arithmetic coder; flushed before the samples and started after them.
+        states: states of the contexts; updated.
+        engine: the arithmetic coder; flushed before the samples and started after them.
         words: uint32, with room.
         at: index of the next word.
     """
@@ -86,11 +86,11 @@ def fill_padding(
 
     Args:
         samples: see `put_coding_tree`, as for `row`, `column`, `planes` and `grey`; written to.
-        row: of the CTU.
-        column: of the CTU.
+        row: row of the CTU.
+        column: column of the CTU.
         planes: see there.
-        width: of the picture's luma.
-        height: of the picture's luma.
+        width: width of the picture's luma.
+        height: height of the picture's luma.
         grey: see there.
     """
     for c_idx in range(3):

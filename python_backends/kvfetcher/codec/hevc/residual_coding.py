@@ -55,7 +55,7 @@ def find_coefficients(
         at: index of the block's first sample.
         stride: samples from one row to the next.
         log2_size: of the block, 3 to 5.
-        prediction: of every sample.
+        prediction: value predicted for every sample.
         residuals: int16; sub-block i is written at ``16 * (block + i)``.
         masks: int64; which of a sub-block's coefficients are not 0 is written at ``block + i``.
         block: index of the block's first sub-block.

@@ -44,7 +44,7 @@ def below_bar(certificate: Mapping[str, Any] | None, profile: str) -> str:
 
     Args:
         certificate: `Calibration.certificate`.
-        profile: of the ladder.
+        profile: profile of the ladder.
 
     Example:
         >>> below_bar({"profiles": {"near": {"kl": 2.5e-3, "top1_agreement": 0.37,

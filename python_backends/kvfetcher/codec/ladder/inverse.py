@@ -76,9 +76,9 @@ class SplitInverse(NamedTuple):
         Args:
             samples: [m, T] as they lie in the pictures.
             neutral: the sample of integer 0.
-            step: of the quantiser.
+            step: step of the quantiser.
             corrections: where an integer is not ``sample - neutral``.
-            low_bits: of the first rows, all of them leading; None = there are none.
+            low_bits: low bits of the first rows, all of them leading; None = there are none.
         """
         count, num_tokens = len(self.leading), samples.shape[1]
         first, rest = slice(0, count), slice(count, len(samples))

@@ -72,7 +72,7 @@ def certified(calibration: Calibration, profile: str, *, dtype: KVDtype | None =
 
     Args:
         calibration: with its certificate.
-        profile: of the ladder.
+        profile: profile of the ladder.
         dtype: KV dtype that it is to serve; None = not known, not compared.
 
     Raises:

@@ -59,7 +59,7 @@ def row_shifts(sigma: NDArray[np.float32], step: float) -> NDArray[np.uint8]:
 
     Args:
         sigma: [m] deviations of a transform's coded components, descending.
-        step: of the quantiser; a binary32 number.
+        step: step of the quantiser; a binary32 number.
     """
     found = np.searchsorted(_LIMITS * float(step), sigma.astype(np.float64), side="left")
     return found[found > 0].astype(np.uint8)

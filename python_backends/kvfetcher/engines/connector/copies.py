@@ -45,7 +45,7 @@ class BlockCopier:
 
     Args:
         arena: attached; the part with the pool's heads and tokens per block.
-        pool: of this rank.
+        pool: pool of this rank.
 
     Raises:
         LayoutError: arena and pool do not fit each other.
@@ -84,7 +84,7 @@ class BlockCopier:
         Args:
             arena_blocks: sources.
             pool_blocks: destinations by layer group; as many in each.
-            layout: of the pool.
+            layout: layout of the pool.
             stream: torch's CUDA stream to enqueue on; None on a CPU.
         """
         # A pool that was made in inference mode takes writes in inference mode only, and the mode is

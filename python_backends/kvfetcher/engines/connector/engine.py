@@ -82,7 +82,7 @@ class ConnectedEngine:
     """See the module's text; methods as in `base.Engine`. Call `close` when done.
 
     Args:
-        kind: of the engine ("paged" or "tensorrt_llm").
+        kind: kind of the engine ("paged" or "tensorrt_llm").
         model: what it serves.
         config: the whole configuration.
         source: the engine; closed with this.

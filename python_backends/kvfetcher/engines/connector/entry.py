@@ -100,7 +100,7 @@ def bind(
     Args:
         api: module with KvCacheConnectorScheduler and KvCacheConnectorWorker.
         place: tells a new worker which rank it is; None = MPI's environment (`place_from_mpi`).
-        socket_path: of the arena's owner; None = in the run folder (`find_run_folder`).
+        socket_path: socket of the arena's owner; None = the one in `find_run_folder()`.
 
     Raises:
         ConfigError: the interface is not one that this build implements.

@@ -51,9 +51,9 @@ class OwnerLink:
     """A rank's connection. Made at the engine's start; `receive` is called from the reader thread.
 
     Args:
-        path: of the owner's socket.
+        path: path of the owner's socket.
         rank: this rank.
-        num_ranks: of the engine.
+        num_ranks: number of ranks of the engine.
         timeout_seconds: longest wait for the owner at the start.
 
     Raises:

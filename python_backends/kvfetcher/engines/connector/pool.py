@@ -57,9 +57,9 @@ class PagedPool:
 
     Args:
         tensor: the pool, as the engine registers it.
-        spec: of the whole model.
+        spec: geometry of the whole model.
         heads: what this rank holds of it.
-        tokens_per_block: of the engine.
+        tokens_per_block: tokens per block of the engine.
 
     Raises:
         LayoutError: the tensor is not a pool of that geometry; says what differs.
@@ -144,9 +144,9 @@ class LayerGroupPool(PagedPool):
     Args:
         layout: its `KvCacheLayout`: ``tokens_per_block`` and ``groups``, each with the byte ranges
             (``regions``) that repeat once per block, and the buffers in them.
-        spec: of the whole model.
+        spec: geometry of the whole model.
         heads: what this rank holds of it.
-        tokens_per_block: of the engine.
+        tokens_per_block: tokens per block of the engine.
 
     Raises:
         LayoutError: what it describes is not all layers' K and V of that geometry, of all tokens.
@@ -238,7 +238,7 @@ def probe_layout(values: torch.Tensor, *, num_heads: int, head_dim: int) -> Layo
 
     Args:
         values: [2, heads * tokens * head_dim] float: K, V (of MLA one latent of one head).
-        num_heads: of this rank; with one head (or one token) the orders are the same.
+        num_heads: number of KV heads of this rank; with one head (or one token) the orders are the same.
         head_dim: dims of one head.
 
     Returns:

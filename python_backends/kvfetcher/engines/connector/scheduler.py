@@ -207,7 +207,7 @@ class ConnectorScheduler:
 
     Args:
         sender: the link to the owner.
-        tokens_per_block: of engine and arena.
+        tokens_per_block: tokens per block of engine and arena.
         async_load_tokens: smallest load, in tokens, that is asynchronous; 0 = none is.
     """
 

@@ -170,9 +170,9 @@ class ConnectorHub:
     """See the module's text. A context manager; all methods are thread-safe.
 
     Args:
-        path: of the socket; an old file there is replaced.
-        num_ranks: of the engine.
-        arena: of the whole model, with a part for the heads of every rank.
+        path: path of the socket; an old file there is replaced.
+        num_ranks: number of ranks of the engine.
+        arena: arena of the whole model, with a part for the heads of every rank.
         leases: the table over its blocks.
         settings: see `HubSettings`.
         clock: seconds, monotonic; the one that leases are claimed with.
@@ -350,7 +350,7 @@ class ConnectorHub:
 
         Args:
             prompt: all token ids.
-            cache_salt: of the request.
+            cache_salt: salt of the request.
             lease: claimed; the handle owns it from now on.
             save: whether to save what the request computes.
             probe: the request serves to find the pool's layout.
@@ -385,7 +385,7 @@ class ConnectorHub:
         """The request's answer is over; its lease goes as soon as nobody reads it.
 
         Args:
-            handle: of `announce`.
+            handle: handle of `announce`.
             save: False = nothing is to be saved any more.
         """
         with self._changed:

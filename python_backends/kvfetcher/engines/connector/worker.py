@@ -97,7 +97,7 @@ class ConnectorWorker:
 
     Args:
         sender: the link to the owner.
-        layout: of the pool; None = to be probed, until then nothing may be loaded or saved.
+        layout: layout of the pool; None = to be probed, until then nothing may be loaded or saved.
         save_timeout_seconds: how long a finished request's blocks wait for the owner's `Room`.
         clock: seconds, monotonic.
         fatal: called with a reason where the engine must not go on.

@@ -89,7 +89,7 @@ class TorchEngine:
     Args:
         loaded: the model.
         config: sections engine, codec.chunk_tokens, fetch.lease_ttl_seconds, save.
-        arena: of the model's spec; stays the caller's to close, after the engine.
+        arena: arena of the model's spec; stays the caller's to close, after the engine.
         leases: over the arena's blocks; shared with the control server.
         clock: seconds, monotonic; the one that the control server leases with.
     """

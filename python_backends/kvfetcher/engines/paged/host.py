@@ -59,11 +59,11 @@ def open_paged_engine(
         loaded: the model.
         config: the whole configuration.
         folder: for the connector's socket.
-        arena: of the model's spec.
+        arena: arena of the model's spec.
         leases: over its blocks.
         clock: seconds, monotonic.
         closing: gets what must be closed, in order.
-        pool_layout: of the pool that is made; found again by the probe like any other.
+        pool_layout: pool layout of the pool that is made; found again by the probe like any other.
 
     Raises:
         ConfigError: the pool is too small for one block.

@@ -30,9 +30,9 @@ class PagedKV:
     """One rank's pool and the cursor of the sequence that runs now. The engine's thread only.
 
     Args:
-        spec: of the whole model.
-        heads: of this rank.
-        num_blocks: of the pool.
+        spec: geometry of the whole model.
+        heads: KV heads of this rank.
+        num_blocks: number of blocks of the pool.
         tokens_per_block: of a block.
         layout: order inside a block.
         compute_dtype: what attention computes in.
@@ -153,7 +153,7 @@ class PagedModel:
     Args:
         loaded: the model; changed in place where it is one rank of several.
         ranks: the engine's processes.
-        num_blocks: of the pool.
+        num_blocks: number of blocks of the pool.
         tokens_per_block: of a block.
         layout: order inside a block.
 

@@ -107,8 +107,8 @@ class DecodeTable:
         """Time from a unit's packets to its planes on an idle decoder.
 
         Args:
-            load: of one picture, `picture_load`.
-            num_pictures: of the unit, of that load each.
+            load: load of one picture, `picture_load`.
+            num_pictures: number of pictures of the unit, of that load each.
         """
         first = _interpolate(load, self._latency_seconds)
         return first + (num_pictures - 1) * self.picture_seconds(load, num_busy=1)
@@ -117,7 +117,7 @@ class DecodeTable:
         """Time of one decoder per picture, back to back.
 
         Args:
-            load: of the picture, `picture_load`.
+            load: load of the picture, `picture_load`.
             num_busy: decoders that work at the same time, this one included.
         """
         alone = _interpolate(load, self._alone_seconds)

@@ -52,7 +52,7 @@ class DecodeThroughput:
         """A unit is done.
 
         Args:
-            decode_seconds: of one decoder, as predicted for it.
+            decode_seconds: decode time of one decoder, as predicted for it.
             now: seconds, monotonic.
 
         Returns:

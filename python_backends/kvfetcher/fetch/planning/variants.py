@@ -92,7 +92,7 @@ def chunk_options(
     """The units of a stored chunk with their costs on this machine.
 
     Args:
-        header: of the chunk.
+        header: header of the chunk.
         table: decode times.
         factors: real times over the table's.
     """

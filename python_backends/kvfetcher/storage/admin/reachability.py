@@ -29,7 +29,7 @@ class Holding:
         scope: first two segments of its name, ``model/tenant``.
         key: [32 bytes] its key.
         parent: [32 bytes] key of the chunk before it.
-        first_position: of its first token in the prompt; 0 = it has no chunk before it.
+        first_position: position of its first token in the prompt; 0 = it has no chunk before it.
         token_ids: its tokens; empty where the survey was not asked for them.
     """
 
@@ -84,7 +84,7 @@ def plan_gc(
     What follows a damaged chunk stays, for that one may be saved anew.
 
     Args:
-        survey: of whole chains (a prefix of names may leave out scopes, not chunks of one).
+        survey: objects of whole chains (a prefix of names may leave out scopes, not chunks of one).
         now_seconds: since the epoch.
         grace_seconds: an unreachable chunk younger than this stays: the one before it may have
             been saved while the store was surveyed.
