@@ -66,7 +66,7 @@ class ChatTemplate:
             raise EngineError(f"the chat template of {folder.name} is not valid: {exc}") from exc
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        r"""The prompt for the assistant's next message.
+        """The prompt for the assistant's next message.
 
         Args:
             messages: each with ``role`` and ``content``, as `parse_messages` gives them.
@@ -75,8 +75,14 @@ class ChatTemplate:
             RequestError: the template refuses these messages.
 
         Example:
-            >>> ChatTemplate(folder).render([{"role": "user", "content": "Hello"}])
-            '<|im_start|>user\\nHello<|im_end|>\\n<|im_start|>assistant\\n'
+            >>> import pathlib, tempfile
+            >>> with tempfile.TemporaryDirectory() as name:
+            ...     folder = pathlib.Path(name)
+            ...     _ = (folder / "chat_template.jinja").write_text(
+            ...         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+            ...     )
+            ...     ChatTemplate(folder).render([{"role": "user", "content": "Hello"}])
+            '<user>Hello'
         """
         try:
             text: str = self._template.render(
