@@ -508,9 +508,26 @@ class StoreConfig(_Section):
         " this long to reach other hosts and running servers",
         low=1,
     )
+    keys: str = _option(
+        "",
+        "where the keyring is: env:NAME, file:PATH or command:PROGRAM ARGUMENTS; with one, names in the"
+        " store tell nothing of a salt that could be guessed; empty = no keyring",
+    )
+    seal: Literal["off", "hmac", "ed25519", "aes-gcm"] = _option(
+        "off",
+        "how objects are sealed with the keyring: hmac or ed25519 = signed; aes-gcm = encrypted and"
+        " authenticated; off = whoever can write to the store decides what is fetched",
+    )
 
     def __post_init__(self) -> None:
         _Section.__post_init__(self)  # no super(): slots=True makes the class anew
+        if self.seal != "off" and not self.keys:
+            raise ConfigError(f"store.seal = {self.seal} needs store.keys, which is empty")
+        if self.seal == "aes-gcm" and self.tier_disk_bytes:
+            raise ConfigError(
+                "store.seal = aes-gcm encrypts the store alone: copies on this host's disk would lie in"
+                " clear; set store.tier_disk_bytes = 0"
+            )
         if self.kind == "redis":
             _ = self.redis_address
         elif self.kind == "s3":

@@ -219,30 +219,6 @@ def test_tritons_own_apis_are_closed_to_clients(running):
     assert client.is_server_ready()
 
 
-def test_a_request_without_text_is_answered(running):
-    for verb in ("generate", "generate_stream"):
-        request = urllib.request.Request(
-            f"http://{running.server.http_url}/v2/models/{wire.KVFETCHER}/{verb}",
-            json.dumps({"max_tokens": 1}).encode(),
-            {"Content-Type": "application/json"},
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=20) as response:
-                said = response.read().decode()
-        except urllib.error.HTTPError as exc:
-            said = exc.read().decode()
-        assert "error" in said
-        assert wire.TEXT_INPUT in said or "input" in said
-    results, error = answers(
-        running, wire.KVFETCHER, [tensor(wire.MAX_TOKENS, np.array([1], np.int32))]
-    )
-    assert error
-    assert not results
-
-
-SHAPES = ((1,), (1, 1), (1, 7), (1, 1, 1, 1, 1), (1, 0), (1, 2, 3, 4, 5))
-
-
 def test_random_tensors_sent_directly_are_the_senders_fault(running):
     """Never INTERNAL, never unanswered: 18 of 204 were."""
     rng, bad = np.random.default_rng(20), []

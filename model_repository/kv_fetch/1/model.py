@@ -40,7 +40,12 @@ class TritonPythonModel:
         watch = self.fetcher.watch(request, sender)
         try:
             asked = read_client_request(
-                request, self.config, pb_utils, self.fetcher.permits, run_folder=run_dir()
+                request,
+                self.config,
+                pb_utils,
+                self.fetcher.permits,
+                run_folder=run_dir(),
+                ring=self.fetcher.ring,
             )
             if not watch.in_ensemble:  # there, preprocessing has let it in
                 pulse().refuse_when_stopping()

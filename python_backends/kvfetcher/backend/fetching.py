@@ -33,6 +33,7 @@ from kvfetcher.format.unit import has_video
 from kvfetcher.memory.control import run_dir
 from kvfetcher.memory.permits import Permits
 from kvfetcher.storage import TieredStore, open_store
+from kvfetcher.storage.keyring import load_keyring
 
 if TYPE_CHECKING:
     from kvfetcher.backend.params import ClientRequest
@@ -65,6 +66,7 @@ class FetchService:
         self._pb_utils = pb_utils
         self._leases = EngineLeases(config)
         self.permits = Permits.of_run()
+        self.ring = load_keyring(config.store.keys) if config.store.keys else None
         self._metrics = Metrics(pb_utils)
         self._metrics.start(FETCH_SERIES)
         self._watches = Watches()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from kvfetcher.config import Config
     from kvfetcher.memory.permits import Permits
+    from kvfetcher.storage.keyring import KeyRing
 
 _MAX_SALT_CHARACTERS = 1024
 _NUMBERS = (
@@ -136,6 +137,7 @@ def read_client_request(
     permits: Permits,
     *,
     run_folder: Path | None = None,
+    ring: KeyRing | None = None,
 ) -> ClientRequest:
     """Read and check every input of the client.
 
@@ -143,8 +145,9 @@ def read_client_request(
         request: of `kv_fetch`.
         config: limits, and who may ask.
         pb_utils: the module `triton_python_backend_utils`.
-        permits: permits of the server run.
-        run_folder: run folder of the server; see `tags.compare`.
+        permits: of the server run.
+        run_folder: of the server; see `tags.compare`.
+        ring: of the store, whose names then tell nothing of the salt.
 
     Raises:
         PermissionDeniedError: it did not come through `preprocessing`, which only a request that warms
@@ -202,7 +205,7 @@ def read_client_request(
         options=GenerationOptions(
             params=params,
             stream=bool(together.get(wire.STREAM, read_scalar(request, wire.STREAM, pb_utils))),
-            cache_salt=salt,
+            cache_salt=salt if ring is None else ring.salt(salt),
             save=policy not in ("no_store", "warm"),
             generate=policy != "warm",
             request_id=request.request_id(),

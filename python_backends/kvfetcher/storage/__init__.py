@@ -10,8 +10,10 @@ from kvfetcher.errors import ConfigError
 from kvfetcher.storage.base import ByteRange, ObjectInfo, Store
 from kvfetcher.storage.disk_tier import DiskTier
 from kvfetcher.storage.guard import GuardedStore, GuardEvent, GuardOptions
+from kvfetcher.storage.keyring import load_keyring
 from kvfetcher.storage.local import LocalStore
 from kvfetcher.storage.memory_tier import MemoryTier
+from kvfetcher.storage.sealed import SealedStore, Sealer
 from kvfetcher.storage.tier import TieredStore, TierEvent
 
 if TYPE_CHECKING:
@@ -44,7 +46,8 @@ def open_store(
             (`storage.tier`).
 
     Raises:
-        ConfigError: the store's package is not installed, or its TLS certificates are not there.
+        ConfigError: the store's package is not installed, or its TLS certificates or its keyring are
+            not there.
     """
     options = GuardOptions(
         max_retries=config.max_retries,
@@ -54,6 +57,8 @@ def open_store(
         max_backoff_seconds=config.breaker_max_backoff_seconds,
     )
     store: Store = GuardedStore(open_backend(config), options, observe=observe)
+    if config.seal != "off":
+        store = SealedStore(store, Sealer(config.seal, load_keyring(config.keys)))
     return open_tiers(config, store, observe=observe)
 
 

@@ -10,6 +10,7 @@ from kvfetcher.backend import coding
 from kvfetcher.backend.coding import ChunkEncoder, UnitDecoder, UnitRestorer
 from kvfetcher.backend.gpu_coding import GpuOutput
 from kvfetcher.codec.gpu import nvdec
+from kvfetcher.codec.quant import float32_to_bits
 from kvfetcher.config import CodecConfig
 from kvfetcher.errors import (
     ArenaError,
@@ -33,7 +34,10 @@ from support.trust import give_out
 
 SPEC = KVSpec(num_layers=4, num_kv_heads=1, head_dim=16)
 TOKENS = np.arange(32, dtype=np.int32)
-VALUES = np.random.default_rng(5).integers(0, 1 << 16, (4, 2, 1, 32, 16), dtype=np.uint16)
+# Of a size that video shrinks: what it does not is stored raw.
+VALUES = float32_to_bits(
+    np.random.default_rng(5).normal(size=(4, 2, 1, 32, 16)).astype(np.float32), "bfloat16"
+)
 
 
 def spec_json(**changes):

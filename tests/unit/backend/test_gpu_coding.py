@@ -130,7 +130,7 @@ class OnGpu:
     def restore(self, unit, planes):
         if self.error:
             raise self.error
-        return torch.from_numpy(restore_parsed(unit, planes).view(np.int16))
+        return torch.from_numpy(restore_parsed(unit, planes).view(np.int16).copy())
 
 
 class Ring:

@@ -24,6 +24,7 @@ from kvfetcher.progress import StatusLine
 from kvfetcher.storage import TieredStore, open_store, open_tiers
 from kvfetcher.storage.admin.reachability import chunks_from, chunks_of_prompts, plan_gc
 from kvfetcher.storage.admin.upkeep import remove, survey, verify, warm
+from kvfetcher.storage.keyring import load_keyring
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -263,7 +264,7 @@ async def _purge(job: _Job) -> int:
             "say what to purge: --model, --tenant, --prefix, --chunk or --tokens; `kvfetcher store"
             " purge --help` explains them"
         )
-    is_wanted = _scope_filter(arguments.model, arguments.tenant)
+    is_wanted = _scope_filter(arguments.model, _named_salt(job.config, arguments.tenant))
     if arguments.chunk or arguments.tokens:
         objects = [
             chunk.info for chunk in await _surveyed_for_purge(job) if is_wanted(chunk.info.name)
@@ -288,6 +289,11 @@ async def _purge(job: _Job) -> int:
     if arguments.json:
         _print_json(result)
     return STATUS_FAILED if result["failed"] else 0
+
+
+def _named_salt(config: StoreConfig, tenant: str | None) -> str | None:
+    """The salt that is in names: the tenant's own, or what the keyring makes of it."""
+    return tenant if tenant is None or not config.keys else load_keyring(config.keys).salt(tenant)
 
 
 def _scope_filter(model: str | None, tenant: str | None) -> Callable[[str], bool]:
