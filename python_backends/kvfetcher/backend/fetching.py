@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import re
@@ -55,6 +56,8 @@ _DATA_STATUS = re.compile(r"\b(INVALID_ARG|INTERNAL): (?!\w+; the server log)")
 # An empty tensor does not pass every version of Triton.
 _NO_PLANES = np.zeros((1, 1, 1, 1, 1), np.uint8)
 
+_KEPT_TARGETS = 64
+
 _log = logging.getLogger(__name__)
 
 
@@ -66,6 +69,8 @@ class FetchService:
         self._pb_utils = pb_utils
         self._leases = EngineLeases(config)
         self.permits = Permits.of_run()
+        # All units of a chunk have the same target.
+        self._sealed = functools.lru_cache(maxsize=_KEPT_TARGETS)(self._seal_target)
         self.ring = load_keyring(config.store.keys) if config.store.keys else None
         self._metrics = Metrics(pb_utils)
         self._metrics.start(FETCH_SERIES)
@@ -164,10 +169,13 @@ class FetchService:
         self._metrics.set("kvfetcher_inflight_bytes", load.inflight_bytes)
         self._metrics.set("kvfetcher_link_bytes_per_second", load.bytes_per_second)
 
+    def _seal_target(self, target: BlockTarget) -> str:
+        named = replace(target, tenant=self.permits.tenant(target.tenant))
+        return self.permits.seal("write", named.to_json(), expires_at=target.expires_at)
+
     async def _run_unit(self, unit: bytes, target: BlockTarget) -> UnitStatus:
         pb_utils = self._pb_utils
-        named = replace(target, tenant=self.permits.tenant(target.tenant))
-        sealed = self.permits.seal("write", named.to_json(), expires_at=target.expires_at)
+        sealed = self._sealed(target)
         model, inputs = unit_request(unit, sealed, pb_utils)
         response = await pb_utils.InferenceRequest(
             model_name=model,

@@ -69,7 +69,7 @@ class Failures:
         """
         detail = f"{name}: {exc}"
         if isinstance(exc, FormatError):
-            self._set_aside(name, exc)
+            self.set_aside(name, str(exc))
             return "corrupt_chunk", detail
         self.undecodable.note(name, exc)
         for kind, reason in _REASONS:
@@ -80,14 +80,15 @@ class Failures:
             return "decode_error", f"{name}: {type(exc).__name__}"
         raise exc
 
-    def _set_aside(self, name: str, exc: FormatError) -> None:
+    def set_aside(self, name: str, reason: str) -> None:
+        """Have an object quarantined that can't be used by anybody, while nobody waits for it."""
         if name in self._pending:
             return
         if len(self._pending) >= _MAX_PENDING:
-            _log.warning("corrupt chunk %s is not quarantined now, too many are: %s", name, exc)
+            _log.warning("chunk %s is not quarantined now, too many are: %s", name, reason)
             return
-        _log.warning("corrupt chunk %s will be quarantined: %s", name, exc)
-        task = asyncio.create_task(self._quarantine(name, str(exc)))
+        _log.warning("chunk %s will be quarantined: %s", name, reason)
+        task = asyncio.create_task(self._quarantine(name, reason))
         self._pending[name] = task
         task.add_done_callback(lambda _: self._pending.pop(name))
 

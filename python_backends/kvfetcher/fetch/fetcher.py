@@ -413,6 +413,8 @@ class Fetcher:
         if found.failure is not None:
             report.give_up(*self._work.failures.note(found.ended_at, found.failure))
         elif found.mismatch:
+            # Left there, it would be a miss for ever: a name that is taken is not saved again.
+            self._work.failures.set_aside(found.ended_at, found.mismatch)
             report.give_up("identity_mismatch", f"{found.ended_at}: {found.mismatch}")
         elif found.ended_at:
             report.give_up("not_stored")

@@ -171,6 +171,14 @@ async def test_a_chunk_of_something_else_under_the_right_name_is_never_used(
     fetched = await world.fetch()
     assert (fetched.claim, fetched.report.reason) == (None, "identity_mismatch")
     assert problem in fetched.report.detail
+    name = world.keys[0].name
+
+    async def is_free():
+        while await world.store.head(name) is not None:
+            await asyncio.sleep(0.01)
+
+    await asyncio.wait_for(is_free(), 5)  # set aside: it can be saved anew
+    assert [aside.info.name async for aside in world.store.list_quarantined()] == [name]
 
 
 @pytest.mark.parametrize("policy", ["recompute", "no_store"])
