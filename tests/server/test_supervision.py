@@ -17,6 +17,7 @@ from kvfetcher import wire
 from kvfetcher.errors import KVFetcherError
 from kvfetcher.launcher import Supervisor, probe, supervise
 from kvfetcher.memory.control import ControlClient, socket_path
+from kvfetcher.memory.vitals import mark_suspect
 
 pytestmark = [pytest.mark.triton, pytest.mark.slow]
 
@@ -152,6 +153,7 @@ def test_a_decoder_that_hangs_is_found_by_the_probe_and_replaced(watched, prompt
     before = shared_memory(running)
     hung = [stub.process_id for stub in running.server.stubs() if stub.model == wire.KV_DECODE]
     monkeypatch.setattr(supervise, "_PROBE_TIMEOUT_SECONDS", 1.0)
+    monkeypatch.setattr(supervise, "_STOPPED_SECONDS", float("inf"))  # as if it hung by itself
     monkeypatch.setattr(supervise, "_RETIRE_SECONDS", 0.0)
     monkeypatch.setattr(supervise, "_RECLAIM_SECONDS", 0.0)
     supervisor._prober = supervise._Prober(running.server, every_seconds=0.1)
@@ -172,6 +174,34 @@ def test_a_decoder_that_hangs_is_found_by_the_probe_and_replaced(watched, prompt
         assert time.monotonic() < deadline, (before, shared_memory(running))
         supervisor.look()
         time.sleep(0.2)
+
+
+def test_a_stopped_process_is_killed_and_replaced_within_seconds(watched, prompt):
+    """It may not go on: Triton would take its late reply for another request's."""
+    running, supervisor = watched
+    question = prompt(150)
+    first = running.client.generate(question, max_tokens=4)
+    running.settle()
+    stopped = [stub.process_id for stub in running.server.stubs() if stub.model == wire.KV_DECODE]
+    for process in stopped:
+        os.kill(process, signal.SIGSTOP)
+    started = time.monotonic()
+    repair = heal(supervisor)
+    assert (repair.kind, repair.models) == ("reload", (wire.KV_DECODE,))
+    assert time.monotonic() - started < 30
+    assert not set(stopped) & {stub.process_id for stub in running.server.stubs()}
+    again = running.generate_hit(question, max_tokens=4)
+    assert again.output_ids == first.output_ids
+
+
+def test_a_model_that_replied_wrongly_is_replaced(watched, prompt):
+    running, supervisor = watched
+    before = [stub.process_id for stub in running.server.stubs() if stub.model == wire.KV_RESTORE]
+    mark_suspect(running.server.run_dir, wire.KV_RESTORE)
+    repair = heal(supervisor)
+    assert (repair.kind, repair.models) == ("reload", (wire.KV_RESTORE,))
+    assert not set(before) & {stub.process_id for stub in running.server.stubs()}
+    assert running.client.generate(prompt(40), max_tokens=2).output_ids
 
 
 def test_a_full_arena_is_a_miss_with_its_reason(watched, prompt):
