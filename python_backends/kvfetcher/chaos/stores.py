@@ -101,8 +101,9 @@ class ChaosStore:
             )
         deadline = time.monotonic() + _READY_SECONDS
         while time.monotonic() < deadline and self._process.poll() is None:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
-                return
+            with contextlib.suppress(OSError):
+                if self._is_ready():
+                    return
             time.sleep(0.1)
         raise ServerError(f"the {self.kind} store of the chaos run did not start: {self.folder}")
 
@@ -122,6 +123,15 @@ class ChaosStore:
         """After `stop`."""
         if self._process is not None:
             self._process.send_signal(signal.SIGCONT)
+
+    def _is_ready(self) -> bool:
+        """Whether it answers; a Redis that still reads its file refuses."""
+        redis = self.kind == "redis"
+        ask = b"PING\r\n" if redis else b"GET /healthz HTTP/1.0\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", self.port), timeout=1.0) as connection:
+            connection.sendall(ask)
+            answer = connection.recv(64)
+        return answer.startswith(b"+PONG") if redis else b" 200 " in answer
 
     def _redis(self) -> Sequence[str]:
         program = _redis_program()
