@@ -743,6 +743,32 @@ class TrustConfig(_Section):
         " policy `warm`; open = yes, for tests of one model; a lease, a block of the arena or a save of"
         " their own making is refused either way",
     )
+    cache_salt: Literal["client", "signed", "fixed"] = _option(
+        "client",
+        "who says whose request it is: client = the request's cache_salt; signed = its cache_salt, which a"
+        " trusted proxy signed with the keyring's key `proxy`; fixed = trust.fixed_salt, within which a"
+        " cache_salt may separate further",
+    )
+    fixed_salt: str = _option("", "salt of all requests, for trust.cache_salt = fixed")
+    tenant_requests_per_second: float = _option(
+        0.0,
+        "number of requests per second that one tenant may send, ten seconds' worth at once; one more is"
+        " refused; 0 = no limit",
+        low=0,
+        high=1e6,
+    )
+    tenant_bytes_per_second: float = _option(
+        0.0,
+        "bytes per second that one tenant's requests may fetch from the store, ten seconds' worth at once;"
+        " after that they are refused for a while; 0 = no limit",
+        low=0,
+        high=1e12,
+    )
+
+    def __post_init__(self) -> None:
+        _Section.__post_init__(self)  # no super(): slots=True makes the class anew
+        if (self.cache_salt == "fixed") != bool(self.fixed_salt):
+            raise ConfigError("trust.cache_salt = fixed and trust.fixed_salt go together")
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from kvfetcher.backend.leases import EngineLeases
 from kvfetcher.backend.metrics import FETCH_SERIES, Metrics, count_unit, store_observer
 from kvfetcher.backend.params import seal_options
 from kvfetcher.backend.tags import compare, unit_tag
+from kvfetcher.backend.tenants import TenantLimits
 from kvfetcher.backend.tensors import bytes_tensor, text_tensor
 from kvfetcher.backend.watching import ClientWatch, Watches
 from kvfetcher.codec.gpu.instances import decode_instances, nvdec_engines, parallel_decoders
@@ -69,6 +70,7 @@ class FetchService:
         self._pb_utils = pb_utils
         self._leases = EngineLeases(config)
         self.permits = Permits.of_run()
+        self._limits = TenantLimits(config.trust)
         # All units of a chunk have the same target.
         self._sealed = functools.lru_cache(maxsize=_KEPT_TARGETS)(self._seal_target)
         self.ring = load_keyring(config.store.keys) if config.store.keys else None
@@ -81,6 +83,8 @@ class FetchService:
 
     async def fetch(self, *args: Any, **kwargs: Any) -> Fetched:
         """See `Fetcher.fetch`."""
+        salt = kwargs.get("cache_salt", "")
+        self._limits.admit(salt)
         if self._fetcher is None:  # its semaphores belong to the running loop
             self._fetcher = self._open()
         if self._showing is None:
@@ -94,6 +98,7 @@ class FetchService:
         finally:
             self._num_fetching -= 1
             self._show(self._fetcher.load())
+        self._limits.charge(salt, fetched.report.bytes_fetched)
         self._count(fetched.report)
         return fetched
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvfetcher import wire
 from kvfetcher.backend.tags import compare, prompt_tag
+from kvfetcher.backend.tenants import salt_of
 from kvfetcher.backend.tensors import read_ids, read_scalar, read_text, read_texts
 from kvfetcher.engines.base import SamplingParams
 from kvfetcher.errors import PermissionDeniedError, RequestError
@@ -151,7 +152,7 @@ def read_client_request(
 
     Raises:
         PermissionDeniedError: it did not come through `preprocessing`, which only a request that warms
-            need not, unless `trust.internal_models` is "open".
+            need not, unless `trust.internal_models` is "open"; or its salt is not signed.
         MixedUpError: the token ids are another text's.
         RequestError: an input breaks its rule; the message names the input, the rule, the value.
     """
@@ -205,7 +206,7 @@ def read_client_request(
         options=GenerationOptions(
             params=params,
             stream=bool(together.get(wire.STREAM, read_scalar(request, wire.STREAM, pb_utils))),
-            cache_salt=salt if ring is None else ring.salt(salt),
+            cache_salt=salt_of(salt, config.trust, ring),
             save=policy not in ("no_store", "warm"),
             generate=policy != "warm",
             request_id=request.request_id(),

@@ -7,6 +7,7 @@ keyring is JSON; every key is 32 bytes in Base64:
     {"names": KEY,                              salts become names with it; never change it
      "current": "k2",                           new objects are sealed with this key
      "keys": {"k1": KEY, "k2": KEY},            and these open them
+     "proxy": KEY,                              a trusted proxy signs tenants with it (`trust`)
      "public": {"k1": KEY},                     Ed25519 only: keys that check but cannot sign
      "tenants": {DIGITS: {"current": "t1", "keys": {"t1": KEY}}}}
 
@@ -60,6 +61,8 @@ class KeyRing:
     general: KeySet
     tenants: Mapping[str, KeySet]
     public: Mapping[str, bytes] = field(repr=False)
+    proxy: bytes = field(default=b"", repr=False)
+    """A trusted proxy signs tenants with it; b"" = there is none."""
 
     def salt(self, cache_salt: str) -> str:
         """What takes the place of a tenant's salt in names: it can't be guessed without the key.
@@ -110,7 +113,7 @@ def parse_keyring(text: str) -> KeyRing:
         data = json.loads(text)
     except (ValueError, RecursionError):
         raise ConfigError("the keyring of store.keys is not JSON") from None
-    known = {"names", "current", "keys", "public", "tenants"}
+    known = {"names", "current", "keys", "public", "tenants", "proxy"}
     if not isinstance(data, dict) or not set(data) <= known:
         raise ConfigError(
             f"the keyring of store.keys must be an object with keys of {sorted(known)}"
@@ -123,6 +126,7 @@ def parse_keyring(text: str) -> KeyRing:
         general=_key_set("the keyring", data, may_be_empty="public" in data),
         tenants={name: _key_set(f"tenant {name}", part) for name, part in tenants.items()},
         public=_keys("public", data.get("public", {})),
+        proxy=_key("proxy", data["proxy"]) if "proxy" in data else b"",
     )
 
 
