@@ -44,13 +44,12 @@ def talk(text: str, *, end: str = "\n") -> None:
     print(text, end=end, file=sys.stderr, flush=True)
 
 
-def prompt(question: str) -> str:
-    """The document and a question in the chat format of the model (ChatML)."""
-    return (
-        "<|im_start|>system\nYou answer questions about a document.<|im_end|>\n"
-        f"<|im_start|>user\n{DOCUMENT.read_text()}\n\nQuestion: {question}<|im_end|>\n"
-        "<|im_start|>assistant\n"
-    )
+def chat(question: str) -> list[dict[str, str]]:
+    """The document and a question, for the model's own chat template."""
+    return [
+        {"role": "system", "content": "You answer questions about a document."},
+        {"role": "user", "content": f"{DOCUMENT.read_text()}\n\nQuestion: {question}"},
+    ]
 
 
 def demo_config(store: Path, profile: str | None) -> Config:
@@ -96,7 +95,7 @@ def ask(client: Client, question: str, **options: str) -> Generation:
     start = time.monotonic()
     answer = Assembler()
     with ticking("waiting for the first token"):
-        deltas = client.stream(prompt(question), max_tokens=MAX_TOKENS, **options)
+        deltas = client.stream_chat(chat(question), max_tokens=MAX_TOKENS, **options)
         first = next(deltas)
     talk(f"\r  answer:   {first.text}", end="")
     answer.add(first, time.monotonic() - start)
@@ -139,6 +138,32 @@ def table(rows: list[tuple[str, Generation]]) -> str:
     return "\n".join(lines)
 
 
+def summary(miss: Generation, hit: Generation, recomputed: Generation, chunk_tokens: int) -> str:
+    """What the table means, and what to do next."""
+    seconds = [answer.time_to_first_token_seconds for answer in (miss, hit, recomputed)]
+    stages = hit.report.stages_ms
+    rest = hit.report.prompt_tokens - hit.report.hit_tokens
+    same = "the same answer" if hit.text == recomputed.text else "DIFFERENT answers"
+    return "\n".join(
+        [
+            f"The hit was {seconds[2] / seconds[1]:.1f} times faster than computing the same prompt.",
+            f"The hit and the recomputation gave {same}.",
+            (
+                f"{rest} tokens of the hit were computed: the question, and the end of the document that"
+                f" fills no whole chunk of {chunk_tokens} tokens."
+            ),
+            (
+                f"Of its {seconds[1] * 1e3:.0f} ms, {stages.get('total', 0):.0f} went by until the prefix"
+                f" was restored, and the rest until the first token was computed."
+            ),
+            (
+                "Next: `make serve`, and in another terminal `.venv/bin/kvfetcher generate --stream"
+                ' --file DOCUMENT "QUESTION"`.'
+            ),
+        ]
+    )
+
+
 def as_facts(answer: Generation) -> dict[str, object]:
     """What `docs/build.py` draws: the report, and the first token as the client saw it."""
     first_ms = round(answer.time_to_first_token_seconds * 1e3, 1)
@@ -162,8 +187,7 @@ def run(store: Path, profile: str | None, reports: Path | None) -> dict[str, obj
     talk("server B: stopped\n")
     rows = [("A, miss", miss), ("B, hit", hit), ("B, recompute", recomputed)]
     print(table(rows))
-    for name, answer in rows:
-        print(f"{name}: {answer.text.strip()}")
+    print(summary(miss, hit, recomputed, config.codec.chunk_tokens))
     if reports is not None:
         facts = {"miss": as_facts(miss), "hit": as_facts(hit), "recompute": as_facts(recomputed)}
         reports.write_text(json.dumps(facts, indent=1) + "\n")

@@ -1,12 +1,14 @@
 """What went wrong for a new user once (defects D1 to D25 of a trial), each as its whole kind."""
 
+import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -18,12 +20,13 @@ from kvfetcher.config import load_config
 from kvfetcher.doctor.engine import check_engine
 from kvfetcher.doctor.preflight import check_before_start, check_store_is_of_use
 from kvfetcher.errors import ConfigError, KVFetcherError, StoreError
-from kvfetcher.fetch.fetcher import Fetcher
+from kvfetcher.fetch.report import FetchReport, GateReport, Reason
 from kvfetcher_client.cli import _summary, _warmed
 from kvfetcher_client.protocol import Generation, KVReport
 from support import pb_utils
 from support.triton_server import free_ports
 
+ROOT = Path(__file__).parents[2]
 NAME = "ab/cd/" + "abcd" * 16
 
 
@@ -98,6 +101,70 @@ class TestD4WrongSettingsAreFoundBeforeTheStart:
             pytest.skip("this machine may have it")
         with pytest.raises(ConfigError, match=f'{section}.{field} = "{value}"'):
             check_before_start(config_of(tmp_path, **sections))
+
+
+def page(name):
+    return (ROOT / name).read_text()
+
+
+def demo():
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "tests" / "demo" / "demo.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class TestTheDemo:
+    def answer(self, text, seconds, **report):
+        facts = {"prompt_tokens": 3500, "hit_tokens": 3328, "stages_ms": {"total": 1000.0}}
+        report = KVReport.from_json(json.dumps(facts | report))
+        return Generation(text, (), "length", report, seconds)
+
+    @pytest.mark.parametrize(("other", "says"), [("a", "the same answer"), ("b", "DIFFERENT")])
+    def test_it_says_what_its_table_means(self, other, says):
+        rows = self.answer("x", 13.4), self.answer("a", 3.5), self.answer(other, 14.0)
+        text = demo().summary(*rows, 256)
+        assert "4.0 times faster" in text
+        assert says in text
+        assert "172 tokens of the hit were computed" in text
+        assert "1000 went by until the prefix" in text
+        assert "Next: `make serve`" in text
+
+    def test_d1_it_has_no_chat_format_of_its_own(self):
+        assert "<|im_start|>" not in page("tests/demo/demo.py")
+        assert demo().chat("why?")[-1]["content"].endswith("Question: why?")
+
+
+class TestWhatPagesSay:
+    def test_d2_how_to_run_it_with_tensorrt_llm_is_linked_from_the_readme(self):
+        assert "docs/tensorrt_llm.md" in page("README.md")
+        for word in ("docker compose", "doctor --engine tensorrt_llm"):
+            assert word in page("docs/tensorrt_llm.md")
+
+    def test_d8_the_gpu_extra_is_installed_from_here(self):
+        assert ".venv/bin/pip install -e '.[gpu]'" in page("README.md")
+        assert "pip install 'kvfetcher[gpu]'" not in page("README.md")
+
+    def test_d9_every_reason_and_field_is_explained(self):
+        text = page("docs/operations.md")
+        for reason in filter(None, get_args(Reason)):
+            assert f"`{reason}`" in text, reason
+        for field in (*fields(FetchReport), *fields(GateReport)):
+            assert f"`{field.name}`" in text, field.name
+
+    def test_d16_harmless_lines_are_named(self):
+        text = " ".join(page("docs/operations.md").split())
+        for line in ("CudaDriverHelper", "unable to create stream", "Cannot remove future"):
+            assert line in text
+
+    def test_d23_perf_analyzer_is_installed_by_version(self):
+        assert "'perf_analyzer>=2.60'" in page("docs/openai.md")
+
+    def test_d24_streaming_over_http_has_its_own_address(self):
+        assert "generate_stream" in page("docs/operations.md")
+
+    def test_d25_restricted_apis_are_explained(self):
+        assert "This API is restricted" in page("docs/openai.md")
 
 
 def test_d5_an_s3_command_ends_with_its_own_status():
@@ -206,10 +273,6 @@ def test_d15_a_dry_run_says_would(tmp_path, capsys):
     assert main([*purge, "--delete"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert "would" not in line
-
-
-def test_d16_the_line_of_a_fetch_names_its_request():
-    assert "request_id" in Fetcher.fetch.__kwdefaults__
 
 
 @pytest.mark.parametrize("name", ["kv", "UPPER", "under_score", "-kv-", "a" * 64, "kv-"])

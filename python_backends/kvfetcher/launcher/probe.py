@@ -17,6 +17,9 @@ from kvfetcher import wire
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+NO_ANSWER = "no answer"
+"""How the reason begins where nothing came back in time."""
+
 VALUES_SHA256 = "e1960ed3d24a1aa3ca08a3982af4af5f240799901ae199cb054a821ced491d78"
 
 _REASON_CHARACTERS = 300
@@ -65,7 +68,7 @@ def probe_pipeline(
             return text.decode(errors="replace")[:_REASON_CHARACTERS]
         values = bytes(json.loads(text)["outputs"][0]["data"])
     except (OSError, http.client.HTTPException) as exc:
-        return f"no answer ({exc or type(exc).__name__})"
+        return f"{NO_ANSWER} ({exc or type(exc).__name__})"
     except (ValueError, KeyError, IndexError, TypeError) as exc:
         return f"an answer that is not Triton's ({type(exc).__name__}: {exc})"
     finally:

@@ -45,6 +45,22 @@ def is_stopped(process_id: int) -> bool:
     return _fields(process_id)[0] == "T"
 
 
+def work_seconds(process_id: int) -> float:
+    """Seconds that a process's threads ran or waited for a processor; 0 where it is gone.
+
+    It grows while a process works, however little it gets of a busy machine, and stays where all
+    its threads wait for something that does not come.
+    """
+    nanoseconds = 0
+    for task in Path(f"/proc/{process_id}/task").glob("*/schedstat"):
+        try:
+            ran, waited, _ = task.read_text().split()
+        except (OSError, ValueError):  # the thread ended, or a kernel without these figures
+            continue
+        nanoseconds += int(ran) + int(waited)
+    return nanoseconds / 1e9
+
+
 def _parent(process_id: int) -> int | None:
     """Parent of a process; None where it is gone or a zombie."""
     fields = _fields(process_id)

@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING, Literal
 
 from kvfetcher import wire
 from kvfetcher.errors import ServerError
-from kvfetcher.launcher.probe import probe_pipeline
+from kvfetcher.launcher.probe import NO_ANSWER, probe_pipeline
 from kvfetcher.launcher.process import status_text
 from kvfetcher.launcher.rundir import SHARED_MEMORY, shared_memory_prefix
-from kvfetcher.launcher.stubs import Stub, is_running, is_stopped
+from kvfetcher.launcher.stubs import Stub, is_running, is_stopped, work_seconds
 from kvfetcher.memory.vitals import take_suspects
 
 if TYPE_CHECKING:
@@ -50,6 +50,11 @@ _LOOK_SECONDS = 0.2
 _STOPPED_SECONDS = 0.5
 _FAILED_PROBES = 2
 _PROBE_TIMEOUT_SECONDS = 20.0
+# A process that ran, or waited for a processor, for this part of a probe that got no answer is busy,
+# not dead. One that hangs has its heartbeat's thread alone: below 1 %.
+_BUSY_PART = 0.05
+# But after so many in a row (10 minutes) it works in vain: a loop without an end.
+_MAX_BUSY_PROBES = 30
 # A unit takes milliseconds, a chunk to encode seconds: then nothing of the old model still works.
 _RETIRE_SECONDS = 10.0
 # What queued at the dead model fails at a second per batch; a thousand units are through by then.
@@ -379,7 +384,11 @@ def _intention(repair: Repair) -> str:
 
 
 class _Prober:
-    """Probes kv_pipeline from a thread of its own, because a probe may take its time."""
+    """Probes kv_pipeline from a thread of its own, because a probe may take its time.
+
+    A probe without an answer is a failure only where the processes do not work: on a busy machine
+    they are slow, and loading them again would make them slower.
+    """
 
     def __init__(self, server: TritonServer, *, every_seconds: float) -> None:
         self._host, _, port = server.http_url.rpartition(":")
@@ -388,6 +397,8 @@ class _Prober:
         self._every_seconds = every_seconds
         self._lock = threading.Lock()
         self._failures = (0, "")
+        self._num_busy = 0
+        self._stubs = server.stubs
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvfetcher-probe", daemon=True)
         self._thread.start()
@@ -410,11 +421,27 @@ class _Prober:
     def _run(self) -> None:
         host = self._host.strip("[]")
         while not self._stop.wait(self._every_seconds):
+            started, worked = time.monotonic(), self._work_seconds()
             error = probe_pipeline(
                 host,
                 self._port,
                 timeout_seconds=_PROBE_TIMEOUT_SECONDS,
                 headers=self._headers,
             )
+            if error.startswith(NO_ANSWER) and self._is_busy(
+                self._work_seconds() - worked, time.monotonic() - started
+            ):
+                _log.warning("%s is slow (%s): the machine is busy", wire.KV_PIPELINE, error)
+                continue
+            self._num_busy = 0
             with self._lock:
                 self._failures = (self._failures[0] + 1, error) if error else (0, "")
+
+    def _work_seconds(self) -> float:
+        models = (wire.KV_DECODE, wire.KV_RESTORE)
+        return sum(work_seconds(s.process_id) for s in self._stubs() if s.model in models)
+
+    def _is_busy(self, worked_seconds: float, probe_seconds: float) -> bool:
+        """Whether the processes got on while a probe waited, and may still be waited for."""
+        self._num_busy += 1
+        return worked_seconds > _BUSY_PART * probe_seconds and self._num_busy <= _MAX_BUSY_PROBES

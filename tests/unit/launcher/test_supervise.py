@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import itertools
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -24,6 +27,7 @@ from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.errors import ServerError
 from kvfetcher.format.unit import parse_unit
 from kvfetcher.launcher import probe, supervise
+from kvfetcher.launcher.stubs import work_seconds
 from kvfetcher.launcher.supervise import (
     MAX_LOST_BYTES,
     MAX_RELOADS,
@@ -331,6 +335,51 @@ def test_failing_probes_reload_the_pipeline(repository, monkeypatch):
         assert ask(server, wire.KV_DECODE) != ask(server, wire.KV_RESTORE)
         time.sleep(0.5)
         assert supervisor.look() is None
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(("is_busy", "most"), [(True, 10_000), (True, 3), (False, 10_000)])
+def test_d7_a_busy_machine_is_no_dead_decoder(repository, monkeypatch, is_busy, most):
+    for name in (wire.KV_DECODE, wire.KV_RESTORE):
+        write_identity(repository, name)
+    probes = []
+
+    def probe(*_, **__):
+        probes.append(1)
+        time.sleep(0.05)
+        return "no answer (timed out)"
+
+    worked = itertools.count(step=1.0 if is_busy else 0.0)
+    monkeypatch.setattr(supervise, "probe_pipeline", probe)
+    monkeypatch.setattr(supervise, "work_seconds", lambda _: next(worked))
+    monkeypatch.setattr(supervise, "_MAX_BUSY_PROBES", most)
+    with supervised(repository, probe_seconds=0.05, decode_instances=1) as (_, supervisor):
+        if is_busy and most > 100:
+            while len(probes) < 6:
+                time.sleep(0.05)
+            assert supervisor.look() is None
+        else:  # it hangs, or works in vain
+            repair = repaired(supervisor)
+            assert repair.models == (wire.KV_DECODE, wire.KV_RESTORE)
+            assert "no answer" in repair.reason
+            assert len(probes) > (most if is_busy else 1)
+
+
+def test_d7_work_is_time_that_a_process_ran_or_waited_for_a_processor():
+    code = "import sys, time; print(flush=True); sys.stdin.readline()\nwhile True: pass"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        process.stdout.readline()
+        before = work_seconds(process.pid)
+        time.sleep(0.5)
+        assert work_seconds(process.pid) - before < 0.05  # it waits for a line
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        time.sleep(0.5)
+        assert work_seconds(process.pid) - before > 0.25  # however busy this machine is
+        process.kill()
+    assert work_seconds(process.pid) == 0
 
 
 @pytest.mark.triton
