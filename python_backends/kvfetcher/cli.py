@@ -361,7 +361,7 @@ def _read_chunk(name: str) -> bytes:
     """A chunk object from a regular file, or from stdin; never more than the largest chunk.
 
     Raises:
-        StoreError: it cannot be read, or is no regular file.
+        StoreError: it cannot be read, or is not a regular file.
         FormatError: it does not begin with a chunk's header.
     """
     from kvfetcher.format.container import PREFIX_BYTES, header_size, parse_header
@@ -374,7 +374,7 @@ def _read_chunk(name: str) -> bytes:
             file = os.fdopen(os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
         with file:
             if name != "-" and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise StoreError(f"{name} is no regular file; pipe it to `kvfetcher inspect -`")
+                raise StoreError(f"{name} is not a regular file; pipe it to `kvfetcher inspect -`")
             data = file.read(PREFIX_BYTES)
             data += file.read(header_size(data) - len(data))
             # One byte more: what follows the chunk is an error.

@@ -554,7 +554,7 @@ class StoreConfig(_Section):
         database = parts.path.strip("/") or "0"
         if not database.isdecimal():
             raise ConfigError(
-                f"store.url: {database!r} is no database number; write redis://HOST:PORT/0"
+                f"store.url: {database!r} is not a database number; write redis://HOST:PORT/0"
             )
         return RedisAddress(
             parts.hostname or "", parts.port or 6379, int(database), parts.scheme == "rediss"
@@ -575,7 +575,7 @@ class StoreConfig(_Section):
             )
         if not _BUCKET.fullmatch(parts.netloc):
             raise ConfigError(
-                f"store.url: {parts.netloc!r} is no name of an S3 bucket, which has 3 to 63 characters"
+                f"store.url: {parts.netloc!r} is not the name of an S3 bucket, which has 3 to 63 characters"
                 " a-z 0-9 . - and begins and ends with a letter or digit"
             )
         return BucketAddress(parts.netloc, prefix)
@@ -919,7 +919,7 @@ def _check_variables(environ: Mapping[str, str]) -> None:
         ]
         near = difflib.get_close_matches(name, known, n=1)
         raise ConfigError(
-            f"environment variable {name} is no setting;"
+            f"environment variable {name} is not a setting;"
             f" {f'did you mean {near[0]}? ' if near else ''}`kvfetcher config` lists all settings,"
             " $KVFETCHER_<SECTION>_<FIELD> sets one"
         )

@@ -116,7 +116,7 @@ def heads_of_rank(num_kv_heads: int, *, rank: int, num_ranks: int) -> HeadRange:
         head = rank // (num_ranks // num_kv_heads)
         return HeadRange(head, head + 1)
     raise ConfigError(
-        f"{num_kv_heads} KV heads cannot be dealt out to {num_ranks} tensor-parallel ranks; use a"
+        f"{num_kv_heads} KV heads cannot be divided among {num_ranks} tensor-parallel ranks; use a"
         " number of ranks that divides the heads or is a multiple of them"
     )
 

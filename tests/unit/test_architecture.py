@@ -1,5 +1,7 @@
 """The product's parts and who may import whom: downward only, in every folder."""
 
+import re
+
 import pytest
 
 from architecture import PACKAGE, between_children, cycles, fewest_upward, folders, imports
@@ -37,6 +39,13 @@ PAIRS = imports(PACKAGE)
 def test_the_list_has_every_part():
     parts = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
     assert sorted(ORDER) == sorted(parts - {"__init__", "__pycache__"})
+
+
+def test_the_page_on_architecture_has_every_part_in_this_order():
+    page = (PACKAGE.parents[1] / "docs" / "architecture.md").read_text()
+    table = page.partition("| package | what it holds |")[2].partition("\n\n")[0]
+    firsts = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert tuple(name for cell in firsts for name in re.findall(r"`(\w+)`", cell)) == ORDER
 
 
 def test_imports_point_downwards():

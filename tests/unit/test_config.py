@@ -87,7 +87,7 @@ def test_environment_values_are_parsed_by_type():
         ('[store]\nkind = "redis"\nurl = "s3://bkt"\n', "store.url must be redis://"),
         ('[store]\nkind = "redis"\nurl = "redis://h:0"\n', "store.url must be redis://"),
         ('[store]\nkind = "redis"\nurl = "redis://h:x"\n', "store.url must be redis://"),
-        ('[store]\nkind = "redis"\nurl = "redis://h/db"\n', "'db' is no database number"),
+        ('[store]\nkind = "redis"\nurl = "redis://h/db"\n', "'db' is not a database number"),
         ('[store]\nkind = "redis"\nurl = "redis://h/0?timeout=1"\n', "takes no options after"),
         ('[store]\nkind = "s3"\nurl = "s3://"\n', "store.url must be s3:// with a host"),
         ('[store]\nkind = "s3"\nurl = "s3://b/a b"\n', "prefix 'a b' must be made of"),

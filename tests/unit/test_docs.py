@@ -24,6 +24,7 @@ from kvfetcher.storage import StoreEvent
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+LINKING = [*PAGES, *(ROOT / name for name in ("CHANGELOG.md", "SECURITY.md", "findings/README.md"))]
 OPERATIONS = (DOCS / "operations.md").read_text()
 
 
@@ -82,6 +83,15 @@ def test_operations_explains_every_name(kind):
     assert not missing, f"docs/operations.md has no row for {sorted(missing)}"
 
 
+def test_operations_explains_every_field_of_real_reports():
+    reports = json.loads((ROOT / "tests/benchmarks/results/demo_reports.json").read_text())
+    assert {"miss", "hit"} <= set(reports)
+    for facts in reports.values():
+        report = facts["kv_report"]
+        parts = [report, report["stages_ms"], report["engine"], report["gate"] or {}]
+        assert not {name for part in parts for name in part} - explained()
+
+
 def test_operations_explains_every_field_of_a_saves_report():
     assert not {f.name for f in fields(SaveReport) if f"`{f.name}`" not in OPERATIONS}
 
@@ -90,7 +100,7 @@ def test_operations_explains_no_metric_that_is_gone():
     assert {n for n in explained() if n.startswith("kvfetcher_")} == NAMES["metrics"]
 
 
-@pytest.mark.parametrize("path", PAGES, ids=ids)
+@pytest.mark.parametrize("path", LINKING, ids=ids)
 def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)]+)\)", path.read_text()):
         if target.startswith(("http:", "https:")):
@@ -108,7 +118,7 @@ def test_links_lead_somewhere(path):
 def test_every_setting_exists(path):
     known = {f"{name}.{f.name}" for name, cls in SECTIONS.items() for f in fields(cls)}
     named = set(re.findall(rf"`((?:{'|'.join(SECTIONS)})\.[a-z_]+)`", path.read_text()))
-    modules = {"codec.ladder", "codec.gpu", "storage.admin", "fetch.planning"}
+    modules = {"codec.hevc", "codec.ladder", "codec.gpu", "storage.admin", "fetch.planning"}
     metrics_of_engines = {"engine.metrics"}
     assert named <= known | modules | metrics_of_engines
 

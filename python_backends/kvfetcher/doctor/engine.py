@@ -24,7 +24,7 @@ ENGINE_CHECKS: Mapping[str, tuple[str, str]] = {
 """Engine kind -> (module, function ``(Config) -> Sequence[Check]``)."""
 
 
-_REMEDY = "mend what the message names, then run `kvfetcher doctor` again"
+_REMEDY = "fix what the message names, then run `kvfetcher doctor` again"
 
 
 def check_engine(

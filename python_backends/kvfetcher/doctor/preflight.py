@@ -92,7 +92,7 @@ def check_store_is_of_use(config: Config) -> str:
     except StoreError as exc:
         raise StoreError(
             f"the store {place} cannot be used: {exc}. `serve` does not start with a store that"
-            " nothing can be fetched from or saved to; mend it, or set fetch.enabled and"
+            " nothing can be fetched from or saved to; fix it, or set fetch.enabled and"
             " save.enabled to false"
         ) from exc
     return ""

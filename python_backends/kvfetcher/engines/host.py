@@ -119,7 +119,7 @@ def open_arena(
 
     Raises:
         ConfigError: it is wanted on a GPU and the model runs on the CPU, it holds no block, or the
-            heads cannot be dealt out to the ranks.
+            heads cannot be divided among the ranks.
         ArenaError: there is not enough memory.
     """
     gpus = [_gpu_of(device) for device in devices]

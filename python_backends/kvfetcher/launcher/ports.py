@@ -52,7 +52,7 @@ def bind_address(host: str) -> str:
         found = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)
     except (OSError, UnicodeError) as exc:
         raise ServerError(
-            f"server.host = {host!r} is no IPv4 address of this machine, nor a name of one"
+            f"server.host = {host!r} is not an IPv4 address of this machine, nor a name of one"
             f" ({exc.strerror if isinstance(exc, OSError) else exc}); tritonserver binds to IPv4 only:"
             " give 127.0.0.1, 0.0.0.0 for all, or another one"
         ) from exc

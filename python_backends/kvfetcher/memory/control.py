@@ -419,7 +419,7 @@ class ControlClient:
         answer = json.loads(received)
         if isinstance(answer, dict):
             return answer
-        raise ValueError("the engine's answer is no object")
+        raise ValueError("the engine's answer is not an object")
 
     def _drop(self) -> None:
         if self._socket is not None:

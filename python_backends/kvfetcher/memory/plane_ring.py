@@ -78,7 +78,7 @@ class PlaneTicket:
             _check_ring(made.table, made.handle, made.event)
             numbers = (made.gpu, made.owner, made.entry, made.ticket, made.offset, made.num_bytes)
             if not all(type(n) is int and n >= 0 for n in (*numbers, made.shift)):
-                raise ValueError("a number is none")
+                raise ValueError("a number is not an integer of at least 0")
             if made.entry >= NUM_TICKETS or made.shift > 8:
                 raise ValueError("a number is out of range")
         except (ValueError, TypeError, RecursionError) as exc:
@@ -92,7 +92,7 @@ def _check_ring(table: str, handle: str, event: str) -> None:
     if {len(bytes.fromhex(h)) for h in (handle, event)} != {IPC_HANDLE_BYTES}:
         raise ValueError("a handle has another length")
     if not isinstance(table, str):
-        raise TypeError("the table is no path")
+        raise TypeError("the table is not a path")
 
 
 @dataclass(slots=True)

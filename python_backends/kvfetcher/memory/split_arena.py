@@ -53,7 +53,7 @@ class SplitArena(Arena):
             ]
             if differs:
                 raise ArenaError(
-                    f"arena {part.path} is no part of the same arena as {parts[0].path}:"
+                    f"arena {part.path} is not part of the same arena as {parts[0].path}:"
                     f" {'; '.join(differs)}"
                 )
         whole = HeadRange(0, first.spec.num_kv_heads)

@@ -279,7 +279,7 @@ def _open_regular(path: Path) -> FileIO:
     file = FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise FileNotFoundError(errno.ENOENT, "it is no regular file", str(path))
+        raise FileNotFoundError(errno.ENOENT, "it is not a regular file", str(path))
     return file
 
 

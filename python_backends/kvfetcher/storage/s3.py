@@ -280,7 +280,9 @@ class S3Store:
         code = found[1] if (found := _CODE.search(text)) else ""
         told = " ".join(part for part in (str(status or ""), code) if part) or _first_line(exc)
         if code == "NoSuchBucket":
-            return StoreError(f"{begin}: {told}; make the bucket, or set store.url to another one")
+            return StoreError(
+                f"{begin}: {told}; create the bucket, or set store.url to another one"
+            )
         if isinstance(exc, FileNotFoundError):
             return ChunkNotFoundError(f"{begin}: no such object")
         if status in (400, 401, 403):

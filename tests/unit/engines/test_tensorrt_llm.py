@@ -360,7 +360,7 @@ class TestModel:
         assert self.read(bf16_folder, kv_dtype="float8_e4m3fn").spec.dtype == "float8_e4m3fn"
 
     def test_heads_must_fit_the_ranks(self, bf16_folder):
-        with pytest.raises(ConfigError, match="cannot be dealt out to 3"):
+        with pytest.raises(ConfigError, match="cannot be divided among 3"):
             self.read(bf16_folder, num_ranks=3)
 
     def test_mixed_layers_are_refused(self, tmp_path):

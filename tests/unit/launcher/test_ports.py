@@ -56,5 +56,5 @@ def test_a_name_is_bound_by_its_ipv4_address():
 
 @pytest.mark.parametrize("host", ["::1", "::", "no-such-host.invalid", "300.1.1.1"])
 def test_a_host_that_tritonserver_cannot_bind_is_refused_at_once(host):
-    with pytest.raises(ServerError, match=r"server\.host = .* is no IPv4 address"):
+    with pytest.raises(ServerError, match=r"server\.host = .* is not an IPv4 address"):
         check_ports(server_config(host=host).server)

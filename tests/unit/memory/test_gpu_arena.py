@@ -162,7 +162,7 @@ def test_ranks_get_their_heads_on_their_gpu_or_in_host_memory(monkeypatch, tmp_p
         made.unlink()
         assert not any(gpu.memory for gpu in gpus.values())
         assert not list(tmp_path.iterdir())
-    with pytest.raises(ConfigError, match="cannot be dealt out to 3"):
+    with pytest.raises(ConfigError, match="cannot be divided among 3"):
         open_arena(tmp_path / "arena", spec, EngineConfig(), devices=("cpu",) * 3)
 
 

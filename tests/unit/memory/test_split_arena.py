@@ -179,7 +179,7 @@ def test_part_of_another_geometry_is_refused(tmp_path, change):
         Arena.create_from(replace(plan, heads=HeadRange(0, 2)), tmp_path / "a.0"),
         Arena.create_from(replace(plan, heads=HeadRange(2, 4), **change), tmp_path / "a.1"),
     ]
-    with pytest.raises(ArenaError, match=r"a\.1 is no part of the same arena as .*a\.0"):
+    with pytest.raises(ArenaError, match=r"a\.1 is not part of the same arena as .*a\.0"):
         SplitArena(parts)
     for part in parts:
         part.close()

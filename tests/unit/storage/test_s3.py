@@ -138,7 +138,9 @@ async def test_a_bucket_without_prefix(s3_server):
 async def test_a_missing_bucket_is_an_error_not_a_miss(s3_server):
     config = StoreConfig(kind="s3", url="s3://absent-bucket", endpoint=s3_server.endpoint)
     store = open_backend(config)
-    with pytest.raises(StoreError, match=r"NoSuchBucket; make the bucket, or set store\.url") as e:
+    with pytest.raises(
+        StoreError, match=r"NoSuchBucket; create the bucket, or set store\.url"
+    ) as e:
         await store.get(NAME)
     assert not isinstance(e.value, ChunkNotFoundError)
     with pytest.raises(StoreError, match="NoSuchBucket"):

@@ -448,7 +448,7 @@ def _json(text: str) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> None:
-    raise FormatError(f"its metadata holds {name}, which is no JSON number")
+    raise FormatError(f"its metadata holds {name}, which is not a JSON number")
 
 
 def _dump(data: Any) -> str:

@@ -237,7 +237,9 @@ def from_line(line: bytes) -> Message:
         message: Message = kind(**values)
         return message
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
-        raise RequestError(f"a connector line is no known message ({exc}): {line[:80]!r}") from exc
+        raise RequestError(
+            f"a connector line is not a known message ({exc}): {line[:80]!r}"
+        ) from exc
 
 
 def _frozen(value: Any) -> Any:

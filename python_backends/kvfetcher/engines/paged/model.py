@@ -158,7 +158,7 @@ class PagedModel:
         layout: order inside a block.
 
     Raises:
-        ConfigError: the KV heads cannot be dealt out to the ranks.
+        ConfigError: the KV heads cannot be divided among the ranks.
         EngineError: the model is not built like Llama, or its query heads cannot be dealt out.
     """
 
@@ -221,7 +221,7 @@ def _keep_heads(loaded: LoadedModel, heads: HeadRange, ranks: Ranks) -> None:
     sharing = max(1, ranks.size // spec.num_kv_heads)
     if queries * heads.count % sharing:
         raise EngineError(
-            f"{queries} query heads of a KV head cannot be dealt out to the {sharing} ranks that share"
+            f"{queries} query heads of a KV head cannot be divided among the {sharing} ranks that share"
             " it; use fewer ranks"
         )
     per_rank = queries * heads.count // sharing

@@ -141,8 +141,8 @@ def make_parser() -> argparse.ArgumentParser:
         "gc",
         _gc,
         "Remove chunks and quarantined copies that are older than store.ttl_seconds (file, s3), and"
-        " chunks that nobody can reach, because one before them is gone. Tells what it would remove;"
-        " with --delete it does.",
+        " chunks that nobody can reach, because one before them is gone. Without --delete it only"
+        " says what it would remove.",
     )
     for sub in (purge, gc):
         sub.add_argument(
