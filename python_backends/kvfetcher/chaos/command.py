@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from kvfetcher.chaos.faults import fault_kinds
 from kvfetcher.chaos.stores import ChaosStore, missing_program
 from kvfetcher.chaos.world import DEADLINE_SECONDS, World
-from kvfetcher.errors import ServerError
+from kvfetcher.errors import KVFetcherError, ServerError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -117,15 +117,23 @@ def main(argv: Sequence[str] | None = None) -> int:
                     k for k in chosen if k.name not in done and store == _quick_store(k, skipped)
                 ]
             chosen = _possible(chosen, skipped, has_space=has_space)
-            if chosen:
-                rows += _run_store(
-                    store,
-                    chosen,
-                    Path(folder),
-                    model=arguments.model,
-                    seeds=1 if arguments.quick else arguments.seeds,
-                    has_space=has_space,
+            if not chosen:
+                continue
+            seeds = 1 if arguments.quick else arguments.seeds
+            try:
+                rows.extend(
+                    _run_store(
+                        store,
+                        chosen,
+                        Path(folder),
+                        model=arguments.model,
+                        seeds=seeds,
+                        has_space=has_space,
+                    )
                 )
+            except KeyboardInterrupt:  # what was run is told all the same
+                skipped[f"{store}, the rest"] = "interrupted"
+                break
     return _report(rows, skipped, as_json=arguments.json)
 
 
@@ -154,8 +162,8 @@ def _run_store(
     model: str,
     seeds: int,
     has_space: bool,
-) -> list[Row]:
-    rows: list[Row] = []
+) -> Iterator[Row]:
+    """Rows as they come; those before an interruption are kept."""
     place = folder / store
     place.mkdir()
     if has_space:
@@ -165,13 +173,12 @@ def _run_store(
         for seed in range(seeds):
             for kind in kinds:
                 row = run_one(world, kind, seed)
-                rows.append(row)
+                yield row
                 _log.info(
                     "%s over %s, seed %d: %d of %d answered in %.1f s%s",
                     *(row.fault, row.store, row.seed, row.answered, row.requests, row.seconds),
                     f"; {row.detail}" if row.detail else "",
                 )
-    return rows
 
 
 def run_one(world: World, kind: FaultKind, seed: int) -> Row:
@@ -204,7 +211,7 @@ def run_one(world: World, kind: FaultKind, seed: int) -> Row:
         if hit != world.expected[world.prompts[0]]:
             wrong += 1
             problems.append(f"after the fault: {hit}")
-    except ServerError as exc:
+    except KVFetcherError as exc:  # no service, or no store, when the fault was over
         hung += 1
         problems.append(str(exc).splitlines()[0])
     else:
