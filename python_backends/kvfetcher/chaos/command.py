@@ -28,7 +28,7 @@ from kvfetcher.chaos.world import DEADLINE_SECONDS, World
 from kvfetcher.errors import KVFetcherError, ServerError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from kvfetcher.chaos.faults import FaultKind
     from kvfetcher.chaos.stores import StoreKind
