@@ -182,12 +182,12 @@ def test_a_stopped_process_is_killed_and_replaced_within_seconds(watched, prompt
     question = prompt(150)
     first = running.client.generate(question, max_tokens=4)
     running.settle()
-    stopped = [stub.process_id for stub in running.server.stubs() if stub.model == wire.KV_DECODE]
+    stopped = [stub.process_id for stub in running.server.stubs() if stub.model == wire.PREPROCESSING]
     for process in stopped:
         os.kill(process, signal.SIGSTOP)
     started = time.monotonic()
     repair = heal(supervisor)
-    assert (repair.kind, repair.models) == ("reload", (wire.KV_DECODE,))
+    assert (repair.kind, repair.models) == ("reload", (wire.PREPROCESSING,))
     assert time.monotonic() - started < 30
     assert not set(stopped) & {stub.process_id for stub in running.server.stubs()}
     again = running.generate_hit(question, max_tokens=4)
@@ -196,10 +196,10 @@ def test_a_stopped_process_is_killed_and_replaced_within_seconds(watched, prompt
 
 def test_a_model_that_replied_wrongly_is_replaced(watched, prompt):
     running, supervisor = watched
-    before = [stub.process_id for stub in running.server.stubs() if stub.model == wire.KV_RESTORE]
-    mark_suspect(running.server.run_dir, wire.KV_RESTORE)
+    before = [stub.process_id for stub in running.server.stubs() if stub.model == wire.KV_SAVE]
+    mark_suspect(running.server.run_dir, wire.KV_SAVE)
     repair = heal(supervisor)
-    assert (repair.kind, repair.models) == ("reload", (wire.KV_RESTORE,))
+    assert (repair.kind, repair.models) == ("reload", (wire.KV_SAVE,))
     assert not set(before) & {stub.process_id for stub in running.server.stubs()}
     assert running.client.generate(prompt(40), max_tokens=2).output_ids
 
