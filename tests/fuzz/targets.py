@@ -50,6 +50,14 @@ class Target:
     seeds: tuple[bytes, ...]
 
 
+_DTYPES = {
+    "input_ids": "int32", "max_tokens": "int32", "min_length": "int32", "top_k": "int32",
+    "temperature": "float32", "top_p": "float32", "seed": "uint64", "stream": "bool",
+    "exclude_input_in_output": "bool", "stop_words": "text", "kv_policy": "text",
+    "cache_salt": "text", "text_input": "text", "prompt_tag": "text",
+}  # fmt: skip
+
+
 def parse_chunk(data: bytes) -> None:
     try:
         facts = describe_chunk(data)
@@ -88,7 +96,7 @@ def load_configuration(data: bytes) -> None:
 
 
 def read_request(data: bytes) -> None:
-    """A JSON object of tensors: name -> [dtype, values]."""
+    """A JSON object of tensors: name -> [dtype, values]; Triton has checked each name's dtype."""
     try:
         tensors = json.loads(data)
     except (ValueError, RecursionError):
@@ -99,6 +107,8 @@ def read_request(data: bytes) -> None:
     for name, value in tensors.items():
         try:
             kind, values = value
+            if kind != _DTYPES.get(name, kind):
+                return
             if kind == "text":
                 array = np.array([str(v).encode("utf-8", "surrogatepass") for v in values], object)
             else:

@@ -67,6 +67,11 @@ def watched(running):
     supervisor.close()
 
 
+@pytest.fixture(autouse=True)
+def _repairs_of_other_tests_do_not_count(watched):
+    watched[1]._history.clear()
+
+
 @pytest.mark.parametrize("model", [wire.KV_DECODE, wire.KV_RESTORE])
 def test_a_codec_process_killed_under_load_costs_hits_not_answers(
     watched, prompt, model, monkeypatch
@@ -182,7 +187,9 @@ def test_a_stopped_process_is_killed_and_replaced_within_seconds(watched, prompt
     question = prompt(150)
     first = running.client.generate(question, max_tokens=4)
     running.settle()
-    stopped = [stub.process_id for stub in running.server.stubs() if stub.model == wire.PREPROCESSING]
+    stopped = [
+        stub.process_id for stub in running.server.stubs() if stub.model == wire.PREPROCESSING
+    ]
     for process in stopped:
         os.kill(process, signal.SIGSTOP)
     started = time.monotonic()
