@@ -66,7 +66,7 @@ def events():
 NAMES = {
     "outcomes": set(get_args(Outcome)),
     "reasons": set(get_args(Reason)) - {""},
-    "fields": {f.name for f in fields(FetchReport)} | {"engine"},
+    "fields": {f.name for f in fields(FetchReport)} | {"engine", "request_id"},
     "stages": stages(),
     "fields of gate": {f.name for f in fields(GateReport)},
     "verdicts": set(get_args(Verdict)),
