@@ -107,7 +107,7 @@ def read_request(data: bytes) -> None:
     for name, value in tensors.items():
         try:
             kind, values = value
-            if kind != _DTYPES.get(name, kind):
+            if kind != _DTYPES.get(name):
                 return
             if kind == "text":
                 array = np.array([str(v).encode("utf-8", "surrogatepass") for v in values], object)
