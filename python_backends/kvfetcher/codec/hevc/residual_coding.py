@@ -212,13 +212,14 @@ def _put_levels(
     if greater1 == 0 and left == 0:
         tokens[to] = BYPASS | (1 << count) | signs
         return to + 1, greater1_ctx
-    first_greater = 16
+    # Levels from `index` on, those of `remaining`, may have a remainder; all before are 1.
+    remaining, index, first_greater = left, 8, 16
     if greater1:
         first_greater = lowest_bit(greater1)
-        skipped = mask
+        remaining, index = mask, first_greater
         for _ in range(first_greater):
-            skipped &= skipped - 1
-        value = abs(as_int(residuals[at + lowest_bit(skipped)]))
+            remaining &= remaining - 1
+        value = abs(as_int(residuals[at + lowest_bit(remaining)]))
         context = COEFF_ABS_LEVEL_GREATER2_FLAG + 4 * chroma + ctx_set
         tokens[to] = (context << 1) | (1 if value > 2 else 0)
         to += 1
@@ -231,11 +232,9 @@ def _put_levels(
     bits, num_bits = signs, count
     rice = statistics[1 - chroma] >> 2
     is_first = True
-    index = 0
-    left = mask
-    while left:
-        level = abs(as_int(residuals[at + lowest_bit(left)]))
-        left &= left - 1
+    while remaining:
+        level = abs(as_int(residuals[at + lowest_bit(remaining)]))
+        remaining &= remaining - 1
         base = 1
         if index < 8:
             base = 3 if index == first_greater else 2
