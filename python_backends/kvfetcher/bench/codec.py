@@ -32,6 +32,7 @@ from kvfetcher.calibration.capture import CaptureModel
 from kvfetcher.calibration.certify import CertifySettings, held_out_documents
 from kvfetcher.calibration.quality import Document, measure
 from kvfetcher.calibration.texts import default_texts, load_texts
+from kvfetcher.codec.encoders import choose_encoder
 from kvfetcher.codec.exact import ExactProfile
 from kvfetcher.codec.ladder.artifact import Calibration
 from kvfetcher.codec.ladder.library import (
@@ -46,7 +47,7 @@ from kvfetcher.codec.paper import PaperProfile, search_tiling
 from kvfetcher.codec.profiles import encode_unnamed, restore_unit
 from kvfetcher.codec.quant import bits_to_float32, float32_to_bits
 from kvfetcher.codec.uncalibrated import UncalibratedProfile
-from kvfetcher.codec.video import VideoDecoder, encode_planes
+from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.errors import ConfigError, KVFetcherError
 from kvfetcher.format.container import parse_header
 from kvfetcher.format.sections import ProfileCode, SectionKind
@@ -153,6 +154,7 @@ class ProfileCoder:
     def __init__(self, profile: Profile, spec: KVSpec) -> None:
         self._profile, self._spec = profile, spec
         self._decoder = VideoDecoder()
+        self._encoder = choose_encoder("auto").encode
         self._rates: dict[str, list[float]] = {
             "encode": [],
             "decode": [],
@@ -178,7 +180,12 @@ class ProfileCoder:
     def _encode(self, bits: NDArray[Any], start: int) -> bytes:
         began = time.process_time()
         chunk = encode_unnamed(
-            bits, spec=self._spec, profile=self._profile, first_position=start, num_threads=1
+            bits,
+            spec=self._spec,
+            profile=self._profile,
+            first_position=start,
+            num_threads=1,
+            encoder=self._encoder,
         )
         self._rates["encode"].append(bits.size / (time.process_time() - began))
         return chunk
@@ -220,7 +227,7 @@ class ProfileCoder:
             samples = np.ascontiguousarray(symbols.samples[rows])
             grid = RowGrid.fit(*samples.shape, max_frame_rows=1024, max_frame_columns=1024)
             planes = grid.place(samples, bit_depth=bit_depth, padding=1 << (bit_depth - 1))
-            bits = 8 * sum(map(len, encode_planes(planes, bit_depth=bit_depth)))
+            bits = 8 * sum(map(len, self._encoder(planes, bit_depth=bit_depth)))
             low = int(symbols.low_bits[rows].sum()) * samples.shape[1]
             self._bands[name].add(symbols.integers[rows], bits + low)
 
@@ -329,12 +336,20 @@ def parallel_encode(calibration: Calibration, document: Document) -> dict[str, A
     profile = TransformProfile("balanced", calibration)
     bits = _first_chunk(document, spec)
     cores = len(os.sched_getaffinity(0))
+    encoder = choose_encoder("auto").encode
     seconds = {}
     for threads in sorted({*(1 << i for i in range(cores.bit_length())), cores}):
         took = []
         for _ in range(_PARALLEL_ROUNDS):
             began = time.perf_counter()
-            encode_unnamed(bits, spec=spec, profile=profile, first_position=0, num_threads=threads)
+            encode_unnamed(
+                bits,
+                spec=spec,
+                profile=profile,
+                first_position=0,
+                num_threads=threads,
+                encoder=encoder,
+            )
             took.append(time.perf_counter() - began)
         seconds[str(threads)] = statistics.median(took)
     return {
@@ -533,6 +548,7 @@ def _report(
         "chunk_tokens": CHUNK_TOKENS,
         "rows": [asdict(row) for row in rows],
         "parallel_encode": parallel,
+        "encoder": choose_encoder("auto").name,
         "machine": {
             "cpu": _cpu_name(),
             "python": platform.python_version(),

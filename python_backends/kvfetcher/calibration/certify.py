@@ -17,6 +17,7 @@ from kvfetcher import __version__
 from kvfetcher.calibration.journal import Journal
 from kvfetcher.calibration.quality import Document, measure, prepare
 from kvfetcher.calibration.texts import Text, texts_digest
+from kvfetcher.codec.encoders import choose_encoder
 from kvfetcher.codec.ladder.library import register_calibration
 from kvfetcher.codec.ladder.profile import TransformProfile
 from kvfetcher.codec.profiles import encode_unnamed, restore_unit
@@ -70,12 +71,18 @@ def code_cache(
     """
     restored = np.empty_like(values)
     num_bytes = 0
+    encoder = choose_encoder("auto").encode
     for start in range(0, values.shape[3], chunk_tokens):
         bits = float32_to_bits(
             np.ascontiguousarray(values[:, :, :, start : start + chunk_tokens]), spec.dtype
         )
         chunk = encode_unnamed(
-            bits, spec=spec, profile=profile, first_position=start, num_threads=1
+            bits,
+            spec=spec,
+            profile=profile,
+            first_position=start,
+            num_threads=1,
+            encoder=encoder,
         )
         header = parse_header(chunk)
         num_bytes += len(chunk)

@@ -227,7 +227,13 @@ def _encode_unit(profile: Profile, source: UnitSource, variant: str) -> bytes:
 
 
 def encode_unnamed(
-    values: Integers, *, spec: KVSpec, profile: Profile, first_position: int, num_threads: int
+    values: Integers,
+    *,
+    spec: KVSpec,
+    profile: Profile,
+    first_position: int,
+    num_threads: int,
+    encoder: PlaneEncoder | None = None,
 ) -> bytes:
     """`encode_chunk` of values whose model and tokens nobody names: to be measured, not stored.
 
@@ -243,6 +249,7 @@ def encode_unnamed(
         token_ids=[0] * values.shape[3],
         first_position=first_position,
         num_threads=num_threads,
+        encoder=encoder,
     )
 
 

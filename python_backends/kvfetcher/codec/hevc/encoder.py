@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvfetcher.codec import video
 from kvfetcher.codec.hevc import slice_data
 from kvfetcher.codec.hevc.headers import LOG2_CTB, StreamFormat, parameter_sets, slice_header
 from kvfetcher.codec.video import checked_geometry
@@ -37,15 +38,18 @@ def encode_planes(
         planes: [F, P, Y, X] as `PlaneGeometry` describes it; uint8 at bit depth 8, else uint16.
         bit_depth: 8, 10 or 12; samples are below ``2**bit_depth``.
         chroma: "4:4:4" (P = 3) or "4:2:0" (P = 1, NV12 order).
-        gop: not used: every picture is an intra picture.
+        gop: 1 = every packet decodes alone. Predicted pictures, which `paper` alone asks for, are left
+            to libx265.
         fast: not used: there is one speed.
 
     Returns:
         One access unit (Annex B, with parameter sets) per picture.
 
     Raises:
-        CodecError: shape, dtype or range do not fit.
+        CodecError: shape, dtype or range do not fit, or libx265 failed.
     """
+    if gop > 1:
+        return video.encode_planes(planes, bit_depth=bit_depth, chroma=chroma, gop=gop, fast=fast)
     geometry = checked_geometry(planes, bit_depth=bit_depth, chroma=chroma)
     return [_encode(picture, geometry) for picture in planes]
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvfetcher.codec import video
 from kvfetcher.codec.hevc.encoder import encode_planes
 from kvfetcher.codec.video import VideoDecoder
 from support.hevc_pictures import GOLDEN, PCM, golden_picture
@@ -29,3 +30,9 @@ def test_what_cannot_be_compressed_takes_little_more_than_its_samples(name):
     geometry, planes = golden_picture(name)
     size = (FOLDER / f"{name}.hevc").stat().st_size
     assert 1 < size * 8 / (planes.size * geometry.bit_depth) < 1.03
+
+
+def test_predicted_pictures_are_left_to_libx265():
+    _, planes = golden_picture("rows_8")
+    two = np.concatenate([planes, planes])
+    assert encode_planes(two, bit_depth=8, gop=2) == video.encode_planes(two, bit_depth=8, gop=2)
