@@ -598,7 +598,7 @@ def run_instances(plan: Plan, works: list[Workload]) -> None:
     print("instances", table, flush=True)
 
 
-def run_under_mps(arguments: Sequence[str]) -> int:
+def run_under_mps(arguments: Sequence[str], *, script: str = __file__) -> int:
     """All of it again in a process beside which nothing but its own children uses the GPU."""
     from kvfetcher.launcher.mps import start_mps
     from kvfetcher.launcher.rundir import RunDir
@@ -607,7 +607,7 @@ def run_under_mps(arguments: Sequence[str]) -> int:
     try:
         mps = start_mps("on", run_dir.path)
         try:
-            command = [sys.executable, __file__, *arguments]
+            command = [sys.executable, script, *arguments]
             return subprocess.run(
                 command, env={**os.environ, **mps.variables}, check=False
             ).returncode
