@@ -37,7 +37,7 @@ import torch
 from bench_gpu import Neighbour, _generate, machine, run_under_mps
 
 from kvfetcher import wire
-from kvfetcher.backend.saving import ticket_to_json
+from kvfetcher.backend.saving import seal_ticket
 from kvfetcher.codec.base import UnitSource
 from kvfetcher.codec.gpu.forward import UncalibratedForward, units_together
 from kvfetcher.codec.gpu.hevc_encode import MAX_MEMORY_BYTES, HevcEncoder, Picture
@@ -50,6 +50,8 @@ from kvfetcher.launcher import TritonServer
 from kvfetcher.memory.control import ControlServer, socket_path
 from kvfetcher.memory.gpu_arena import GpuArena
 from kvfetcher.memory.leases import LeaseTable, SaveTicket, tokens_digest
+from kvfetcher.memory.permits import Permits
+from kvfetcher.memory.split_arena import publish_arena
 from kvfetcher.spec import KVSpec, ModelIdentity
 
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ LONG = 16 * CHUNK
 PARTS = ("bare", "forward", "save", "earlier")
 REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
 MEMORY = Path("/dev/shm")
-WAIT_SECONDS = 300.0
+WAIT_SECONDS = 60.0
 
 
 def values(tokens: int, *, seed: int) -> torch.Tensor:
@@ -75,7 +77,11 @@ def values(tokens: int, *, seed: int) -> torch.Tensor:
         noise = torch.randn(shape, device="cuda", generator=generator)
         size = torch.randn(channels, device="cuda", generator=generator).mul_(0.5).exp_()
         mean = torch.randn(channels, device="cuda", generator=generator)
-        gain = torch.randn((2, SPEC.num_kv_heads, tokens, 1), device="cuda", generator=generator).mul_(0.15).exp_()
+        gain = (
+            torch.randn((2, SPEC.num_kv_heads, tokens, 1), device="cuda", generator=generator)
+            .mul_(0.15)
+            .exp_()
+        )
         layers.append((noise * gain * size + mean).to(torch.bfloat16).view(torch.int16))
     return torch.stack(layers)
 
@@ -101,7 +107,7 @@ def run_forward(report: dict) -> list[Picture]:
         for first in range(0, SPEC.num_layers, step):
             part = bits[first : first + step].unsqueeze(1)
             for unit in forward.units(part, dtype=SPEC.dtype, first_position=CHUNK, variant="-"):
-                pictures += [Picture(planes, unit.rest.bit_depth) for planes in unit.planes]
+                pictures += [Picture(planes, unit.bit_depth) for planes in unit.planes]
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     report["forward"] = rate(bits.numel(), seconds[1:])
@@ -163,6 +169,8 @@ class Engine:
             describe=lambda: facts,
             stats=dict,
         )
+        self.permits = Permits.of_run(server.run_dir)
+        publish_arena(server.run_dir, self.arena)
         for index in range(tokens // CHUNK):
             self.arena.write(self.target(index), 0, values(CHUNK, seed=index))
 
@@ -181,7 +189,8 @@ class Engine:
             self.arena.target(lease.block_ids[n * blocks : (n + 1) * blocks], CHUNK)
             for n in range(tokens // CHUNK)
         )
-        return ids, ticket_to_json(SaveTicket(lease.id, targets, 0, tuple(ids.tolist()), salt))
+        ticket = SaveTicket(lease.id, targets, 0, tuple(ids.tolist()), salt)
+        return ids, seal_ticket(ticket, ids, self.permits)
 
     def close(self) -> None:
         self.control.close()
@@ -210,7 +219,7 @@ def open_server(encoder: str, store: Path, *, in_flight: int) -> Iterator[Triton
     try:
         yield server
     except BaseException:
-        print((folder / "log").read_text(errors="replace")[-4000:], flush=True)
+        print((folder / "log").read_text(errors="replace")[-6000:], flush=True)
         raise
     finally:
         server.stop()

@@ -619,6 +619,7 @@ class ChunkEncoder:
 
                 if GpuChunkEncoder.can_encode(self._profile, spec):
                     made = GpuChunkEncoder(gpu, self._profile, self._encoder.encode)
+                    made.warm_up()
                     self._on_gpu[gpu] = made
             except (ImportError, KVFetcherError, RuntimeError) as exc:
                 _log.warning("chunks on GPU %d are encoded by the CPU: %s", gpu, exc)

@@ -13,7 +13,7 @@ import logging
 import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -29,6 +29,7 @@ from kvfetcher.codec.gpu.hevc_encode import HevcEncoder, Picture, Substreams, ac
 from kvfetcher.codec.gpu.hevc_kernels import KernelLauncher
 from kvfetcher.codec.uncalibrated import UncalibratedProfile
 from kvfetcher.format.container import UnitData, build_chunk
+from kvfetcher.format.pictures import ONLY_VARIANT
 from kvfetcher.memory.cuda import cuda_context
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
     from kvfetcher.codec.base import PlaneEncoder, Profile
     from kvfetcher.codec.gpu.hevc_encode import Launcher
-    from kvfetcher.codec.uncalibrated import UncalibratedRest
     from kvfetcher.memory.arena import BlockTarget
     from kvfetcher.memory.gpu_arena import GpuArena
     from kvfetcher.spec import KVSpec
@@ -48,7 +48,10 @@ _FORWARD_BYTES = 112 << 20
 # Units made into objects side by side: SHA-256, CRC-32 and zstd leave the GIL alone.
 _MAX_THREADS = 8
 
+_WARM_UP_TOKENS = 160
+
 _log = logging.getLogger(__name__)
+_NO_PLANES = torch.empty(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +131,7 @@ class GpuChunkEncoder:
         if device.type == "cuda":
             torch.cuda.init()
         self._gpu = gpu
+        self._device = device
         self._profile = profile
         self._on_cpu = on_cpu
         self._forward = UncalibratedForward(device)
@@ -168,11 +172,24 @@ class GpuChunkEncoder:
                 continue
             waiting.popleft()
             chunk = first.chunk
-            job = (chunk.source, first.piece, first.unit.rest, first.coded)
+            job = (chunk.source, first.piece, replace(first.unit, planes=_NO_PLANES), first.coded)
             chunk.units.append(self._pool.submit(self._write_unit, *job))
             chunk.left -= 1
             if not chunk.left:
                 hand_over(chunk.number, self._pool.submit(self._write_chunk, chunk))
+
+    def warm_up(self) -> None:
+        """Take one small unit through, so that no request waits for what is loaded at first use.
+
+        Raises:
+            GpuError, torch.OutOfMemoryError: the GPU failed, or lacks the memory.
+        """
+        shape = (1, 1, 2, 1, _WARM_UP_TOKENS, 64)
+        bits = torch.randn(shape, device=self._device).to(torch.bfloat16).view(torch.int16)
+        units = self._forward.units(bits, dtype="bfloat16", first_position=0, variant=ONLY_VARIANT)
+        pictures = [Picture(planes, unit.bit_depth) for unit in units for planes in unit.planes]
+        for _ in self._encoder.encode(pictures):
+            pass
 
     def is_lost(self) -> bool:
         """Whether the GPU failed so that this process can use it no more."""
@@ -213,25 +230,25 @@ class GpuChunkEncoder:
                     for piece, unit in zip(part, units, strict=True):
                         waiting.append(_Waiting(chunk, piece, unit))
                         for planes in unit.planes:
-                            yield Picture(planes, unit.rest.bit_depth)
+                            yield Picture(planes, unit.bit_depth)
 
     def _write_unit(
         self,
         source: ChunkSource,
         piece: _Piece,
-        rest: UncalibratedRest,
+        unit: ForwardUnit,
         coded: Sequence[_CodedPicture],
     ) -> UnitData:
         packets = []
         for picture in coded:
             if isinstance(picture, torch.Tensor):
                 host = picture.cpu().numpy()
-                samples = host if rest.bit_depth == 8 else host.view("<u2")
-                packets += self._on_cpu(samples[None], bit_depth=rest.bit_depth)
+                samples = host if unit.bit_depth == 8 else host.view("<u2")
+                packets += self._on_cpu(samples[None], bit_depth=unit.bit_depth)
             else:
                 width, height, substreams = picture
-                packets.append(access_unit(width, height, rest.bit_depth, substreams))
-        data = rest.write(
+                packets.append(access_unit(width, height, unit.bit_depth, substreams))
+        data = unit.rest().write(
             packets,
             spec=source.spec,
             layer_start=piece.layer_start,

@@ -12,6 +12,7 @@ from kvfetcher import wire
 from kvfetcher.backend.coding import ChunkEncoder
 from kvfetcher.backend.encode_requests import EncodeRequests
 from kvfetcher.backend.gpu_encoding import ChunkSource, GpuChunkEncoder
+from kvfetcher.codec.encoders import choose_encoder
 from kvfetcher.codec.profiles import decode_unit, encode_chunk, restore_unit
 from kvfetcher.codec.quant import float32_to_bits
 from kvfetcher.codec.uncalibrated import UncalibratedProfile
@@ -135,6 +136,7 @@ def answer(of):
 def requests_of(gpu_encoder):
     encoder = ChunkEncoder(CodecConfig(profile="uncalibrated", unit_layers=2))
     encoder._on_gpu[0] = gpu_encoder
+    encoder._encoder = choose_encoder("x265")  # which is there at once
     made = EncodeRequests(encoder, pb_utils)
     yield made
     made.close()
@@ -177,3 +179,7 @@ def test_chunks_for_the_cpu_are_encoded_side_by_side(arena):
         chunk = response[wire.CHUNK].tobytes()
         for ours, theirs in zip(restored(chunk), restored(expected(number % 2)), strict=True):
             assert np.array_equal(ours, theirs)
+
+
+def test_a_small_unit_goes_through_before_the_first_request(gpu_encoder):
+    gpu_encoder.warm_up()

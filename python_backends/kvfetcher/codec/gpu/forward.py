@@ -12,7 +12,7 @@ bytes of GPU memory per element of theirs while it runs, and leaves the pictures
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,8 +27,6 @@ from kvfetcher.format import digest
 from kvfetcher.format.pictures import BIT_DEPTHS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from numpy.typing import NDArray
 
     from kvfetcher.spec import KVDtype
@@ -38,15 +36,50 @@ DTYPES: dict[KVDtype, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": tor
 BYTES_PER_ELEMENT = 26
 
 _MASK = (1 << 64) - 1
+_LIMITS = [(1 << (depth - 1)) - 1 for depth in BIT_DEPTHS]
+"""Largest integer of each bit depth's samples."""
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardUnit:
-    """A unit whose pictures are ready to be coded."""
+    """A unit whose pictures are ready to be coded, and the rest of it in host memory."""
 
     planes: torch.Tensor
     """[F, 3, Y, X], uint8 or int16."""
-    rest: UncalibratedRest
+    grid: RowGrid
+    bit_depth: int
+    integer_digest: int
+    escapes: tuple[NDArray[np.int64], NDArray[np.int32]]
+    """Places and integers."""
+    exact: tuple[NDArray[np.int64], NDArray[np.uint16]]
+    """Numbers of the tokens that are kept exact, and their bit patterns [Lg, K, H, R, D]."""
+    means: NDArray[np.float32]
+    steps: NDArray[np.float32]
+    spreads: NDArray[np.uint8]
+
+    def rest(self) -> UncalibratedRest:
+        """All of the unit but its video; compresses side data, which is for a thread of its own."""
+        return UncalibratedRest(
+            grid=self.grid,
+            bit_depth=self.bit_depth,
+            integer_digest=self.integer_digest,
+            num_escapes=len(self.escapes[0]),
+            escapes=escape_sections_of(*self.escapes),
+            num_raw_tokens=len(self.exact[0]),
+            raw=raw_sections_of(*self.exact),
+            means=self.means,
+            steps=self.steps,
+            spreads=self.spreads,
+        )
+
+
+class _Drawn(NamedTuple):
+    """Some units' integers as samples of one bit depth."""
+
+    planes: torch.Tensor
+    """[U, F, 3, Y, X]"""
+    digests: torch.Tensor
+    """int64 [U], but for the length."""
 
 
 class UncalibratedForward:
@@ -72,13 +105,13 @@ class UncalibratedForward:
         values = bits.view(DTYPES[dtype]).to(torch.float32)
         fits = values.abs().amax(dim=(1, 2, 3, 5)) <= MAX_MAGNITUDE  # of NaN, it is not
         fits[:, : max(SINK_TOKENS - first_position, 0)] = False
-        kept = fits[:, None, None, None, :, None]
+        left_out = ~fits[:, None, None, None, :, None]
         numbers = fits.sum(dim=1).clamp(min=1).to(torch.float64)
-        values.masked_fill_(~kept, 0)
+        values.masked_fill_(left_out, 0)
         sums = values.sum(dim=4, keepdim=True, dtype=torch.float64)
         means = (sums / numbers.view(-1, 1, 1, 1, 1, 1)).to(torch.float32)
         values -= means
-        values.masked_fill_(~kept, 0)
+        values.masked_fill_(left_out, 0)
         power = values.to(torch.float64).square_().sum(dim=(3, 4, 5)) / (heads * tokens * dim)
         power *= (tokens / numbers).view(-1, 1, 1)
         steps = (STEP * power.sqrt()).to(torch.float32)
@@ -90,91 +123,77 @@ class UncalibratedForward:
         order = torch.argsort(classes, dim=1, stable=True)
         rows = rows.gather(1, order[:, :, None].expand(-1, -1, tokens)).to(torch.int32)
         sizes = rows.abs()
-        limits = [(1 << (depth - 1)) - 1 for depth in BIT_DEPTHS]
-        too_large = torch.stack([(sizes > limit).sum(dim=(1, 2)) for limit in limits])
-        found = too_large.cpu().numpy()  # waits for the GPU
-        exact = _host(~fits)
-        host = [_host(tensor) for tensor in (means, steps, classes.to(torch.uint8))]
-        units = []
+        too_large = torch.stack([(sizes > limit).sum(dim=(1, 2)) for limit in _LIMITS])
+        grid = row_grid(num_rows, tokens, variant)
+        # The usual depth is drawn before anybody knows, so that the GPU is waited for once.
+        usual = self._draw(rows, grid, BIT_DEPTHS[0])
+        found, exact, digests = _host(too_large), _host(~fits), _host(usual.digests)
+        host_means, host_steps = _host(means), _host(steps)
+        host_spreads = _host(classes.to(torch.uint8))
+        made = []
         for unit in range(count):
             enough = np.flatnonzero(found[:, unit] <= MAX_ESCAPES * num_rows * tokens)
             choice = int(enough[0]) if len(enough) else len(BIT_DEPTHS) - 1
+            planes, total = usual.planes[unit], int(digests[unit])
+            if choice:
+                drawn = self._draw(rows[unit : unit + 1], grid, BIT_DEPTHS[choice])
+                planes, total = drawn.planes[0], int(drawn.digests.item())
+            escapes = np.empty(0, np.int64), np.empty(0, np.int32)
+            if found[choice, unit]:
+                at = torch.nonzero(sizes[unit].reshape(-1) > _LIMITS[choice]).reshape(-1)
+                escapes = _host(at), _host(rows[unit].reshape(-1)[at])
             raw = np.flatnonzero(exact[unit])
-            picked = bits[unit][:, :, :, self._upload(raw)]
-            raw_values = _host(picked).view(np.uint16)
-            units.append(
-                self._unit(
-                    rows[unit],
-                    sizes[unit],
-                    int(found[choice, unit]),
-                    BIT_DEPTHS[choice],
-                    row_grid(num_rows, tokens, variant),
-                    {
-                        "num_raw_tokens": len(raw),
-                        "raw": raw_sections_of(raw, raw_values),
-                        "means": host[0][unit],
-                        "steps": host[1][unit],
-                        "spreads": host[2][unit],
-                    },
+            raw_values = np.empty((layers, factor, heads, 0, dim), np.uint16)
+            if len(raw):
+                raw_values = _host(bits[unit][:, :, :, self._upload(raw)]).view(np.uint16)
+            num_bytes = num_rows * tokens * (1 if choice == 0 else 2)
+            made.append(
+                ForwardUnit(
+                    planes=planes,
+                    grid=grid,
+                    bit_depth=BIT_DEPTHS[choice],
+                    integer_digest=total + num_bytes & _MASK,
+                    escapes=escapes,
+                    exact=(raw, raw_values),
+                    means=host_means[unit],
+                    steps=host_steps[unit],
+                    spreads=host_spreads[unit],
                 )
             )
-        return units
+        return made
 
-    def _unit(
-        self,
-        rows: torch.Tensor,
-        sizes: torch.Tensor,
-        num_escapes: int,
-        bit_depth: int,
-        grid: RowGrid,
-        side: dict[str, Any],
-    ) -> ForwardUnit:
-        """Integers [N, T] of one unit, in the order of their rows -> its pictures."""
+    def _draw(self, rows: torch.Tensor, grid: RowGrid, bit_depth: int) -> _Drawn:
+        """Integers [U, N, T] in the order of their rows -> pictures."""
         limit = (1 << (bit_depth - 1)) - 1
-        places, beyond = np.empty(0, np.int64), np.empty(0, np.int32)
-        if num_escapes:
-            at = torch.nonzero(sizes.reshape(-1) > limit).reshape(-1)
-            places, beyond = _host(at), _host(rows.reshape(-1)[at])
-        kind = torch.uint8 if bit_depth == 8 else torch.int16
-        samples = (rows.clamp(-limit, limit) + (limit + 1)).to(kind)
-        total, num_bytes = self._digest(samples)
-        rest = UncalibratedRest(
-            grid=grid,
-            bit_depth=bit_depth,
-            integer_digest=(total + num_bytes) & _MASK,
-            num_escapes=num_escapes,
-            escapes=escape_sections_of(places, beyond),
-            **side,
-        )
-        return ForwardUnit(self._place(samples, grid, bit_depth), rest)
-
-    def _place(self, samples: torch.Tensor, grid: RowGrid, bit_depth: int) -> torch.Tensor:
-        """`RowGrid.place` on the device."""
+        kind = torch.uint8 if bit_depth == BIT_DEPTHS[0] else torch.int16
+        samples = rows.clamp(-limit, limit).add_(limit + 1).to(kind)
+        digests = self._digests(samples)
         geometry = grid.geometry(bit_depth)
-        planes = torch.full(
-            geometry.shape, 1 << (bit_depth - 1), dtype=samples.dtype, device=self._device
-        )
-        flat = planes.view(grid.num_tiles, -1, geometry.width)
+        shape = (len(rows), *geometry.shape)
+        planes = torch.full(shape, limit + 1, dtype=kind, device=self._device)
+        lines = planes.view(len(rows), grid.num_tiles, -1, geometry.width)
         for tile in range(grid.num_tiles):
-            part = samples[:, tile * grid.frame_columns : (tile + 1) * grid.frame_columns]
+            part = samples[:, :, tile * grid.frame_columns : (tile + 1) * grid.frame_columns]
             for block in range(grid.num_blocks):
+                first = block * NUM_PLANES * grid.frame_rows
+                of_block = part[:, first : first + NUM_PLANES * grid.frame_rows]
                 for plane in range(NUM_PLANES):
-                    first = block * NUM_PLANES * grid.frame_rows
-                    lines = part[first : first + NUM_PLANES * grid.frame_rows][plane::NUM_PLANES]
+                    own = of_block[:, plane::NUM_PLANES]
                     at = (block * NUM_PLANES + plane) * geometry.height
-                    flat[tile, at : at + len(lines), : lines.shape[1]] = lines
-        return planes
+                    lines[:, tile, at : at + own.shape[1], : own.shape[2]] = own
+        return _Drawn(planes, digests)
 
-    def _digest(self, samples: torch.Tensor) -> tuple[int, int]:
-        """`digest.integer_digest` but for the length, and that."""
-        data = samples.reshape(-1).view(torch.uint8)
+    def _digests(self, samples: torch.Tensor) -> torch.Tensor:
+        """`digest.integer_digest` of each of some units' samples [U, N, T], but for the length."""
+        data = samples.view(torch.uint8).reshape(len(samples), -1)
         block_bytes = 4 * digest.BLOCK_WORDS
-        blocks = -(-len(data) // block_bytes)
-        padded = torch.nn.functional.pad(data, (0, blocks * block_bytes - len(data)))
-        words = padded.view(torch.int32).to(torch.int64).bitwise_and_(0xFFFFFFFF)
-        sums = (words.view(blocks, -1) * self._weights).sum(dim=1)
-        total = (sums * self._block_weights[:blocks]).sum()
-        return int(total.item()), len(data)
+        blocks = -(-data.shape[1] // block_bytes)
+        if data.shape[1] % block_bytes:
+            missing = blocks * block_bytes - data.shape[1]
+            data = torch.nn.functional.pad(data, (0, missing))
+        words = data.view(torch.int32).to(torch.int64).bitwise_and_(0xFFFFFFFF)
+        sums = words.view(len(samples), blocks, -1).mul_(self._weights).sum(dim=2)
+        return (sums * self._block_weights[:blocks]).sum(dim=1)
 
     def _upload(self, array: NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(array.copy()).to(self._device)
@@ -198,8 +217,3 @@ def _host(tensor: torch.Tensor) -> NDArray[Any]:
 def units_together(elements: int, free_bytes: int) -> int:
     """Number of units that fit into the memory at one time; at least one."""
     return max(1, free_bytes // (BYTES_PER_ELEMENT * elements))
-
-
-def as_pictures(units: Sequence[ForwardUnit]) -> list[tuple[torch.Tensor, int]]:
-    """Samples [3, Y, X] and bit depth of each picture of some units, in order."""
-    return [(planes, unit.rest.bit_depth) for unit in units for planes in unit.planes]

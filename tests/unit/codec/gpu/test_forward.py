@@ -46,7 +46,7 @@ def test_units_are_those_of_the_cpu(dtype, tokens, first_position, variant, unit
         start = index * unit_layers
         source = UnitSource(bits[start : start + unit_layers], spec, start, first_position, encode)
         expected = UncalibratedProfile().encode(source, variant)
-        found = unit.rest.write(
+        found = unit.rest().write(
             [b"packet"] * len(unit.planes),
             spec=spec,
             layer_start=start,
@@ -57,7 +57,7 @@ def test_units_are_those_of_the_cpu(dtype, tokens, first_position, variant, unit
         planes = unit.planes.numpy()
         assert np.array_equal(planes if planes.itemsize == 1 else planes.view(np.uint16), drawn[0])
         assert found == expected
-        depths.add(unit.rest.bit_depth)
+        depths.add(unit.bit_depth)
     assert depths <= {8, 10, 12}
 
 
