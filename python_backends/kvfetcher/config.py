@@ -728,6 +728,11 @@ class SaveConfig(_Section):
         low=1,
         high=256,
     )
+    on_gpu: bool = _option(
+        False,
+        "whether kv_encode codes chunks on the GPU on which they lie (profile uncalibrated); through"
+        " tritonserver on a GPU host this has not worked yet",
+    )
     nice: int = _option(10, "niceness of the encoding process", low=0, high=19)
 
 

@@ -209,7 +209,7 @@ def open_server(encoder: str, store: Path, *, in_flight: int) -> Iterator[Triton
         ),
         engine=replace(config.engine, arena="gpu", device="cuda:0", tokens_per_block=BLOCK),
         store=replace(config.store, kind="file", path=str(store)),
-        save=replace(config.save, chunks_in_flight=in_flight),
+        save=replace(config.save, chunks_in_flight=in_flight, on_gpu=True),
     )
     folder = Path(tempfile.mkdtemp(prefix="kvfetcher-bench-"))
     for model in ("kv_encode", "kv_save"):

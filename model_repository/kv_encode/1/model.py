@@ -25,8 +25,8 @@ class TritonPythonModel:
         config = load_config()
         setup.yield_gpu(percent=config.server.mps_restore_percent)
         setup.lower_priority(config.save.nice)
-        self.encoder = ChunkEncoder(config.codec)
-        if has_driver():
+        self.encoder = ChunkEncoder(config.codec, on_gpu=config.save.on_gpu)
+        if config.save.on_gpu and has_driver():
             self.encoder.warm_up(config)
         self.requests = EncodeRequests(
             self.encoder, pb_utils, after=lambda: setup.end_if_lost(self.encoder.is_lost())

@@ -484,9 +484,11 @@ class ChunkEncoder:
         EncoderUnavailableError: `codec.encoder` names an encoder that is not usable.
     """
 
-    def __init__(self, config: CodecConfig, permits: Permits | None = None) -> None:
+    def __init__(
+        self, config: CodecConfig, permits: Permits | None = None, *, on_gpu: bool = False
+    ) -> None:
         self._profile = profiles.make_profile(config)
-        self._choice = config.encoder
+        self._uses_gpus = on_gpu and config.encoder in ("auto", "own")
         self._encoder = choose_encoder(config.encoder)
         self.num_cores = len(os.sched_getaffinity(0))
         self._arenas = Arenas(Permits.of_run() if permits is None else permits)
@@ -580,7 +582,7 @@ class ChunkEncoder:
         Raises:
             LayoutError, ArenaError: the target does not fit or is gone.
         """
-        if job.target is None or self._choice not in ("auto", "own"):
+        if job.target is None or not self._uses_gpus:
             return None
         arena = self._arenas.of(job.target)
         if arena.gpu is None or len(arena.parts) > 1 or arena.spec != job.spec:
@@ -607,7 +609,7 @@ class ChunkEncoder:
     def warm_up(self, config: Config) -> None:
         """Import, compile and load what chunks on a GPU need, so that no request waits for it."""
         gpu = gpu_of(config)
-        if gpu is not None and self._choice in ("auto", "own"):
+        if gpu is not None and self._uses_gpus:
             spec = KVSpec(num_layers=1, num_kv_heads=1, head_dim=128, dtype=config.engine.kv_dtype)
             self._gpu_encoder(gpu, spec)
 

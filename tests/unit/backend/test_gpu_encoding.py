@@ -134,7 +134,7 @@ def answer(of):
 
 @pytest.fixture
 def requests_of(gpu_encoder):
-    encoder = ChunkEncoder(CodecConfig(profile="uncalibrated", unit_layers=2))
+    encoder = ChunkEncoder(CodecConfig(profile="uncalibrated", unit_layers=2), on_gpu=True)
     encoder._on_gpu[0] = gpu_encoder
     encoder._encoder = choose_encoder("x265")  # which is there at once
     made = EncodeRequests(encoder, pb_utils)
