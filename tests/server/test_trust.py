@@ -215,6 +215,7 @@ def test_tritons_own_apis_are_closed_to_clients(running):
         )
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(request, timeout=10)
+        refused.value.close()
         assert refused.value.code == 403, api
     assert client.is_server_ready()
 
