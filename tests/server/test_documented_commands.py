@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,15 @@ def test_readmes_python_runs(running, capsys):
     code = code.replace("127.0.0.1:8001", running.server.grpc_url)
     exec(code, {"document": DOCUMENT[:1_000], "question": "\n\nWhat is a reference?"})  # noqa: S102
     assert capsys.readouterr().out.strip()
+
+
+def test_operations_explains_what_a_running_server_says(running):
+    page = (ROOT / "docs" / "operations.md").read_text()
+    report = running.client.generate(DOCUMENT[:1_000], max_tokens=1).report.raw
+    parts = [report, report["stages_ms"], report["engine"], report.get("gate") or {}]
+    url = f"http://{running.server.metrics_url}/metrics"
+    with urllib.request.urlopen(url, timeout=30) as answer:
+        series = set(re.findall(r"^# TYPE (kvfetcher_\w+)", answer.read().decode(), re.MULTILINE))
+    assert series
+    names = {name for part in parts for name in part} | series
+    assert not {name for name in names if f"`{name}`" not in page}
