@@ -142,7 +142,9 @@ class Client:
             ClientError: as `generate`.
 
         Example:
-            >>> client.chat([{"role": "user", "content": "What is borrowing?"}]).text
+            >>> question = {"role": "user", "content": "What is borrowing?"}
+            >>> with Client("127.0.0.1:8001") as client:
+            ...     client.chat([question]).text  # doctest: +SKIP
             'Borrowing is ...'
         """
         return self.generate(self.chat_prompt(messages), **options)

@@ -56,7 +56,7 @@ S3_FAULTS = {name: shape for name, shape in FAULTS.items() if name != "slow link
     f"status {code}": LinkShape(http_status=code) for code in (500, 503, 429)
 }
 # These let nothing through at all: the breaker must open.
-OPENING = {("redis", "stall"), ("redis", "reset at once"), ("s3", "status 503")}
+OPENING = {("redis", "stall"), ("redis", "reset at once"), ("s3", "status 500")}
 REDIS = pytest.param("redis", marks=pytest.mark.redis)
 
 

@@ -23,7 +23,8 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 def shared_files() -> set[str]:
-    return {path.name for path in SHARED_MEMORY.glob("*kvfetcher*")}
+    """Those of servers that this process started; other tests may run beside it."""
+    return {path.name for path in SHARED_MEMORY.glob(f"*kvfetcher-{os.getpid()}-*")}
 
 
 def test_a_plain_tritonserver_serves_the_literal_repository(tmp_path, prompt):

@@ -6,6 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 
 from kvfetcher.spec import KVSpec
@@ -91,7 +92,12 @@ def test_workloads_are_units_with_what_the_cpu_restores(bench, monkeypatch, tmp_
     assert set(packed.video_bytes) == {0}
     for each in (work, packed):
         assert sum(each.elements) == each.values.size
-    assert (packed.values == work.values).all()
+    # The units hold the same integers in other groups. Values are equal to the rounding of float32
+    # (docs/format.md), which may move one to the next bfloat16: CPUs with AVX-512 VNNI add in
+    # another order.
+    steps = np.abs(packed.values.astype(np.int32) - work.values.astype(np.int32))
+    assert steps.max() <= 1
+    assert np.count_nonzero(steps) < steps.size / 1000
     row = bench.describe(work)
     assert row["plane_bytes"] > 0
     assert 0 < row["bits_per_element"] < 16

@@ -14,6 +14,7 @@ from kvfetcher_client import (
     ResponseError,
     ResponseTimeoutError,
     ServerUnavailableError,
+    UnsupportedError,
 )
 from kvfetcher_client import client as client_module
 from kvfetcher_client.protocol import checked_report
@@ -149,7 +150,7 @@ def test_slow_answer_ends_in_a_timeout_and_is_cancelled(server, client):
         ("CANCELLED", RequestCancelledError),
         ("UNAVAILABLE", ServerUnavailableError),
         ("INTERNAL", ResponseError),
-        ("UNSUPPORTED", ResponseError),
+        ("UNSUPPORTED", UnsupportedError),
     ],
 )
 def test_server_errors_keep_their_meaning_and_message(server, client, code, expected):

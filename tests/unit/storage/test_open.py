@@ -38,7 +38,7 @@ def test_the_documented_settings_load(tmp_path, text):
 
 
 def test_the_documented_commands_are_all_there_are(capsys):
-    assert len(EXAMPLES) == 4
+    assert len(EXAMPLES) == 5
     with pytest.raises(SystemExit):
         main(["store", "--help"])
     (verbs,) = re.findall(

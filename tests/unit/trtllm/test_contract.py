@@ -4,7 +4,7 @@ import contextlib
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from kvfetcher.engines.hf.loader import load_model
@@ -99,6 +99,8 @@ def test_any_schedule(loaded, references, tmp_path_factory, options):
 
         @settings(
             max_examples=40,
+            phases=[Phase.generate],  # shrinking took ten minutes
+            derandomize=True,
             database=None,
             suppress_health_check=list(HealthCheck),
         )

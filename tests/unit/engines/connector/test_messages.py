@@ -38,7 +38,7 @@ def test_line_round_trip(message):
     ],
 )
 def test_anything_else_is_refused(line):
-    with pytest.raises(RequestError, match="no known message"):
+    with pytest.raises(RequestError, match="is not a known message"):
         messages.from_line(line)
 
 
