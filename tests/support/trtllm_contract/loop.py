@@ -46,6 +46,7 @@ class ContractLoop(PagedExecutor):
         self.pool.tensor = model.kv.pool
         self.batches = 0
         self.replays = []
+        self._replayed = set()
 
     def _start_batch(self, batch):
         self.batches += 1
@@ -64,7 +65,13 @@ class ContractLoop(PagedExecutor):
                 self.pool.free(request.blocks)
                 request.blocks, request.is_allocated, request.position = [], False, 0
                 request.state = "waiting"
+                self._replayed.add(request_id)
         self.replays = []
+
+    def _finish(self, request):
+        # A cancelled request still reaches `request_finished`, also one that lost its blocks before.
+        request.is_allocated |= request.request_id in self._replayed
+        super()._finish(request)
 
 
 class GreedySink(Sink):

@@ -100,7 +100,6 @@ def test_any_schedule(loaded, references, tmp_path_factory, options):
         @settings(
             max_examples=40,
             phases=[Phase.generate],  # shrinking took ten minutes
-            derandomize=True,
             database=None,
             suppress_health_check=list(HealthCheck),
         )
