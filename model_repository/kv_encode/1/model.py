@@ -28,13 +28,17 @@ class TritonPythonModel:
         self.encoder = ChunkEncoder(config.codec, on_gpu=config.save.on_gpu)
         if config.save.on_gpu and has_driver():
             self.encoder.warm_up(config)
+        # On an H200 no save ended whose chunks came through response senders; before, they did.
         self.requests = EncodeRequests(
-            self.encoder, pb_utils, after=lambda: setup.end_if_lost(self.encoder.is_lost())
+            self.encoder,
+            pb_utils,
+            after=lambda: setup.end_if_lost(self.encoder.is_lost()),
+            at_once=has_driver() and not config.save.on_gpu,
         )
 
     @watched
     def execute(self, requests):
-        self.requests.execute(requests)
+        return self.requests.execute(requests)
 
     def finalize(self):
         self.requests.close()

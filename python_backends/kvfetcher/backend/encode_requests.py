@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvfetcher import wire
-from kvfetcher.backend.respond import log_failure, send, send_error
+from kvfetcher.backend.respond import log_failure, respond_each, send, send_error
 from kvfetcher.backend.tensors import bytes_tensor, read_bytes, read_ids, read_text, text_tensor
 from kvfetcher.errors import GpuError
 
@@ -47,11 +47,18 @@ class EncodeRequests:
         encoder: encoder of chunks; used by this object's threads alone.
         pb_utils: the module `triton_python_backend_utils`.
         after: called by that thread when nothing waits any more.
+        at_once: whether `execute` encodes on the CPU and returns the responses itself.
     """
 
     def __init__(
-        self, encoder: ChunkEncoder, pb_utils: Any, *, after: Callable[[], None] = lambda: None
+        self,
+        encoder: ChunkEncoder,
+        pb_utils: Any,
+        *,
+        after: Callable[[], None] = lambda: None,
+        at_once: bool = False,
     ) -> None:
+        self._at_once = at_once
         self._encoder = encoder
         self._pb_utils = pb_utils
         self._after = after
@@ -67,21 +74,36 @@ class EncodeRequests:
         self._thread = threading.Thread(target=self._answer_all, name="encode", daemon=True)
         self._thread.start()
 
-    def execute(self, requests: Sequence[Any]) -> None:
-        """Queue requests. For a model's `execute`."""
+    def execute(self, requests: Sequence[Any]) -> list[Any] | None:
+        """Answer requests, or queue them (None). For a model's `execute`."""
+        if self._at_once:
+            return respond_each(requests, self._tensors_of, self._pb_utils)
         for request in requests:
             sender = request.get_response_sender()
             try:
-                job = self._encoder.read(
-                    read_ids(request, wire.INPUT_IDS, self._pb_utils),
-                    spec_json=read_text(request, wire.KV_SPEC, self._pb_utils),
-                    target_json=read_text(request, wire.KV_TARGET, self._pb_utils, default=""),
-                    values=read_bytes(request, wire.KV_VALUES, self._pb_utils),
-                )
+                job = self._read(request)
             except Exception as exc:  # noqa: BLE001 - the boundary: every failure is answered
                 self._refuse(sender, exc)
                 continue
             self._queue.put(_Request(sender, job))
+        return None
+
+    def _read(self, request: Any) -> ChunkJob:
+        return self._encoder.read(
+            read_ids(request, wire.INPUT_IDS, self._pb_utils),
+            spec_json=read_text(request, wire.KV_SPEC, self._pb_utils),
+            target_json=read_text(request, wire.KV_TARGET, self._pb_utils, default=""),
+            values=read_bytes(request, wire.KV_VALUES, self._pb_utils),
+        )
+
+    def _tensors_of(self, request: Any) -> list[Any]:
+        return self._tensors(*self._encoder.encode_job(self._read(request)))
+
+    def _tensors(self, chunk: bytes, status: str) -> list[Any]:
+        return [
+            bytes_tensor(wire.CHUNK, chunk, self._pb_utils),
+            text_tensor(wire.KV_STATUS, status, self._pb_utils),
+        ]
 
     def close(self) -> None:
         """Answer what waits, then end the thread."""
@@ -201,10 +223,7 @@ class EncodeRequests:
         with self._sending:
             try:
                 response = self._pb_utils.InferenceResponse(
-                    output_tensors=[
-                        bytes_tensor(wire.CHUNK, chunk, self._pb_utils),
-                        text_tensor(wire.KV_STATUS, status, self._pb_utils),
-                    ]
+                    output_tensors=self._tensors(chunk, status)
                 )
                 send(sender, response, self._pb_utils, is_last=True)
             except Exception as exc:  # noqa: BLE001 - the others must be answered all the same

@@ -181,5 +181,17 @@ def test_chunks_for_the_cpu_are_encoded_side_by_side(arena):
             assert np.array_equal(ours, theirs)
 
 
+def test_requests_are_answered_at_once_where_that_is_asked_for(arena):
+    encoder = ChunkEncoder(CodecConfig(profile="uncalibrated", unit_layers=2, encoder="x265"))
+    made = EncodeRequests(encoder, pb_utils, at_once=True)
+    good, bad = made.execute([request(arena, 1), request(arena, 0, chunk_key="zz")])
+    made.close()
+    for ours, theirs in zip(
+        restored(good[wire.CHUNK].tobytes()), restored(expected(1)), strict=True
+    ):
+        assert np.array_equal(ours, theirs)
+    assert "does not describe a chunk" in bad.error.message()
+
+
 def test_a_small_unit_goes_through_before_the_first_request(gpu_encoder):
     gpu_encoder.warm_up()
