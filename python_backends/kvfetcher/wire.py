@@ -75,5 +75,5 @@ KV_TARGET = "kv_target"  # STRING [1], sealed JSON BlockTarget; "" = return the 
 KV_VALUES = "kv_values"  # UINT8 [num_bytes], canonical [L, K, H, T, D], little-endian
 DECODE_STATUS = "decode_status"  # STRING [1], JSON: decoder, decode_ms, stamps
 KV_STATUS = "kv_status"  # STRING [1], JSON: timings and which decoder
-KV_SPEC = "kv_spec"  # STRING [1], JSON (ChunkSource of kv_encode)
+KV_SPEC = "kv_spec"  # STRING [1], JSON: spec of the values, names of the chunk (kv_encode)
 CHUNK = "chunk"  # UINT8 [num_bytes], one chunk object (docs/format.md)

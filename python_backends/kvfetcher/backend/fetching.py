@@ -6,7 +6,6 @@ import asyncio
 import functools
 import json
 import logging
-import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from kvfetcher import wire
 from kvfetcher.backend.leases import EngineLeases
 from kvfetcher.backend.metrics import FETCH_SERIES, Metrics, count_unit, store_observer
 from kvfetcher.backend.params import seal_options
+from kvfetcher.backend.respond import unit_error
 from kvfetcher.backend.tags import compare, unit_tag
 from kvfetcher.backend.tenants import TenantLimits
 from kvfetcher.backend.tensors import bytes_tensor, text_tensor
@@ -24,7 +24,6 @@ from kvfetcher.backend.watching import ClientWatch, Watches
 from kvfetcher.codec.gpu.instances import decode_instances, nvdec_engines, parallel_decoders
 from kvfetcher.config import cache_home
 from kvfetcher.errors import (
-    CodecError,
     DecoderUnavailableError,
     MixedUpError,
     RequestCancelledError,
@@ -49,10 +48,6 @@ if TYPE_CHECKING:
 _OTHER_THREADS = 8
 # So often gauges are brought up to date while something is fetched.
 _SHOW_SECONDS = 0.5
-
-# Of an error that a unit's own bytes may have caused (`respond.triton_error` puts it into the text).
-# What Triton says itself of a lost process, and errors of no class of ours, say nothing of the unit.
-_DATA_STATUS = re.compile(r"\b(INVALID_ARG|INTERNAL): (?!\w+; the server log)")
 
 # An empty tensor does not pass every version of Triton.
 _NO_PLANES = np.zeros((1, 1, 1, 1, 1), np.uint8)
@@ -188,7 +183,7 @@ class FetchService:
             inputs=inputs,
         ).async_exec()
         if response.has_error():
-            raise _unit_error(model, response.error().message())
+            raise unit_error(model, response.error().message())
         status = pb_utils.get_output_tensor_by_name(response, wire.KV_STATUS).as_numpy()
         facts = json.loads(status.reshape(-1)[0])
         expected = unit_tag(unit, sealed)
@@ -215,16 +210,6 @@ def unit_request(unit: bytes, sealed_target: str, pb_utils: Any) -> tuple[str, l
         return wire.KV_PIPELINE, inputs
     # It would wait for a decoder behind pictures.
     return wire.KV_RESTORE, [*inputs, pb_utils.Tensor(wire.PLANES, _NO_PLANES)]
-
-
-def _unit_error(model: str, message: str) -> CodecError:
-    """The error of a unit that a model refused.
-
-    `CodecError` itself where the unit may be what is wrong, `DecoderUnavailableError` where it was
-    not looked at: no GPU, no room, no model.
-    """
-    kind = CodecError if _DATA_STATUS.search(message) else DecoderUnavailableError
-    return kind(f"{model}: {message}")
 
 
 def _decode_table(config: Config) -> DecodeTable:

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from typing import TYPE_CHECKING, Any
 
-from kvfetcher.errors import KVFetcherError
+from kvfetcher.errors import (
+    ArenaError,
+    ArenaFullError,
+    CodecError,
+    DecoderUnavailableError,
+    GpuError,
+    KVFetcherError,
+    LeaseError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -15,6 +24,13 @@ _log = logging.getLogger(__name__)
 
 _SETTLE_SECONDS = 0.2
 _MAX_MESSAGE = 4000
+
+_HOST_ERRORS = (ArenaFullError, LeaseError, ArenaError, GpuError, DecoderUnavailableError)
+"""What fails on this host, whatever the unit is."""
+_KIND = re.compile(r"\[(\w+)\]\s*$")
+# Of an error that a unit's own bytes may have caused. What Triton says itself of a lost process, and
+# errors of no class of ours, say nothing of the unit.
+_UNIT_STATUS = re.compile(r"\b(INVALID_ARG|INTERNAL|UNSUPPORTED): (?!\w+; the server log)")
 
 
 def triton_error(exc: BaseException, pb_utils: Any) -> Any:
@@ -25,8 +41,10 @@ def triton_error(exc: BaseException, pb_utils: Any) -> Any:
     """
     if isinstance(exc, KVFetcherError):
         code = getattr(pb_utils.TritonError, exc.triton_status)
-        # Triton's gRPC streams tell errors as bare text: the status travels in it, for clients.
-        return pb_utils.TritonError(f"{exc.triton_status}: {_sendable(str(exc))}", code)
+        # Triton's gRPC streams tell errors as bare text: the status travels in it, for clients, and
+        # what failed on this host, for `kv_fetch` (`unit_error`).
+        kind = f" [{type(exc).__name__}]" if isinstance(exc, _HOST_ERRORS) else ""
+        return pb_utils.TritonError(f"{exc.triton_status}: {_sendable(str(exc))}{kind}", code)
     _log.error("unexpected %s", type(exc).__name__, exc_info=exc)
     return pb_utils.TritonError(
         f"INTERNAL: {type(exc).__name__}; the server log has the traceback",
@@ -42,6 +60,24 @@ def _sendable(message: str) -> str:
     """
     text = message.encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]} ..."
+
+
+def unit_error(model: str, message: str) -> KVFetcherError:
+    """The error of a unit that a model refused; the inverse of `triton_error`.
+
+    Returns:
+        An error of the class that the message names (the arena, the GPU or the decoder failed);
+        else `CodecError` where the unit's own bytes may be what is wrong, and
+        `DecoderUnavailableError` where nobody looked at them: no such model, or a lost process.
+        Never a `FormatError`: the bytes came as they were stored, so that an object is not moved to
+        the quarantine because of one host's decoder.
+    """
+    text = f"{model}: {message}"
+    if named := _KIND.search(message):
+        for kind in _HOST_ERRORS:
+            if kind.__name__ == named[1]:
+                return kind(text)
+    return (CodecError if _UNIT_STATUS.search(message) else DecoderUnavailableError)(text)
 
 
 def is_internal(exc: BaseException) -> bool:

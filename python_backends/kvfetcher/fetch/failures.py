@@ -8,8 +8,11 @@ import time
 from typing import TYPE_CHECKING
 
 from kvfetcher.errors import (
+    ArenaError,
     ChunkNotFoundError,
+    DecoderUnavailableError,
     FormatError,
+    GpuError,
     KVFetcherError,
     StoreError,
     StoreTimeoutError,
@@ -30,10 +33,12 @@ _REASONS: tuple[tuple[type[KVFetcherError], Reason], ...] = (
     (StoreUnavailableError, "store_unavailable"),
     (StoreTimeoutError, "store_timeout"),
     (StoreError, "store_error"),
+    (ArenaError, "arena_lost"),
+    (GpuError, "gpu_error"),
+    (DecoderUnavailableError, "decoder_unavailable"),
     (KVFetcherError, "decode_error"),
 )
 """The first that fits."""
-
 
 _MAX_PENDING = 16
 """Largest number of objects that are being quarantined; one more waits until it is read again."""

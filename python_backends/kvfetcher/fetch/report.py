@@ -30,7 +30,10 @@ Reason = Literal[
     "store_unavailable",  # it failed too often lately and was not asked
     "slower_than_computing",  # the gate's prediction, before the fetch
     "fell_behind",  # the gate's prediction, during the fetch; what had arrived was kept
-    "decode_error",
+    "decode_error",  # a unit's own bytes may be what is wrong
+    "decoder_unavailable",  # nobody looked at the unit: no such model, a lost process, no decoder
+    "gpu_error",  # the GPU refused: no memory, or planes on it are gone
+    "arena_lost",  # the KV arena is gone: the engine ended or was restarted
     "arena_full",
     "line_full",  # fetch.max_waiting_requests prefixes wait already
     "deadline",

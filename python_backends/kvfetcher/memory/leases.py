@@ -311,7 +311,7 @@ class LeaseTable:
     def abandon(self, lease_id: str, *, now: float) -> None:
         """Give up an open lease whose writers may still run: its blocks rest before reuse.
 
-        Of a sealed lease, which nobody writes, this is `release`.
+        The blocks of a sealed lease, which nobody writes, are free at once, as after `release`.
 
         Raises:
             LeaseError: unknown, already gone, or claimed.

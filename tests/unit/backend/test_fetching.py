@@ -8,7 +8,6 @@ import pytest
 from kvfetcher.backend import fetching
 from kvfetcher.backend.metrics import store_observer
 from kvfetcher.config import cache_home, load_config
-from kvfetcher.errors import CodecError, DecoderUnavailableError
 from kvfetcher.fetch.fetcher import Fetched, FetchLoad
 from kvfetcher.fetch.planning.decode_times import H100_NVDEC, cpu_table, store_table
 from kvfetcher.fetch.report import FetchReport
@@ -134,26 +133,3 @@ def test_each_store_has_series_of_its_own():
         ("other_events_total", "retry"): 1,
         ("kvfetcher_store_events_total", "retry"): 1,
     }
-
-
-@pytest.mark.parametrize(
-    ("message", "may_be_the_unit"),
-    [
-        ("INVALID_ARG: unit: the digest of its planes differs", True),
-        ("in ensemble 'kv_pipeline', INTERNAL: the bitstream does not decode", True),
-        ("INTERNAL: KeyError; the server log has the traceback", False),
-        ("UNAVAILABLE: no free blocks", False),
-        ("in ensemble 'kv_pipeline', NOT_FOUND: lease 7 is over", False),
-        ("UNSUPPORTED: version 9, this build reads 1", False),
-        ("Request for unknown model: 'kv_pipeline' is not found", False),
-        ("Failed to process the request(s): Stub process 'kv_decode_0' is not healthy.", False),
-        ("CANCELLED: the request was cancelled", False),
-    ],
-)
-def test_only_what_a_units_own_bytes_may_have_caused_counts_against_its_chunk(
-    message, may_be_the_unit
-):
-    error = fetching._unit_error("kv_pipeline", message)
-    assert isinstance(error, CodecError)
-    assert isinstance(error, DecoderUnavailableError) is not may_be_the_unit
-    assert str(error) == f"kv_pipeline: {message}"

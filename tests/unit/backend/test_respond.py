@@ -5,7 +5,23 @@ import pickle
 import pytest
 
 from kvfetcher import errors
-from kvfetcher.backend.respond import is_internal, respond_each, respond_each_async
+from kvfetcher.backend.respond import (
+    is_internal,
+    respond_each,
+    respond_each_async,
+    triton_error,
+    unit_error,
+)
+from kvfetcher.errors import (
+    ArenaError,
+    ChecksumError,
+    CodecError,
+    DecoderUnavailableError,
+    GpuError,
+    LayoutError,
+    LeaseError,
+)
+from kvfetcher.fetch.failures import Failures
 from support import pb_utils
 
 
@@ -65,3 +81,40 @@ def test_what_the_next_request_may_meet_too_is_told_from_what_is_this_ones_own()
     assert is_internal(errors.EngineError("request 1 failed"))
     assert not is_internal(errors.EngineBusyError("the queue is full"))
     assert not is_internal(errors.RequestError("no such token"))
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        ("INVALID_ARG: unit: the digest of its planes differs", CodecError),
+        ("in ensemble 'kv_pipeline', INTERNAL: the bitstream does not decode", CodecError),
+        ("UNSUPPORTED: version 9, this build reads 1", CodecError),
+        ("INTERNAL: KeyError; the server log has the traceback", DecoderUnavailableError),
+        ("Request for unknown model: 'kv_pipeline' is not found", DecoderUnavailableError),
+        ("Stub process 'kv_decode_0' is not healthy.", DecoderUnavailableError),
+        ("CANCELLED: the request was cancelled", DecoderUnavailableError),
+    ],
+)
+def test_only_what_a_units_own_bytes_may_have_caused_is_a_codec_error(message, kind):
+    error = unit_error("kv_pipeline", message)
+    assert type(error) is kind
+    assert str(error) == f"kv_pipeline: {message}"
+
+
+@pytest.mark.parametrize(
+    ("raised", "reason"),
+    [
+        (ArenaError("arena a is gone"), "arena_lost"),
+        (LeaseError("lease 7 is over"), "arena_lost"),
+        (GpuError("no memory left"), "gpu_error"),
+        (DecoderUnavailableError("no session left"), "decoder_unavailable"),
+        (CodecError("picture 3 does not decode"), "decode_error"),
+        (ChecksumError("the digest differs"), "decode_error"),
+        (LayoutError("too few blocks"), "decode_error"),
+    ],
+)
+async def test_the_kind_of_a_units_error_crosses_triton(raised, reason):
+    told = f"in ensemble 'kv_pipeline', {triton_error(raised, pb_utils).message()}"
+    error = unit_error("kv_pipeline", told)
+    assert Failures(None).note("object", error)[0] == reason
+    assert str(raised) in str(error)
