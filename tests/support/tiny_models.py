@@ -65,6 +65,12 @@ FAMILIES = {
          "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
          "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"]},
     ),
+    "qwen3-5-linear": (
+        "Qwen3_5",
+        {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
+         "linear_value_head_dim": 8, "linear_conv_kernel_dim": 4,
+         "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"]},
+    ),
     "dynamic-ntk": (
         "Llama",
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},

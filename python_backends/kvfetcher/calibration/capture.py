@@ -72,7 +72,13 @@ class CaptureModel:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         except (OSError, ValueError, KeyError) as exc:
             raise EngineError(f"model folder {folder} cannot be loaded: {exc}") from exc
-        if cache_geometry(model.config, "bfloat16").is_latent:
+        geometry = cache_geometry(model.config, "bfloat16")
+        if geometry.linear_layers:
+            raise ConfigError(
+                f"model type {model.config.model_type!r} keeps states (linear attention), which must stay"
+                " as they are: use `exact` for this model"
+            )
+        if geometry.is_latent:
             raise ConfigError(
                 f"model type {model.config.model_type!r} keeps one latent per token (MLA); the profiles"
                 " that are calibrated transform K and V: use `exact` for this model"

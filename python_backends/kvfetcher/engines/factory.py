@@ -69,7 +69,10 @@ class _Torch:
 
         self._config = config
         self._loaded = load_model(
-            model, device=config.engine.device, kv_dtype=config.engine.kv_dtype
+            model,
+            device=config.engine.device,
+            kv_dtype=config.engine.kv_dtype,
+            chunk_tokens=config.codec.chunk_tokens,
         )
         self.spec = self._loaded.spec
         self.devices = (str(self._loaded.device),)
@@ -87,7 +90,10 @@ class _Paged:
         self._config = config
         self._run_folder = run_folder
         self._loaded = load_model(
-            model, device=config.engine.device, kv_dtype=config.engine.kv_dtype
+            model,
+            device=config.engine.device,
+            kv_dtype=config.engine.kv_dtype,
+            chunk_tokens=config.codec.chunk_tokens,
         )
         self.spec = self._loaded.spec
         self.devices = (str(self._loaded.device),)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Kinds of layers, as transformers calls them, whose cache is one K and one V per token and head."""
 _STATES = ("linear", "mamba", "recurrent", "ssm", "conv", "kda", "gated_delta")
+# Gated DeltaNet beside full attention; `engines.hf.states` keeps its states.
+_STATEFUL_TYPES = frozenset({"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"})
 STATE_FIELDS = (
     "hybrid_override_pattern",
     "mamba_num_heads",
@@ -44,6 +46,8 @@ class CacheGeometry:
     part_dims: tuple[int, int]
     """Widths of the two tensors that a layer hands to its cache. They are K and V of ``head_dim``
     each, or (MLA, ``kv_factor`` 1) the latent and the rotated part, side by side in one vector."""
+    linear_layers: tuple[int, ...] = ()
+    """Layers of the model that keep a state instead; `spec` has the others only."""
 
     @property
     def is_latent(self) -> bool:
@@ -75,13 +79,15 @@ def cache_geometry(config: Any, kv_dtype: KVDtype) -> CacheGeometry:
         )
         return CacheGeometry(spec, (int(latent), rotated))
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kinds = getattr(config, "layer_types", None) or ()
+    linear = tuple(i for i, kind in enumerate(kinds) if kind == "linear_attention")
     spec = KVSpec(
-        num_layers=config.num_hidden_layers,
+        num_layers=config.num_hidden_layers - len(linear),
         num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=dim,
         dtype=kv_dtype,
     )
-    return CacheGeometry(spec, (dim, dim))
+    return CacheGeometry(spec, (dim, dim), linear)
 
 
 def refuse_folder(folder: Path) -> None:
@@ -118,13 +124,15 @@ def refuse_unshareable(config: Any) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise EngineError(f"{name} is not a decoder-only language model")
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if getattr(config, "model_type", "") in _STATEFUL_TYPES and kinds != {"linear_attention"}:
+        kinds.discard("linear_attention")
     other = sorted(kind for kind in kinds if kind not in ATTENTION_KINDS)
     fields = [field for field in STATE_FIELDS if getattr(config, field, None)]
     if fields or any(state in kind for kind in other for state in _STATES):
         raise EngineError(
             f"{name} has recurrent layers ({', '.join(other or fields)}). They keep one state for the"
-            " whole prefix instead of values for each token; KVFetcher does not store such states yet,"
-            " and a hit without them would be wrong"
+            " whole prefix instead of values for each token; KVFetcher does not store states of this"
+            " kind, and a hit without them would be wrong"
         )
     if getattr(config, "index_topk", None):
         raise EngineError(

@@ -184,12 +184,13 @@ def config_rope_facts(config: Any, *, num_layers: int, head_dim: int) -> RopeFac
 def rope_facts(model: Any, *, num_layers: int, head_dim: int) -> RopeFacts:
     """Inverse frequencies of every layer, read from a loaded model.
 
-    A latent cache (MLA) has none: no profile undoes the rotation of its one rotated part.
+    A latent cache (MLA) has none, nor has one with states: no profile undoes their rotation.
 
     Raises:
         EngineError: the model keeps them where this build does not look.
     """
-    if getattr(model.config, "kv_lora_rank", None):
+    kinds = getattr(model.config, "layer_types", None) or ()
+    if getattr(model.config, "kv_lora_rank", None) or "linear_attention" in kinds:
         return RopeFacts(((),) * num_layers, (1.0,) * num_layers)
     rotary: Any = getattr(getattr(model, "model", None), "rotary_emb", None)
     kinds = getattr(model.config, "layer_types", None) or [""] * num_layers

@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 import transformers
 
+from kvfetcher.calibration.capture import CaptureModel
 from kvfetcher.codec.profiles import decode_unit, encode_unnamed, make_profile, restore_unit
 from kvfetcher.codec.video import VideoDecoder
 from kvfetcher.config import CodecConfig
 from kvfetcher.engines.hf import loader
 from kvfetcher.engines.hf.loader import load_model
-from kvfetcher.errors import EngineError
+from kvfetcher.errors import ConfigError, EngineError
 from kvfetcher.format.container import parse_header
 from kvfetcher.memory.leases import LeaseClaim
+from support import engine_rig
 from support.engine_rig import CHUNK, Rig, lease_with, saved_values, some_ids
 from support.paged_rig import PagedRig
 from support.tiny_models import FAMILIES, WINDOW, write_family
@@ -35,8 +37,9 @@ SERVED = [
     "smollm3-nope",
     "deepseek-v3-mla",
 ]
+STATEFUL = ["qwen3-next-linear", "qwen3-5-linear"]
+"""Served by `torch` alone."""
 REFUSED = {
-    "qwen3-next-linear": "recurrent layers .linear_attention.. They keep one state",
     "mamba2": "recurrent layers",
     "jamba-hybrid": "recurrent layers",
     "dynamic-ntk": "rope_type 'dynamic' makes K depend on the total length",
@@ -56,18 +59,25 @@ def loaded_of(tmp_path_factory):
     def load(name):
         if name not in known:
             folder = write_family(tmp_path_factory.mktemp(name), name)
-            known[name] = load_model(folder, device="cpu", kv_dtype="bfloat16")
+            known[name] = load_model(folder, device="cpu", kv_dtype="bfloat16", chunk_tokens=CHUNK)
         return known[name]
 
     return load
 
 
-@pytest.fixture(params=[Rig, PagedRig], ids=["torch", "paged"])
-def rig_of(request, tmp_path, loaded_of):
+CASES = [
+    pytest.param(kind, name, id=f"{engine}-{name}")
+    for engine, kind, names in (("torch", Rig, SERVED + STATEFUL), ("paged", PagedRig, SERVED))
+    for name in names
+]
+
+
+@pytest.fixture
+def rig_of(tmp_path, loaded_of):
     made = []
 
-    def make(name):
-        made.append(request.param(loaded_of(name), tmp_path))
+    def make(kind, name):
+        made.append(kind(loaded_of(name), tmp_path, num_bytes=4 << 20))
         return made[-1]
 
     yield make
@@ -91,10 +101,10 @@ def through_the_codec(values, spec, profile="exact"):
     return np.concatenate(parts)
 
 
-@pytest.mark.parametrize("name", SERVED)
-async def test_a_hit_is_what_computing_gives(rig_of, loaded_of, name):
+@pytest.mark.parametrize(("kind", "name"), CASES)
+async def test_a_hit_is_what_computing_gives(rig_of, loaded_of, kind, name):
     """Saved, coded (`exact`), decoded, loaded: the same tokens, and the same KV bytes behind the hit."""
-    rig, spec = rig_of(name), loaded_of(name).spec
+    rig, spec = rig_of(kind, name), loaded_of(name).spec
     full = await rig.run(IDS, max_tokens=12, min_length=12, save=True)
     values = saved_values(rig, full.ticket)[:, :, :, :SHARED]
     rig.leases.release(full.ticket.lease_id, now=rig.now)
@@ -116,10 +126,10 @@ async def test_a_hit_is_what_computing_gives(rig_of, loaded_of, name):
             rig.leases.release(hit.ticket.lease_id, now=rig.now)
 
 
-@pytest.mark.parametrize("name", SERVED)
-async def test_a_hit_of_other_values_shows(rig_of, name):
+@pytest.mark.parametrize(("kind", "name"), CASES)
+async def test_a_hit_of_other_values_shows(rig_of, kind, name):
     """Or the test above would pass for an engine that looks at nothing it was given."""
-    rig = rig_of(name)
+    rig = rig_of(kind, name)
     full = await rig.run(IDS, save=True)
     values = saved_values(rig, full.ticket)[:, :, :, :SHARED]
     rig.leases.release(full.ticket.lease_id, now=rig.now)
@@ -133,9 +143,10 @@ async def test_a_hit_of_other_values_shows(rig_of, name):
 
 def test_no_two_families_share_chunks(loaded_of):
     digests = {
-        loaded_of(name).identity.digest(profile="exact/1", chunk_tokens=CHUNK) for name in SERVED
+        loaded_of(name).identity.digest(profile="exact/1", chunk_tokens=CHUNK)
+        for name in SERVED + STATEFUL
     }
-    assert len(digests) == len(SERVED)
+    assert len(digests) == len(SERVED + STATEFUL)
 
 
 @pytest.mark.parametrize("profile", ["exact", "uncalibrated", "paper"])
@@ -162,6 +173,53 @@ def test_what_cannot_be_shared_is_refused_before_its_weights_are_read(tmp_path, 
         load_model(folder, device="cpu", kv_dtype="bfloat16")
 
 
+@pytest.mark.parametrize("name", STATEFUL)
+class TestStates:
+    async def test_wrong_states_show(self, rig_of, loaded_of, name):
+        """The values of the attention layers are right; only the states are another prefix's."""
+        rig, plan = rig_of(Rig, name), loaded_of(name).states
+        full = await rig.run(IDS, save=True)
+        values = saved_values(rig, full.ticket)[:, :, :, :SHARED]
+        rig.leases.release(full.ticket.lease_id, now=rig.now)
+        wrong = values[:, :, :, :CHUNK].copy()
+        first = plan.attention.num_layers
+        wrong[first:] = values[first:, :, :, CHUNK : 2 * CHUNK]
+        claim = LeaseClaim(lease_with(rig, IDS[:CHUNK], wrong), CHUNK, rig.arena.generation)
+        hit = await rig.run(IDS, save=True, lease=claim)
+        behind = saved_values(rig, hit.ticket)
+        assert (behind != values[:, :, :, CHUNK:]).any()
+
+    async def test_a_hit_of_the_whole_prompt_leaves_a_chunk_to_compute(self, rig_of, name):
+        """States cannot be taken back by a token, so that the last one could be computed again."""
+        rig, prompt = rig_of(Rig, name), IDS[:SHARED]
+        full = await rig.run(prompt, save=True)
+        values = saved_values(rig, full.ticket)
+        rig.leases.release(full.ticket.lease_id, now=rig.now)
+        for length in (SHARED, CHUNK):
+            lease = lease_with(rig, prompt[:length], values[:, :, :, :length])
+            hit = await rig.run(prompt, lease=LeaseClaim(lease, length, rig.arena.generation))
+            assert hit.ids == full.ids
+            assert hit.timings[0].cached_tokens == min(length, SHARED - CHUNK)
+
+    @pytest.mark.parametrize("profile", ["uncalibrated", "paper", "balanced"])
+    def test_a_profile_that_rounds_is_refused(
+        self, loaded_of, tmp_path, monkeypatch, name, profile
+    ):
+        monkeypatch.setattr(
+            engine_rig, "CodecConfig", lambda **settings: CodecConfig(profile=profile, **settings)
+        )
+        with pytest.raises(EngineError, match=r"keeps states .* set it to exact or raw"):
+            Rig(loaded_of(name), tmp_path)
+
+    def test_the_paged_engine_refuses_by_name(self, loaded_of, tmp_path, name):
+        with pytest.raises(EngineError, match=r"set engine\.kind = .torch"):
+            PagedRig(loaded_of(name), tmp_path, num_bytes=4 << 20)
+
+    def test_calibration_refuses_by_name(self, tmp_path, name):
+        with pytest.raises(ConfigError, match="keeps states"):
+            CaptureModel.load(write_family(tmp_path, name))
+
+
 def test_a_cache_of_an_unknown_kind_is_refused_at_the_first_slice(loaded_of, tmp_path, monkeypatch):
     """A model that hands over other tensors than its configuration means, as sarvam's MLA would."""
     loaded = loaded_of("deepseek-v3-mla")
@@ -180,5 +238,5 @@ def test_a_cache_of_an_unknown_kind_is_refused_at_the_first_slice(loaded_of, tmp
 def test_the_page_lists_every_family_that_is_tested():
     page = (Path(__file__).parents[3] / "docs" / "models.md").read_text()
     rows = dict(re.findall(r"^\| [^|]* \| `([a-z0-9-]+)` \| (yes|no) \|", page, re.MULTILINE))
-    assert rows == dict.fromkeys(SERVED, "yes") | dict.fromkeys(REFUSED, "no")
+    assert rows == dict.fromkeys(SERVED + STATEFUL, "yes") | dict.fromkeys(REFUSED, "no")
     assert set(rows) == set(FAMILIES)

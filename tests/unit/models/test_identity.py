@@ -13,7 +13,7 @@ from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
-    Qwen3NextConfig,
+    Mamba2Config,
     SmolLM3Config,
     StableLmConfig,
 )
@@ -243,7 +243,9 @@ def test_rope_facts_of_layers_with_two_amplitudes():
 
 
 def test_models_without_softmax_attention_are_refused(folder):
-    Qwen3NextConfig(num_hidden_layers=4, hidden_size=32, vocab_size=257).save_pretrained(folder)
+    Mamba2Config(
+        num_hidden_layers=4, hidden_size=32, vocab_size=257, num_heads=8, head_dim=8
+    ).save_pretrained(folder)
     with pytest.raises(EngineError, match="recurrent layers"):
         load_model(folder, device="cpu", kv_dtype="bfloat16")
 

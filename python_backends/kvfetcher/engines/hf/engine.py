@@ -28,6 +28,7 @@ from kvfetcher.engines.base import EngineInfo, GenerateEvent
 from kvfetcher.engines.hf.kv_cache import SequenceCache
 from kvfetcher.engines.hf.model_call import forward
 from kvfetcher.engines.hf.request_state import EventPipe, Sequence
+from kvfetcher.engines.hf.states import LOSSLESS_PROFILES, StatefulCache
 from kvfetcher.engines.schedule import WaitingLine, slice_end
 from kvfetcher.errors import (
     ArenaFullError,
@@ -114,6 +115,7 @@ class TorchEngine:
         self.max_prompt_tokens = min(
             config.engine.max_prompt_tokens or loaded.max_positions - 1, loaded.max_positions - 1
         )
+        self._check_states()
         self._counters = EngineCounters()
         self._prefill_estimator = PrefillEstimator(prior_tokens_per_second=_PRIOR_TOKENS_PER_SECOND)
         self._prefill_lock = threading.Lock()
@@ -295,23 +297,31 @@ class TorchEngine:
 
     def _start(self, sequence: Sequence) -> None:
         sequence.mark_began()
-        sequence.cache = self._new_cache(sequence.prompt_tokens + sequence.max_tokens)
+        sequence.cache = self._new_cache(
+            sequence.prompt_tokens + sequence.max_tokens,
+            is_saved=sequence.request.save and self._config.save.enabled,
+        )
         lease = sequence.lease
         if lease is None:
             return
         target = self._arena.target(lease.block_ids, lease.num_tokens)
+        usable = lease.num_tokens
+        if self._loaded.states is not None:
+            # States are known at ends of chunks only, and the last token must be computed.
+            usable = min(usable, sequence.prompt_tokens - 1) // self._chunk_tokens
+            usable *= self._chunk_tokens
         # Only copies that are over have read the blocks: the lease goes after the last one.
-        for first in range(0, lease.num_tokens, self._chunk_tokens):  # bounded extra memory
+        for first in range(0, usable, self._chunk_tokens):  # bounded extra memory
             part = target.span(
                 first,
-                min(self._chunk_tokens, lease.num_tokens - first),
+                min(self._chunk_tokens, usable - first),
                 tokens_per_block=self._arena.tokens_per_block,
             )
             sequence.cache.append(self._arena.load(part))
         self._drop_lease(sequence)
         # The last prompt token is always computed: its logits are what the prefix is for.
-        sequence.cached_tokens = min(lease.num_tokens, sequence.prompt_tokens - 1)
-        if sequence.cached_tokens < lease.num_tokens and lease.num_tokens % self._slice_tokens:
+        sequence.cached_tokens = min(usable, sequence.prompt_tokens - 1)
+        if sequence.cached_tokens < usable and usable % self._slice_tokens:
             sequence.cache.truncate(sequence.cached_tokens)
         sequence.mark_loaded()
         self._counters.leases_used += 1
@@ -328,7 +338,8 @@ class TorchEngine:
             sequence.add_compute(self._learn(position, end, start))
         if cache.length < prompt:
             return
-        if logits is None or prompt % self._slice_tokens == 0:
+        # With states a hit never covers the whole prompt, so that its last slice is always computed.
+        if logits is None or (prompt % self._slice_tokens == 0 and self._loaded.states is None):
             logits = self._score_last_token(sequence)
         self._prefilling.remove(sequence)
         self._decoding.append(sequence)
@@ -482,7 +493,26 @@ class TorchEngine:
 
     # The model
 
-    def _new_cache(self, capacity: int) -> SequenceCache:
+    def _check_states(self) -> None:
+        """Refuse settings with which a model's states cannot be kept."""
+        if self._loaded.states is None:
+            return
+        codec = self._config.codec
+        if codec.profile not in LOSSLESS_PROFILES:
+            raise EngineError(
+                f"the model in {self._loaded.folder} keeps states (linear attention), which must stay as"
+                f" they are, and codec.profile = {codec.profile!r} rounds them; set it to exact or raw"
+            )
+
+    def _new_cache(self, capacity: int, *, is_saved: bool = False) -> SequenceCache:
+        if self._loaded.states is not None:
+            return StatefulCache(
+                self._loaded.states,
+                keeps_borders=is_saved,
+                capacity=capacity,
+                compute_dtype=self._loaded.compute_dtype,
+                device=self._loaded.device,
+            )
         return SequenceCache(
             self._loaded.spec,
             capacity=capacity,
@@ -494,7 +524,9 @@ class TorchEngine:
     def _forward(self, token_ids: list[int], cache: SequenceCache) -> torch.Tensor:
         """Append tokens to the cache; returns the logits [vocab] after the last one."""
         ids = torch.tensor([token_ids], dtype=torch.long, device=self._loaded.device)
-        return forward(self._loaded.model, ids, cache.for_model)[0, -1]
+        logits = forward(self._loaded.model, ids, cache.for_model)[0, -1]
+        cache.note_border()
+        return logits
 
     def _warm_up(self) -> None:
         """One slice over arbitrary tokens: later requests find warm kernels and a known rate."""

@@ -161,6 +161,9 @@ class SequenceCache:
         """Whether every layer holds the same tokens (not so where layers share their KV)."""
         return {layer.length for layer in self._layers} == {self.length}
 
+    def note_border(self) -> None:
+        """Nothing: K and V of every token are there (`states.StatefulCache` has more to keep)."""
+
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on; their values stay in memory until overwritten."""
         if not 0 <= length <= self.length:

@@ -9,6 +9,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from kvfetcher.engines.hf.states import plan_states
 from kvfetcher.errors import ConfigError, EngineError
 from kvfetcher.models.geometry import cache_geometry
 from kvfetcher.models.identity import rope_facts, rope_text, tokenizer_digest, weights_digest
@@ -19,6 +20,7 @@ from kvfetcher.spec import KVDtype, KVSpec, ModelIdentity
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from kvfetcher.engines.hf.states import StatePlan
     from kvfetcher.spec import RopeFacts
 
 
@@ -35,6 +37,8 @@ class LoadedModel:
     spec: KVSpec
     part_dims: tuple[int, int]
     """Widths of the two tensors that a layer hands to its cache (`models.geometry`)."""
+    states: StatePlan | None
+    """What the model keeps beside K and V; None = nothing."""
     identity: ModelIdentity
     rope: RopeFacts
     eos_ids: tuple[int, ...]
@@ -63,8 +67,16 @@ def choose_device(text: str) -> torch.device:
     return device
 
 
-def load_model(folder: Path, *, device: str, kv_dtype: KVDtype) -> LoadedModel:
+def load_model(
+    folder: Path, *, device: str, kv_dtype: KVDtype, chunk_tokens: int = 256
+) -> LoadedModel:
     """Load a Hugging Face folder: float32 on CPU (bfloat16 is 2.5x slower there), bfloat16 on GPU.
+
+    Args:
+        folder: Hugging Face's.
+        device: `engine.device`.
+        kv_dtype: `engine.kv_dtype`.
+        chunk_tokens: `codec.chunk_tokens`; chunks of models with states depend on it.
 
     Raises:
         ConfigError: the device is not there.
@@ -98,14 +110,18 @@ def load_model(folder: Path, *, device: str, kv_dtype: KVDtype) -> LoadedModel:
     model = model.eval().to(chosen)
     config = model.config
     geometry = cache_geometry(config, kv_dtype)
-    spec = geometry.spec
+    states = None
+    if geometry.linear_layers:
+        states = plan_states(model, geometry, chunk_tokens=chunk_tokens)
+    spec = states.spec if states else geometry.spec
     rope = rope_text(config)
     identity = ModelIdentity(
         weights=weights,
         tokenizer=tokenizer_digest(folder),
         lora="",
         rope=rope,
-        compute=f"{str(dtype).removeprefix('torch.')} {attention}, KV rounded to nearest even",
+        compute=f"{str(dtype).removeprefix('torch.')} {attention}, KV rounded to nearest even"
+        + (f", {states.identity}" if states else ""),
         spec=spec,
     )
     return LoadedModel(
@@ -116,6 +132,7 @@ def load_model(folder: Path, *, device: str, kv_dtype: KVDtype) -> LoadedModel:
         compute_dtype=dtype,
         spec=spec,
         part_dims=geometry.part_dims,
+        states=states,
         identity=identity,
         rope=rope_facts(model, num_layers=spec.num_layers, head_dim=spec.head_dim),
         eos_ids=end_token_ids(

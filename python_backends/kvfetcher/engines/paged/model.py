@@ -171,6 +171,11 @@ class PagedModel:
         tokens_per_block: int,
         layout: Layout = "HND",
     ) -> None:
+        if loaded.states is not None:
+            raise EngineError(
+                f"the model in {loaded.folder} keeps states (linear attention), which the paged engine"
+                ' has no memory for; set engine.kind = "torch"'
+            )
         self.loaded = loaded
         heads = heads_of_rank(loaded.spec.num_kv_heads, rank=ranks.rank, num_ranks=ranks.size)
         self.kv = PagedKV(
