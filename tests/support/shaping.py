@@ -636,7 +636,8 @@ class _Connection:
                 await asyncio.sleep(_DRIP_SECONDS)
 
     async def _answer(self, status: int) -> None:
-        body = b"<Error><Code>SlowDown</Code><Message>made by the link</Message></Error>"
+        code = b"InternalError" if status == 500 else b"SlowDown"
+        body = b"<Error><Code>%s</Code><Message>made by the link</Message></Error>" % code
         head = (
             f"HTTP/1.1 {status} Made By The Link\r\nContent-Type: application/xml\r\n"
             f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"

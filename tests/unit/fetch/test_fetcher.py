@@ -472,7 +472,7 @@ async def test_many_requests_for_one_prefix_are_one_transfer_one_decode_and_one_
 
 async def test_prefixes_of_different_length_share_the_transfers_of_what_they_share(world):
     await world.save(0, 1, 2, 3)
-    store = RecordingStore(world.store, unit_seconds=0.4)  # a busy machine starts the second late
+    store = RecordingStore(world.store, unit_seconds=1.2)  # a busy machine starts the second late
     fetcher = world.fetcher(store=store, max_read_bytes=1)
     longer, shorter = await asyncio.gather(
         world.fetch(fetcher), world.fetch(fetcher, tokens=TOKENS[: 2 * CHUNK_TOKENS + 1])
