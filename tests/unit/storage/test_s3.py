@@ -41,7 +41,7 @@ def config(s3_server, own_prefix):
         kind="s3",
         url=f"s3://chunks/{own_prefix}",
         endpoint=s3_server.endpoint,
-        timeout_seconds=10.0,
+        timeout_seconds=30.0,
     )
 
 
